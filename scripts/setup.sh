@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned, hashed requirements.txt. Up to date already: returns at once. Interrupted: the next call completes it.
+# PYTHON=... chooses the interpreter (>= 3.11), OMNILATTE_VENV=... another place for the environment.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${OMNILATTE_VENV:-$root/.venv}
+stamp=$venv/.requirements.txt
+
+if cmp -s "$root/requirements.txt" "$stamp"; then exit 0; fi
+
+python=${PYTHON:-}
+for candidate in python3 python3.13 python3.12 python3.11; do
+    [ -n "$python" ] && break
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; fi
+done
+[ -n "$python" ] || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/python" >&2; exit 2; }
+
+free_gib=$(($(df -Pk "$root" | awk 'NR==2 {print $4}') / 1048576))
+[ "$free_gib" -ge 9 ] || { echo "error: $free_gib GiB free under $root; the environment needs 9 GiB" >&2; exit 2; }
+
+echo "making $venv (torch with its CUDA libraries: about 3 GB to download, minutes)"
+"$python" -m venv "$venv" # on a half-made one: completes it
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$root/requirements.txt"
+cp "$root/requirements.txt" "$stamp"
