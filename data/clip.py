@@ -1,0 +1,164 @@
+"""From decoded frames to the clip a model sees: which frames, how they are resized and cropped, the pixel scale.
+
+Trainers and judges share the one path of this file, so that a metric never measures a difference in resizing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHOICES = {
+    "resize": ("short", "none"),
+    "crop": ("center", "random"),
+    "short": ("skip", "stretch", "reflect", "loop"),
+    "position": ("random", "center", "start"),
+}
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """How a clip is cut out of a video. Defaults: stage one of the paper (25 frames of 256 x 256 pixels).
+
+    num_frames: frames of the clip. interval: distance of two of them in the video.
+    size: side of the square clip, pixels. resize: "short" scales the short side to `size` (antialiased
+    bilinear), "none" crops the video's own pixels. crop: "center" or "random". flip: mirror half of the clips.
+    short: what to do with a video of fewer than `span` frames: "skip" it, "stretch" (all of it, uneven steps),
+    "reflect" (forth and back) or "loop". position: where a clip starts in a long video.
+    """
+
+    num_frames: int = 25
+    interval: int = 1
+    size: int = 256
+    resize: str = "short"
+    crop: str = "center"
+    flip: bool = False
+    short: str = "skip"
+    position: str = "random"
+
+    def __post_init__(self):
+        for name in ("num_frames", "interval", "size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a clip needs a whole number of at least 1")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+
+def span(spec: ClipSpec) -> int:
+    """Frames of video that a clip covers, first and last included."""
+    return (spec.num_frames - 1) * spec.interval + 1
+
+
+def frame_indices(total: int, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
+    """Indices (num_frames,) of a clip in a video of `total` frames, exactly `interval` apart.
+
+    A video shorter than `span(spec)` follows `spec.short`; under "skip" it is a ValueError.
+    """
+    if total < 1:
+        raise ValueError(f"total={total}: a video needs at least one frame")
+    length, steps = span(spec), np.arange(spec.num_frames) * spec.interval
+    if total >= length:
+        last = total - length
+        begin = {"start": 0, "center": last // 2}.get(spec.position)
+        return steps + (int(rng.integers(0, last + 1)) if begin is None else begin)
+    if spec.short == "skip":
+        raise ValueError(
+            f"{total} frames: {spec.num_frames} frames {spec.interval} apart need {length}; "
+            "use fewer frames, a smaller interval, or short=stretch|reflect|loop"
+        )
+    if spec.short == "stretch":
+        return upstream_linspace(total, 0, spec.num_frames, spec.interval)
+    if spec.short == "loop":
+        return steps % total
+    period = max(2 * (total - 1), 1)
+    folded = steps % period
+    return np.minimum(folded, period - folded) if total > 1 else folded * 0
+
+
+def upstream_linspace(total: int, begin: int, num_frames: int, interval: int) -> np.ndarray:
+    """Latte's rule for UCF101: num_frames points between begin and begin + num_frames * interval, cut at the end.
+
+    Rounded down, so steps are uneven: interval 3 gives 0, 3, ..., 21, 25, 28 (Latte, ucf101_datasets.py).
+    """
+    end = min(begin + num_frames * interval, total)
+    if not 0 <= begin < end:
+        raise ValueError(f"begin={begin}: must lie in a video of {total} frames, 0..{total - 1}")
+    return np.linspace(begin, end - 1, num_frames).astype(np.int64)
+
+
+def _crop_box(height: int, width: int, spec: ClipSpec, rng: np.random.Generator) -> tuple[float, ...]:
+    """The square to keep, (left, top, right, bottom) in the video's pixels.
+
+    The window sits at whole pixels of the resized picture, rounded like torchvision's CenterCrop.
+    """
+    size, side = spec.size, min(height, width)
+    if spec.resize == "none":
+        if side < size:
+            raise ValueError(
+                f"{width}x{height}: smaller than size={size}; use resize=short or a smaller size"
+            )
+        side = size
+    room_y, room_x = height * size // side - size, width * size // side - size
+    if spec.crop == "random":
+        top, left = (int(rng.integers(0, room + 1)) for room in (room_y, room_x))
+    else:
+        top, left = round(room_y / 2), round(room_x / 2)
+    scale = side / size
+    return left * scale, top * scale, left * scale + side, top * scale + side
+
+
+def crop_resize_uint8(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
+    """Resize, crop and maybe mirror decoded frames; the same window for all of them.
+
+    frames: uint8 (T, H, W, 3). Returns uint8 (T, size, size, 3).
+    Pillow's integer arithmetic: equal on every machine, within one level of exact antialiased bilinear.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames {frames.dtype} {frames.shape}: need uint8 (T, H, W, 3)")
+    _, height, width, _ = frames.shape
+    left, top, right, bottom = _crop_box(height, width, spec, rng)
+    if right - left == spec.size:
+        clip = frames[:, int(top) : int(bottom), int(left) : int(right)]
+    else:
+        clip = np.empty((len(frames), spec.size, spec.size, 3), np.uint8)
+        for n, frame in enumerate(frames):
+            picture = Image.fromarray(np.ascontiguousarray(frame))
+            shape, box = (spec.size, spec.size), (left, top, right, bottom)
+            clip[n] = np.asarray(picture.resize(shape, Image.Resampling.BILINEAR, box=box))
+    if spec.flip and rng.random() < 0.5:
+        clip = clip[:, :, ::-1]
+    return np.ascontiguousarray(clip)
+
+
+def to_float(clip: np.ndarray) -> Tensor:
+    """uint8 (T, H, W, 3) to float32 (3, T, H, W) in [-1, 1]: x / 127.5 - 1."""
+    import torch
+
+    return torch.from_numpy(np.array(clip.transpose(3, 0, 1, 2), order="C")).float() / 127.5 - 1.0
+
+
+def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
+    """Decoded frames uint8 (T, H, W, 3) to the float32 clip (3, T, size, size) in [-1, 1] that models take."""
+    return to_float(crop_resize_uint8(frames, spec, rng))
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Float video (..., 3, T, H, W) in [-1, 1] to uint8 (..., T, H, W, 3): clamp, then round half to even.
+
+    The inverse of `to_float` on all 256 levels. Raises ValueError on NaN.
+    """
+    if video.ndim < 4 or video.shape[-4] != 3:
+        raise ValueError(f"video {tuple(video.shape)}: need (..., 3, T, H, W)")
+    video = video.detach().float()
+    if video.isnan().any():
+        raise ValueError("video holds NaN: no pixel has that value; look for the step that made it")
+    pixels = ((video.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte()
+    return pixels.movedim(-4, -1).contiguous().cpu().numpy()

@@ -1,0 +1,100 @@
+"""One dataset for every source: an endless, seeded stream of clips that can be entered at any sample."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span, to_float
+from data.sources import Source, Video
+
+logger = logging.getLogger(__name__)
+
+
+class VideoClips:
+    """Clips of a source as a pure function of (seed, n): resuming at sample n needs no state.
+
+    `clips[n]`, any n >= 0, is sample n of an endless stream. Pass n // len(clips) goes through the videos in an
+    order drawn from (seed, pass) when train is set, else in order; start frame, crop and mirroring are drawn from
+    (seed, n). Each sample is a dict:
+    video float32 (3, T, size, size) in [-1, 1]; number int64, n itself; label int64, -1 when unconditional; index int64, which video;
+    failed int64, how many videos were passed over because they could not be read any more.
+    """
+
+    def __init__(self, source: Source, spec: ClipSpec, seed: int = 0, train: bool = True):
+        """Videos shorter than a clip are left out under short="skip" and listed in `short`."""
+        self.source, self.spec, self.seed, self.train = source, spec, seed, train
+        least = span(spec) if spec.short == "skip" else 1
+        self.videos: list[Video] = [v for v in source.videos if v.record.num_frames >= least]
+        self.short: list[Video] = [v for v in source.videos if v.record.num_frames < least]
+        self.failed: dict[str, str] = {}  # name -> reason, of this process
+        if self.short:
+            logger.info("%s: %d videos are shorter than %d frames", source.name, len(self.short), least)
+        if not self.videos:
+            longest = max((v.record.num_frames for v in self.short), default=0)
+            raise ValueError(
+                f"{source.name}: no usable video ({len(source.videos) + len(source.damaged)} found, "
+                f"{len(source.damaged)} damaged, {len(self.short)} shorter than {least} frames, the longest "
+                f"{longest}); use fewer frames, a smaller interval, or short=stretch|reflect|loop"
+            )
+        self._order = (-1, np.arange(0))
+
+    def __len__(self) -> int:
+        """Usable videos, that is samples of one pass; the stream itself does not end."""
+        return len(self.videos)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the labels; [] when unconditional."""
+        return self.source.class_names
+
+    def name(self, video_index: int) -> str:
+        """A video's path below the root of its source."""
+        return self.videos[video_index].name
+
+    def label(self, video_index: int) -> int:
+        """A video's class, -1 when unconditional."""
+        return self.videos[video_index].label
+
+    def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
+        """A clip of one video: uint8 (T, size, size, 3). Raises ValueError or OSError if it cannot be read."""
+        video = self.videos[video_index]
+        indices = frame_indices(video.record.num_frames, self.spec, rng)
+        return crop_resize_uint8(self.source.read(video, indices, self.spec.size), self.spec, rng)
+
+    def __getitem__(self, n: int) -> dict:
+        import torch
+
+        if n < 0:
+            raise IndexError(f"sample {n}: the stream starts at 0")
+        epoch, place = divmod(int(n), len(self))
+        order = self._pass(epoch)
+        for failed in range(len(self)):
+            video_index = int(order[(place + failed) % len(self)])
+            try:
+                clip = self.clip_uint8(video_index, np.random.default_rng((self.seed, int(n))))
+            except (ValueError, OSError) as error:
+                self._report(video_index, error)
+                continue
+            label = self.label(video_index)
+            numbers = {"number": n, "label": label, "index": video_index, "failed": failed}
+            return {"video": to_float(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
+        raise ValueError(
+            f"{self.source.name}: none of the {len(self)} videos can be read; the last: {self.name(video_index)}: "
+            f"{self.failed[self.name(video_index)]}"
+        )
+
+    def _pass(self, epoch: int) -> np.ndarray:
+        if not self.train:
+            return np.arange(len(self))
+        if self._order[0] != epoch:
+            # A third number keeps this stream of draws apart from those of the samples.
+            self._order = (epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self)))
+        return self._order[1]
+
+    def _report(self, video_index: int, error: Exception) -> None:
+        name = self.name(video_index)
+        if name not in self.failed:
+            logger.warning("cannot be read, the next video takes its place: %s: %s", name, error)
+        self.failed[name] = str(error)

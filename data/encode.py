@@ -1,0 +1,75 @@
+"""Write videos: H.264 for people, FFV1 without loss for metrics, animated WebP for logs. uint8 (T, H, W, 3) in."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name in the same folder (made if missing); it becomes `path` when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_frames(frames: np.ndarray, fps: float) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"frames {frames.dtype} {frames.shape}: need uint8 (T, H, W, 3), T >= 1")
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: must be above 0")
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format: str, options: dict) -> None:
+    import av
+
+    _check_frames(frames, fps)
+    with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixel_format
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixel_format)))
+        container.mux(stream.encode())
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 (T, H, W, 3) as H.264 (crf 18, 4:2:0) for people to look at; not for metrics: see write_ffv1.
+
+    An odd width or height is padded by repeating the last column or row.
+    """
+    _check_frames(frames, fps)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    _encode(Path(path), frames, fps, "libx264", "yuv420p", {"crf": "18"})
+
+
+def write_ffv1(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 (T, H, W, 3) without loss (FFV1, .mkv): read_frames gives the same numbers back."""
+    if Path(path).suffix != ".mkv":
+        raise ValueError(f"{path}: FFV1 goes into a .mkv file")
+    _encode(Path(path), frames, fps, "ffv1", "bgr0", {})
+
+
+def encode_webp(frames: np.ndarray, fps: float) -> bytes:
+    """uint8 (T, H, W, 3) as the bytes of an animated WebP that loops forever."""
+    _check_frames(frames, fps)
+    first, *others = [Image.fromarray(np.ascontiguousarray(picture)) for picture in frames]
+    buffer = io.BytesIO()
+    duration_ms = max(1, round(1000 / fps))
+    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=duration_ms, loop=0, quality=85)
+    return buffer.getvalue()

@@ -1,0 +1,189 @@
+"""Reading is frame-exact whatever the file, writing is atomic, listing is complete."""
+
+import logging
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.video import (
+    _decord_reads,
+    _read_av,
+    _read_decord,
+    encode_webp,
+    list_videos,
+    natural_key,
+    probe,
+    read_frames,
+    write_ffv1,
+    write_mp4,
+)
+
+# name, codec, pixel format, options; those with B-frames or open groups are where decord 0.6 goes wrong.
+FILES = {
+    "mpeg4.avi": ("mpeg4", "yuv420p", {"g": 12, "bf": 0}),
+    "mpeg4_b_frames.avi": ("mpeg4", "yuv420p", {"g": 12, "bf": 2}),
+    "h264.mp4": ("libx264", "yuv420p", {}),
+    "h264_no_b_frames.mp4": ("libx264", "yuv420p", {"g": 12, "bf": 0}),
+    "h264_open_groups.mkv": ("libx264", "yuv420p", {"g": 12, "x264-params": "open-gop=1"}),
+    "h264_10_bits.mp4": ("libx264", "yuv420p10le", {"bf": 0}),
+    "hevc.mp4": ("libx265", "yuv420p", {"g": 12, "x265-params": "log-level=0"}),
+    "vp9.webm": ("libvpx-vp9", "yuv420p", {"g": 12, "deadline": "realtime", "cpu-used": 8}),
+    "mjpeg.avi": ("mjpeg", "yuvj420p", {}),
+    "animated.gif": ("gif", "rgb8", {}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_frames_in_any_order_equal_those_of_a_whole_decode(tmp_path, scene, encode, name):
+    codec, pixel_format, options = FILES[name]
+    path = encode(tmp_path / name, scene, codec, pixel_format, **options)
+    with av.open(str(path)) as container:
+        whole = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert len(whole) == 100
+    rng = np.random.default_rng(0)
+    picks = [list(range(60, 85)), list(range(7, 90, 3)), [0, 50, 99], [99], [70, 3, 70], [37]]
+    picks += [rng.choice(100, 3, replace=False).tolist() for _ in range(6)]
+    for indices in picks:
+        difference = np.abs(read_frames(path, indices).astype(int) - whole[indices])
+        assert difference.max() <= 1, (
+            indices
+        )  # neighbouring frames of the scene differ by 100 levels and more
+
+
+def test_decord_reads_what_it_can_and_the_choice_is_logged_once(tmp_path, scene, encode, caplog):
+    caplog.set_level(logging.INFO, "data.video")
+    plain = encode(tmp_path / "plain.avi", scene[:8], "mpeg4", bf=0)
+    b_frames = encode(tmp_path / "b.avi", scene[:8], "mpeg4", bf=2)
+    tiny = encode(tmp_path / "tiny.mp4", scene[:8, :16, :16], "mpeg4", bf=0)
+    for path in (plain, b_frames, tiny, b_frames, tiny):
+        read_frames(path, [0, 7])
+    assert [_decord_reads(str(path)) for path in (plain, b_frames, tiny)] == [True, False, False]
+    assert sorted(str(record.args[0]) for record in caplog.records) == sorted([str(b_frames), str(tiny)])
+
+
+def test_decord_and_pyav_agree_on_intact_real_clips(assets):
+    rng, compared = np.random.default_rng(0), 0
+    for path in [*list_videos(assets / "ucf101"), assets / "web/flipping_a_pancake.mkv"]:
+        if not _decord_reads(str(path)):
+            continue
+        indices = [*rng.integers(0, 60, 4).tolist(), 59, 0]  # past the first group of pictures
+        frames = _read_decord(path, indices)
+        assert np.abs(frames.astype(int) - _read_av(path, indices)).max() <= 1, path.name
+        compared += 1
+    assert compared >= 11  # UCF101 without ApplyEyeMakeup, whose clips have B-frames
+
+
+def test_rotation_of_the_file_is_applied_by_both_readers(assets):
+    for name, turned in (("0", False), ("90", True), ("180", False), ("270", True)):
+        path = assets / f"corrupt/odd/video_{name}.mov"
+        info = probe(path)
+        assert (info.width, info.height) == ((320, 568) if turned else (568, 320))
+        with av.open(str(path)) as container:
+            stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert stored.shape == (320, 568, 3)
+        upright = read_frames(path, [0])
+        assert np.array_equal(upright, _read_decord(path, [0]))
+        assert np.array_equal(upright, _read_av(path, [0]))
+        assert np.array_equal(upright[0], stored) == (name == "0")
+
+
+def test_ffv1_gives_the_same_bits_back_at_any_size(tmp_path, scene):
+    for height, width in ((64, 64), (63, 41)):
+        frames = scene[:5, :height, :width]
+        write_ffv1(tmp_path / "x.mkv", frames, 8)
+        assert np.array_equal(read_frames(tmp_path / "x.mkv", range(5)), frames)
+        assert np.array_equal(_read_av(tmp_path / "x.mkv", list(range(5))), frames)
+    assert probe(tmp_path / "x.mkv").fps == 8
+
+
+def test_mp4_pads_an_odd_size_and_keeps_rate_and_length(tmp_path, scene):
+    write_mp4(tmp_path / "x.mp4", scene[:9, :63, :41], 29.97)
+    info = probe(tmp_path / "x.mp4")
+    assert (info.num_frames, info.height, info.width) == (9, 64, 42)
+    assert info.fps == pytest.approx(29.97, abs=1e-3)
+    assert (
+        np.abs(read_frames(tmp_path / "x.mp4", [4])[0, :63, :41].astype(int) - scene[4, :63, :41]).mean() < 4
+    )
+
+
+def test_webp_is_an_animation_of_all_frames(scene, tmp_path):
+    (tmp_path / "x.webp").write_bytes(encode_webp(scene[:6], 10))
+    with Image.open(tmp_path / "x.webp") as picture:
+        assert (picture.n_frames, picture.size, picture.info["loop"]) == (6, (64, 64), 0)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, scene, monkeypatch):
+    write_ffv1(tmp_path / "x.mkv", scene[:3], 8)
+    before = (tmp_path / "x.mkv").read_bytes()
+    with pytest.raises(ValueError, match="need uint8"):
+        write_ffv1(tmp_path / "x.mkv", scene[:3].astype(np.float32), 8)
+    with pytest.raises((OSError, ValueError)):
+        write_mp4(tmp_path / "x.mkv" / "y.mp4", scene[:3], 8)  # a file is no folder
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data.encode.os.replace", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_ffv1(tmp_path / "x.mkv", scene[:9], 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mkv"]
+    assert (tmp_path / "x.mkv").read_bytes() == before
+
+
+def _images(folder, frames, name="{:d}.png", first=1):
+    folder.mkdir(parents=True)
+    for n, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / name.format(n + first))
+    return folder
+
+
+def test_a_folder_of_frames_reads_like_a_video_in_natural_order(tmp_path, scene):
+    folder = _images(tmp_path / "clip", scene[:12], "f_{:d}.png")  # f_2 before f_10
+    (folder / "Thumbs.db").write_bytes(b"junk")
+    assert np.array_equal(read_frames(folder, [11, 0, 1]), scene[[11, 0, 1]])
+    info = probe(folder)
+    assert (info.num_frames, info.fps, info.width, info.height) == (12, 0.0, 64, 64)
+
+
+def test_indices_outside_the_video_are_a_clear_error(tmp_path, scene, encode):
+    avi = encode(tmp_path / "a.avi", scene[:9], "mpeg4", bf=0)
+    b_frames = encode(tmp_path / "b.avi", scene[:9], "mpeg4", bf=2)
+    folder = _images(tmp_path / "c", scene[:9])
+    for path in (avi, b_frames, folder):
+        with pytest.raises(ValueError, match=r"frame 9 asked.*0\.\.8"):
+            read_frames(path, [3, 9])
+        with pytest.raises(ValueError, match="none below 0"):
+            read_frames(path, [-1])
+
+
+def test_unreadable_files_are_one_line_that_names_them(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("text.mp4", "empty.avi", "folder", "absent.avi"):
+        for call in (probe, lambda path: read_frames(path, [0])):
+            with pytest.raises(ValueError, match=name):
+                call(tmp_path / name)
+
+
+def test_listing_finds_files_and_frame_folders_and_no_junk(tmp_path, scene, encode):
+    encode(tmp_path / "b" / "clip_10.avi", scene[:2], "mpeg4")
+    encode(tmp_path / "b" / "clip_2.AVI".lower(), scene[:2], "mpeg4")
+    (tmp_path / "b" / "poster.jpg").write_bytes(b"x")  # beside videos: not a folder of frames
+    _images(tmp_path / "a" / "v_1" / "v_1_3", scene[:2])
+    (tmp_path / "a" / "v_1" / "v_1_3" / "extra").mkdir()  # an empty sub-folder does not hide the frames
+    _images(tmp_path / ".hidden", scene[:2])
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    names = [path.relative_to(tmp_path).as_posix() for path in list_videos(tmp_path)]
+    assert names == ["a/v_1/v_1_3", "b/clip_2.avi", "b/clip_10.avi"]
+    with pytest.raises(ValueError, match="no such folder"):
+        list_videos(tmp_path / "absent")
+
+
+def test_natural_key_orders_numbers_by_value():
+    assert sorted(["x10", "x9", "X1", "x", "9", "y2z10", "y2z9"], key=natural_key) == [
+        "9", "x", "X1", "x9", "x10", "y2z9", "y2z10"
+    ]  # fmt: skip
