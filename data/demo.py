@@ -56,7 +56,7 @@ class DemoVideos:
         y, x = axis[None, :, None], axis[None, None, :]
         picture = _background(rng, x, y)
         picture = np.broadcast_to(picture, (len(indices), size, size, 3)).copy()
-        num_shapes = int(rng.integers(2, 4)) if index % self.num_classes < 6 else 3
+        num_shapes = 2 if index % self.num_classes < 6 else 3
         hue, phase = rng.random(), rng.random()
         for n in range(num_shapes):
             colour = np.array(
@@ -64,7 +64,7 @@ class DemoVideos:
             )
             shape = {
                 "square": bool(rng.integers(2)),
-                "radius": rng.uniform(0.13, 0.19),
+                "radius": rng.uniform(0.22, 0.3),
                 "slot": (phase + n / num_shapes) % 1,
                 "cross": (n + rng.uniform(0.35, 0.65)) / num_shapes,
             }

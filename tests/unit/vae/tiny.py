@@ -1,0 +1,62 @@
+"""Small real models and what tests measure on them."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vae.odvae import ODVAE
+
+WIDTHS = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
+
+
+def tiny(preset: str = "odvae", dtype=torch.float64, **overrides) -> ODVAE:
+    """A preset at width 8 in eval mode, its weights enlarged so that no path of the network fades."""
+    model = ODVAE.preset(preset, **{**WIDTHS, **overrides}).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def clip(T: int, H: int = 16, W: int = 24, B: int = 1, dtype=torch.float64) -> torch.Tensor:
+    return torch.rand(B, 3, T, H, W, dtype=dtype) * 2 - 1
+
+
+def pieces(x: torch.Tensor, plan: list[int]):
+    """x cut along time; copies, so that nobody can look at a neighbour."""
+    return (piece.clone() for piece in x.split(plan, dim=2))
+
+
+def moments(model: ODVAE, x: torch.Tensor) -> torch.Tensor:
+    return model.encode(x).latent_dist.parameters
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the tensors made inside the context and alive at the same time; the same on every machine."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_):
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)

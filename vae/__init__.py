@@ -1,0 +1,30 @@
+"""Video VAEs: OD-VAE and the six VAEs that the paper compares it with. Importing `vae` imports no torch.
+
+from vae import load_vae
+vae = load_vae("checkpoints/odvae")            # folder: class chosen by its config.json
+z = vae.encode(x).latent_dist.mode()           # x (B, 3, T, H, W) in [-1, 1]
+x = vae.decode(z).sample
+"""
+
+from importlib import import_module
+
+from vae.registry import build_vae, describe_vaes, list_vaes, load_vae
+
+_LAZY = {
+    "ODVAE": "odvae",
+    "VideoVAE": "interface",
+    "VideoGaussian": "interface",
+    "SDVAE": "baselines.sd",
+    "SVDVAE": "baselines.svd",
+    "GumbelVQGAN": "baselines.vqgan",
+    "TATSVQGAN": "baselines.tats",
+    "CVVAE": "baselines.cvvae",
+    "OPSVAE": "baselines.ops",
+}
+__all__ = ["build_vae", "describe_vaes", "list_vaes", "load_vae", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""What the baselines share: frame micro-batches, the output of a discrete VAE, reconstruction, refusals."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from vae.interface import VideoGaussian, VideoVAE
+
+
+@dataclass
+class VideoVQOutput(BaseOutput):
+    """Encoding of a discrete VAE: latents (B, C, t, h, w), the chosen codebook entries; codes (B, t, h, w) int64."""
+
+    latents: Tensor
+    codes: Tensor
+
+
+class Baseline(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
+    """Base of the six baselines; a subclass gives `encode`, `decode` and what VideoVAE asks for."""
+
+    _tiling_refusal = "it has no temporal tiling"
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        """Reconstruct: sample (B, 3, T, H, W) in [-1, 1] -> DecoderOutput of the same shape.
+
+        sample_posterior draws the latents (with `generator`), else the posterior's mode is decoded; a discrete
+        VAE decodes its codes.
+        """
+        if self.discrete:
+            z = self.encode(sample).latents
+        else:
+            posterior = self._posterior(sample, sample_posterior, generator)
+            z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, num_frames=sample.shape[2], return_dict=return_dict)
+
+    def _posterior(self, sample: Tensor, sample_posterior: bool, generator: torch.Generator | None):
+        return self.encode(sample).latent_dist
+
+    def enable_tiling(self, *args, **kwargs) -> None:
+        raise ValueError(f"{type(self).__name__}: tiling cannot be switched on: {self._tiling_refusal}")
+
+    enable_slicing = enable_spatial_tiling = enable_tiling
+
+    def _check_latents(self, z: Tensor, num_frames: int | None) -> int:
+        """Number of frames that decode must return; ValueError unless z is (B, C, t, h, w) and agrees with it."""
+        if z.ndim != 5 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents of shape {tuple(z.shape)}: {type(self).__name__} needs "
+                f"(B, {self.config.latent_channels}, t, h, w)"
+            )
+        t = z.shape[2]
+        if num_frames is None:
+            return self.pixel_frames(t)
+        if self.latent_frames(num_frames) != t:
+            raise ValueError(
+                f"num_frames={num_frames} is {self.latent_frames(num_frames)} latent frames, but z has {t}"
+            )
+        return num_frames
+
+
+def fold(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B T, C, H, W)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold(x: Tensor, B: int) -> Tensor:
+    """(B T, C, H, W) -> (B, C, T, H, W)."""
+    return x.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def map_frames(fn: Callable[[Tensor], Tensor], x: Tensor, frame_batch: int) -> Tensor:
+    """Apply an image function to every frame of x (B, C, T, H, W), at most `frame_batch` frames at a time."""
+    return unfold(torch.cat([fn(part) for part in fold(x).split(frame_batch)]), x.shape[0])
+
+
+def check_frame_batch(frame_batch: int) -> None:
+    if frame_batch < 1:
+        raise ValueError(f"frame_batch={frame_batch}: at least one frame goes through the network at a time")
+
+
+def posterior_output(moments: Tensor, return_dict: bool):
+    """moments (B, 2C, t, h, w) -> AutoencoderKLOutput, or a 1-tuple."""
+    posterior = VideoGaussian(moments)
+    return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+
+def decoder_output(x: Tensor, return_dict: bool):
+    return DecoderOutput(sample=x) if return_dict else (x,)

@@ -1,0 +1,153 @@
+"""Reading official weight files: tensors only, nothing in a file is executed, keys and shapes checked strictly."""
+
+import argparse
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass
+class Release:
+    """What was read: tensors by name, the config.json beside them if any, Lightning's training arguments if any."""
+
+    source: str
+    state: dict[str, Tensor]
+    config: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key not in self.state:
+            raise ValueError(
+                f"{self.source}: no key {key!r}; it has {len(self.state)} keys, e.g. {_some(self.state)}"
+            )
+        return tuple(self.state[key].shape)
+
+    def count(self, pattern: str) -> int:
+        """1 + the greatest number that the group of `pattern` takes among the keys; 0 if none."""
+        found = (re.match(pattern, key) for key in self.state)
+        return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+    def widths(self, pattern: str, levels: int) -> list[int]:
+        """Output channels of the tensors `pattern` % level."""
+        return [self.shape(pattern % level)[0] for level in range(levels)]
+
+    def keep(self, prefixes: tuple[str, ...], drop: tuple[str, ...]) -> None:
+        """Keep keys with one of `prefixes` (all if empty), but none with one of `drop`."""
+        self.state = {
+            key: value
+            for key, value in self.state.items()
+            if not key.startswith(drop) and (not prefixes or key.startswith(prefixes))
+        }
+
+
+def _some(keys, most: int = 20) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def find_file(source: Path) -> Path:
+    """The weight file: `source` itself, or the only one (safetensors first) in the folder `source`."""
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such file or folder")
+    for suffixes in (_SUFFIXES[:1], _SUFFIXES[1:]):
+        files = sorted(f for f in source.iterdir() if f.suffix in suffixes and f.is_file())
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise ValueError(
+                f"{source}: several weight files ({_some(f.name for f in files)}): name the file itself"
+            )
+    raise ValueError(f"{source}: no weight file ({', '.join(_SUFFIXES)}) in this folder")
+
+
+class _Inert:
+    """Stands for any Python object in a checkpoint that is no tensor: takes any arguments, does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _torch_load(file: Path):
+    """torch.load(weights_only=True), with argparse.Namespace read and other foreign classes made inert.
+
+    Lightning stores callbacks beside the weights (taming) and the training arguments as a Namespace (TATS).
+    """
+    allowed = [argparse.Namespace]
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (ValueError, RuntimeError):  # a file in the format before torch 1.6 cannot be listed beforehand
+        unknown = []
+    unknown = [name for name in unknown if name != "argparse.Namespace"]
+    if unknown:
+        logger.warning("%s: ignoring stored objects that are no tensors: %s", file, _some(unknown))
+        allowed += [(type("Inert", (_Inert,), {}), name) for name in unknown]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as weights without running code: {error}") from error
+
+
+def read_release(source: str | Path) -> Release:
+    """Tensors of a .safetensors or torch file (or of a folder with one), its `state_dict` entry if it has one."""
+    source = Path(source)
+    file = find_file(source)
+    arguments: dict = {}
+    if file.suffix == ".safetensors":
+        try:
+            content = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged safetensors file: {error}") from error
+    else:
+        content = _torch_load(file)
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            given = content.get("hyper_parameters") or {}
+            given = given.get("args", given) if isinstance(given, dict) else given
+            arguments = vars(given) if isinstance(given, argparse.Namespace) else dict(given)
+            content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    config = {}
+    if (file.parent / "config.json").is_file():
+        config = json.loads((file.parent / "config.json").read_text())
+    return Release(str(file), state, config, arguments)
+
+
+def load_strict(build: Callable[[], nn.Module], release: Release, state: dict[str, Tensor]) -> nn.Module:
+    """Build on the meta device and take over exactly these tensors, dtype kept; ValueError lists what differs."""
+    with torch.device("meta"):
+        model = build()
+    own = model.state_dict()
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    wrong = {"missing": missing, "extra": extra, "misshapen": shapes}
+    if any(wrong.values()):
+        text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"{release.source} does not fit {type(model).__name__}: {text}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()

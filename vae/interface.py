@@ -1,0 +1,158 @@
+"""What every video VAE of this project answers: the VideoVAE mixin and the Gaussian posterior over a clip.
+
+Letters: B batch, C latent channels, T H W frames and pixels, t h w latent frames and positions.
+Pixels are float in [-1, 1], shape (B, 3, T, H, W); latents are (B, C, t, h, w).
+"""
+
+import torch
+from torch import Tensor
+
+
+class VideoGaussian:
+    """Diagonal Gaussian posterior over a latent clip; answers as diffusers' DiagonalGaussianDistribution.
+
+    parameters: (B, 2C, t, h, w), mean and log-variance stacked along dim 1. `logvar` is clamped to [-30, 20].
+    Unlike diffusers' class, `kl()` sums over every dimension but the batch, time included.
+    """
+
+    def __init__(self, parameters: Tensor):
+        if parameters.ndim < 2 or parameters.shape[1] % 2:
+            raise ValueError(
+                f"parameters have shape {tuple(parameters.shape)}: dim 1 must hold mean and logvar, 2C channels"
+            )
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw, (B, C, t, h, w); a CPU generator gives the same noise on every device."""
+        mean = self.mean
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
+        return mean + self.std * noise.to(mean.device)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL to the standard normal in nats, (B,): summed over channels, time and space."""
+        return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+class VideoVAE:
+    """Mixin of every video VAE; the model's `config` may hold scaling_factor, latents_mean, latents_std.
+
+    Class attributes say what the model is; subclasses set them. `frame_rule` names the clip lengths it takes:
+    "any", "4n+1" (a first frame alone, then groups of four) or "4n".
+    """
+
+    spatial_compression_ratio: int = 8
+    temporal_compression_ratio: int = 1
+    causal: bool = False
+    discrete: bool = False
+    frame_rule: str = "any"
+
+    def latent_frames(self, T: int) -> int:
+        """Latent frames of a clip of T frames. Raises ValueError where `check_frames` does."""
+        self.check_frames(T)
+        s = self.temporal_compression_ratio
+        return (T - 1) // s + 1 if self.frame_rule == "4n+1" else T // s
+
+    def pixel_frames(self, t: int) -> int:
+        """Frames decoded from t latent frames."""
+        if t < 1:
+            raise ValueError(f"t={t}: a clip has at least one latent frame")
+        s = self.temporal_compression_ratio
+        return (t - 1) * s + 1 if self.frame_rule == "4n+1" else t * s
+
+    def check_frames(self, T: int) -> None:
+        """Raise ValueError, naming the nearest valid length, if the model cannot encode T frames."""
+        s = self.temporal_compression_ratio
+        if self.frame_rule == "4n+1":
+            ok, nearest = T >= 1 and (T - 1) % s == 0, max(0, round((T - 1) / s)) * s + 1
+        elif self.frame_rule == "4n":
+            ok, nearest = T >= s and T % s == 0, max(1, round(T / s)) * s
+        else:
+            ok, nearest = T >= 1, 1
+        if not ok:
+            rule = {"4n+1": "T = 4k + 1 frames", "4n": "T = 4k frames"}.get(
+                self.frame_rule, "at least 1 frame"
+            )
+            raise ValueError(f"T={T}: {type(self).__name__} needs {rule}, e.g. {nearest}")
+
+    def check_video(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (B, 3, T, H, W) with a valid T and sides that the model can divide."""
+        if x.ndim != 5 or x.shape[1] != 3:
+            raise ValueError(
+                f"video of shape {tuple(x.shape)}: needs (B, 3, T, H, W); an image is T = 1, e.g. x[:, :, None]"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"video of dtype {x.dtype}: needs float in [-1, 1], e.g. x.float() / 127.5 - 1")
+        self.check_frames(x.shape[2])
+        s, (H, W) = self.spatial_compression_ratio, x.shape[3:]
+        if H < s or W < s or H % s or W % s:
+            near = tuple(max(1, n // s) * s for n in (H, W))
+            raise ValueError(
+                f"H={H}, W={W}: sides must be multiples of {s}, e.g. crop to {near[0]} x {near[1]}"
+            )
+
+    def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
+        if mean is None or std is None:
+            return None
+        shape = (1, -1) + (1,) * (z.ndim - 2)
+        return tuple(torch.tensor(v, dtype=z.dtype, device=z.device).view(shape) for v in (mean, std))
+
+    @property
+    def has_scaling_rule(self) -> bool:
+        """True if latents can be normalised: channel statistics or a scaling factor are in the config."""
+        config = self.config
+        measured = config.get("latents_mean") is not None and config.get("latents_std") is not None
+        return measured or config.get("scaling_factor") is not None
+
+    def _scaling_factor(self) -> float:
+        if self.config.get("scaling_factor") is None:
+            raise ValueError(
+                f"{type(self).__name__} has no scaling rule: measure latent statistics first "
+                "and give them to set_latent_statistics(mean, std)"
+            )
+        return self.config["scaling_factor"]
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Posterior latents (B, C, t, h, w) -> what a diffusion model sees.
+
+        (z - mean) / std per channel if the config holds latents_mean and latents_std, else z * scaling_factor.
+        """
+        statistics = self._latent_statistics(z)
+        if statistics is None:
+            return z * self._scaling_factor()
+        mean, std = statistics
+        return (z - mean) / std
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        statistics = self._latent_statistics(z)
+        if statistics is None:
+            return z / self._scaling_factor()
+        mean, std = statistics
+        return z * std + mean
+
+    def set_latent_statistics(self, mean, std) -> None:
+        """Store per-channel mean and std (sequences of C floats) in the config; save_pretrained keeps them."""
+        mean, std = ([float(v) for v in values] for values in (mean, std))
+        channels = self.config.get("latent_channels")
+        if len(mean) != len(std) or (channels is not None and len(mean) != channels):
+            raise ValueError(
+                f"{len(mean)} means and {len(std)} stds: both need one value per latent channel ({channels})"
+            )
+        if not all(s > 0 for s in std):
+            raise ValueError(f"latent std {std}: every value must be above 0")
+        self.register_to_config(latents_mean=mean, latents_std=std)

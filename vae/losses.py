@@ -1,0 +1,129 @@
+"""Losses of stage one: reconstruction, KL, perceptual and adversarial terms (paper 4.1).
+
+Reductions are those of Open-Sora-Plan v1.2 (after taming-transformers), odd ones included, because the paper's
+weights (1e-6 for KL, 0.5 for the adversarial term) only mean something together with them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae.interface import VideoGaussian
+
+
+@dataclass
+class ReconstructionLoss:
+    """Scalars of one step. total = nll + kl_weight * kl is what the generator minimises; rec, perceptual are to log."""
+
+    total: Tensor
+    nll: Tensor  # summed over C, H, W, mean over frames
+    kl: Tensor  # nats, summed over the latent clip, mean over the batch
+    rec: Tensor  # mean over every element, detached
+    perceptual: Tensor  # mean over frames, detached; 0 without a perceptual term
+
+
+def reconstruction_and_kl(
+    x: Tensor,
+    xhat: Tensor,
+    posterior: VideoGaussian,
+    *,
+    kl_weight: float = 1e-6,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    perceptual_weight: float = 1.0,
+    loss_type: str = "l1",
+) -> ReconstructionLoss:
+    """Reconstruction, perceptual and KL terms. x, xhat: (B, 3, T, H, W) in [-1, 1].
+
+    perceptual: frames (B T, 3, H, W) twice -> one distance per frame, e.g. `LPIPSLoss`.
+    nll = (1 / BT) sum over frames, channels and pixels of (|x - xhat| + perceptual_weight * p), so a frame's p is
+    counted C * H * W times (as upstream: that broadcast sets the balance of the two terms). The KL term is divided
+    by B alone, not by the number of frames. Upstream's learned log-variance is fixed at 0 in its 3D loss, so it is
+    left out here.
+    """
+    if x.shape != xhat.shape:
+        raise ValueError(f"x is {tuple(x.shape)}, xhat is {tuple(xhat.shape)}: both need (B, 3, T, H, W)")
+    if loss_type not in ("l1", "l2"):
+        raise ValueError(f'loss_type={loss_type!r}: needs "l1" or "l2"')
+    B, _, T, _, _ = x.shape
+    x, xhat = (v.transpose(1, 2).flatten(0, 1) for v in (x, xhat))  # (B T, C, H, W)
+    error = (x - xhat).abs() if loss_type == "l1" else (x - xhat).square()
+    nll = error.sum() / (B * T)
+    distance = error.new_zeros(())
+    if perceptual is not None and perceptual_weight > 0:
+        distance = perceptual(x, xhat).reshape(B * T).mean()
+        nll = nll + perceptual_weight * x[0].numel() * distance
+    kl = posterior.kl().sum() / B
+    return ReconstructionLoss(nll + kl_weight * kl, nll, kl, error.detach().mean(), distance.detach())
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean D(xhat): what the VAE minimises to fool the discriminator."""
+    return -fake_logits.mean()
+
+
+def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Discriminator's hinge loss, half the sum of its two means. Give it logits of a detached xhat."""
+    return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+
+
+def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """|d nll / d W| / (|d g_loss / d W| + 1e-4), clamped to [0, 1e4], detached; W = `ODVAE.last_decoder_layer`.
+
+    Balances the adversarial term with the others. Multiply it by the term's own weight (0.5 upstream).
+    Keeps the graph, so that backward can follow.
+    """
+    (nll_grad,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
+    (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+    weight = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
+    return weight.clamp(0.0, 1e4).detach()
+
+
+_BACKBONE_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
+
+
+class LPIPSLoss(nn.Module):
+    """LPIPS distance per frame (PyPI package `lpips`), frozen; gradients flow to the frames only.
+
+    The linear heads come with the package. The ImageNet backbone is read from `weights` (torchvision's file) or from
+    torch's hub cache, never downloaded. Raises ValueError if it is in neither place.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None):
+        super().__init__()
+        if net not in _BACKBONE_FILES:
+            raise ValueError(f"net={net!r}: needs one of {', '.join(_BACKBONE_FILES)}")
+        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE_FILES[net])
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: no {net} backbone for LPIPS. Put torchvision's {_BACKBONE_FILES[net]} there or give its path, "
+                "or train without the perceptual term: loss.perceptual_weight=0"
+            )
+        import lpips
+
+        self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        load_backbone(self.lpips.net, torch.load(path, map_location="cpu", weights_only=True))
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LPIPSLoss":
+        """Stays in eval mode: its heads have dropout."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, xhat: Tensor) -> Tensor:
+        """x, xhat: (N, 3, H, W) in [-1, 1] -> (N,)."""
+        return self.lpips(x, xhat).flatten()
+
+
+def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill lpips' sliced backbone (`sliceK.INDEX.weight`) from torchvision's `features.INDEX.weight`, strictly."""
+    own = net.state_dict()
+    names = {key: "features." + key.split(".", 1)[1] for key in own}
+    wrong = [n for key, n in names.items() if n not in weights or weights[n].shape != own[key].shape]
+    if wrong:
+        raise ValueError(
+            f"not a torchvision backbone: {len(wrong)} tensors missing or misshapen, first {wrong[0]}"
+        )
+    net.load_state_dict({key: weights[name] for key, name in names.items()})

@@ -1,0 +1,400 @@
+"""OD-VAE: a causal 3D video VAE that compresses 4x in time and 8 x 8 in space (paper section 3).
+
+Parameter names are those of Open-Sora-Plan, so released weights load directly (vae/release.py).
+At inference a streamable model always works in the same steps: frame 0, then four frames (one latent frame) at a
+time. Whole clips and streams therefore agree to the bit, and memory does not grow with the clip's length.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from vae.interface import VideoGaussian, VideoVAE
+from vae.layers import (
+    CausalConv3d,
+    FrameAttention,
+    FrameConv2d,
+    ResBlock,
+    StreamState,
+    VideoGroupNorm,
+    conv3x3,
+    regroup,
+)
+from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, SpatialUpsample
+from vae.tiling import over_groups, over_tiles
+from vae.variants import PRESETS, Layout, find_layout
+
+
+class MidBlock(nn.Module):
+    """Residual block, per-frame attention, residual block, at the deepest level."""
+
+    def __init__(self, layout: Layout, channels: int, groups: int, scope: str):
+        super().__init__()
+        self.block_1 = ResBlock(layout.mid, channels, channels, groups, scope)
+        self.attn_1 = FrameAttention(channels, groups, scope, layout.scrambled_attention)
+        self.block_2 = ResBlock(layout.mid, channels, channels, groups, scope)
+
+
+class Level(nn.Module):
+    """The residual blocks of one level; the model adds its resampling modules."""
+
+    def __init__(self, kind: str, count: int, in_channels: int, channels: int, groups: int, scope: str):
+        super().__init__()
+        widths = [in_channels] + [channels] * count
+        self.block = nn.ModuleList(ResBlock(kind, a, channels, groups, scope) for a in widths[:-1])
+
+
+class _Chain(nn.Module):
+    """conv_in, the subclass's `_blocks()` in order (checkpointed in training if asked), norm_out, SiLU, conv_out."""
+
+    gradient_checkpointing = False
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        x = self.conv_in(x, state)
+        for block in self._blocks():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, state)
+            else:
+                x = block(x, state)
+        return self.conv_out(x, state, self.norm_out)
+
+
+class Encoder(_Chain):
+    """(B, 3, T, H, W) -> (B, 2C, t, h, w), mean and log-variance before quant_conv."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        in_channels: int,
+        out_channels: int,
+        widths,
+        blocks: int,
+        groups: int,
+        scope: str,
+    ):
+        super().__init__()
+        self.conv_in = conv3x3(layout.conv_in, in_channels, widths[0])
+        self.down = nn.ModuleList()
+        before = widths[0]
+        for i, width in enumerate(widths):
+            level = Level(layout.encoder_blocks[i], blocks, before, width, groups, scope)
+            if layout.down[i]:
+                level.downsample = Downsample(layout.down[i], width)
+            if layout.time_down[i]:
+                level.time_downsample = TIME_DOWN[layout.time_down[i]](width)
+            self.down.append(level)
+            before = width
+        self.mid = MidBlock(layout, before, groups, scope)
+        self.norm_out = VideoGroupNorm(groups, before, scope)
+        self.conv_out = CausalConv3d(before, out_channels, 3, padding=1)
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        for level in self.down:
+            yield from level.block
+            yield from (m for name, m in level.named_children() if name != "block")
+        yield from self.mid.children()
+
+
+class Decoder(_Chain):
+    """(B, C, t, h, w), after post_quant_conv -> (B, 3, T, H, W); no output activation."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        in_channels: int,
+        out_channels: int,
+        widths,
+        blocks: int,
+        groups: int,
+        up: tuple,
+        scope: str,
+    ):
+        super().__init__()
+        before = widths[-1]
+        self.conv_in = CausalConv3d(in_channels, before, 3, padding=1)
+        self.mid = MidBlock(layout, before, groups, scope)
+        levels = []
+        for i in reversed(range(len(widths))):  # the deepest level comes first
+            level = Level(layout.decoder_blocks[i], blocks + 1, before, widths[i], groups, scope)
+            before = widths[i]
+            if layout.up[i] == "st":
+                level.upsample = SpaceTimeUpsample(before, *up)
+            elif layout.up[i]:
+                level.upsample = SpatialUpsample(layout.up[i], before)
+            if layout.time_up[i]:
+                level.time_upsample = TIME_UP[layout.time_up[i]](before)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        final_scope = "frame" if layout.conv_out == "2d" else scope
+        self.norm_out = VideoGroupNorm(groups, before, final_scope)
+        self.conv_out = conv3x3(layout.conv_out, before, out_channels)
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        yield from self.mid.children()
+        for level in reversed(self.up):
+            yield from level.block
+            yield from (m for name, m in level.named_children() if name != "block")
+
+
+class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
+    """The omni-dimensional VAE and its variants.
+
+    variant: 1 to 4 (paper Fig. 2; 4 is OD-VAE), or "osp_v1_0" / "osp_v1_1", released older layouts.
+    norm_scope: "frame" (causal; a clip's latents at frames 0, 4, 8... start as SD-VAE's) or "clip" (as released).
+    spatial_up, temporal_up: how the space-time upsamplers enlarge: "nearest", or "trilinear" / "linear" as released.
+    scaling_factor: what `normalize` multiplies latents by until latents_mean / latents_std are measured.
+
+    Deviation: the released v1.2 is "clip", "trilinear", "linear" (preset "osp_v1_2"); it looks at later frames and
+    does not satisfy the paper's Eq. 4 when decoding. The default satisfies it and can be streamed.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    temporal_compression_ratio = 4
+    frame_rule = "4n+1"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        variant: int | str = 4,
+        norm_scope: str = "frame",
+        spatial_up: str = "nearest",
+        temporal_up: str = "nearest",
+        scaling_factor: float | None = 0.18215,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        layout = find_layout(variant)
+        for name, value, known in (
+            ("norm_scope", norm_scope, ("frame", "clip")),
+            ("spatial_up", spatial_up, ("nearest", "trilinear")),
+            ("temporal_up", temporal_up, ("nearest", "linear")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: needs one of {known}")
+        widths = tuple(block_out_channels)
+        if len(widths) != 4 or any(w % norm_num_groups for w in widths):
+            raise ValueError(
+                f"block_out_channels={widths}: needs 4 widths, multiples of norm_num_groups={norm_num_groups}"
+            )
+        shared = {
+            "widths": widths,
+            "blocks": layers_per_block,
+            "groups": norm_num_groups,
+            "scope": norm_scope,
+        }
+        self.encoder = Encoder(layout, in_channels, 2 * latent_channels, **shared)
+        self.decoder = Decoder(layout, latent_channels, out_channels, up=(spatial_up, temporal_up), **shared)
+        self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
+        self.use_slicing = False
+        self._groups: tuple[int, int] | None = None  # frames, latents of a temporal group
+        self._tiles: tuple[int, int] | None = None  # side, step of a spatial tile, in latents
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "ODVAE":
+        """Random weights in a named configuration: "odvae", "osp_v1_2", "osp_v1_1" or "osp_v1_0"."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r}: known are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def causal(self) -> bool:
+        """True if no latent or frame depends on later ones; only then can the model be streamed."""
+        return self._why_not_causal() is None
+
+    def _why_not_causal(self) -> str | None:
+        config = self.config
+        if config.norm_scope != "frame":
+            return f"norm_scope={config.norm_scope!r} takes statistics over the whole clip"
+        if config.temporal_up != "nearest" or any(find_layout(config.variant).time_up):
+            return "linear upsampling in time looks at the next latent frame"
+        return None
+
+    @property
+    def last_decoder_layer(self) -> nn.Parameter:
+        """Weight of decoder.conv_out, where the adaptive GAN weight is measured (vae/losses.py)."""
+        conv = self.decoder.conv_out
+        return conv.weight if isinstance(conv, FrameConv2d) else conv.conv.weight
+
+    # ---- encode and decode -------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[VideoGaussian]:
+        """x: (B, 3, T, H, W) in [-1, 1], T = 4k + 1, H and W multiples of 8 -> posterior of (B, C, k + 1, h, w).
+
+        Latents are not normalised. Raises ValueError for any other length or side.
+        """
+        self.check_video(x)
+        samples = x.split(1) if self.use_slicing else (x,)
+        posterior = VideoGaussian(torch.cat([self._encode_tiled(s) for s in samples]))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """z: (B, C, t, h, w), not normalised -> (B, 3, 4 (t - 1) + 1, 8 h, 8 w), about [-1, 1], not clamped."""
+        self._check_latents(z)
+        samples = z.split(1) if self.use_slicing else (z,)
+        sample = torch.cat([self._decode_tiled(s) for s in samples])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = True,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode, draw (or take the mean of) the posterior, decode. sample: (B, 3, T, H, W) in [-1, 1]."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def _check_latents(self, z: Tensor) -> None:
+        C = self.config.latent_channels
+        if z.ndim != 5 or z.shape[1] != C or min(z.shape) < 1:
+            raise ValueError(f"latents of shape {tuple(z.shape)}: needs (B, {C}, t, h, w)")
+
+    def _encode_tiled(self, x: Tensor) -> Tensor:
+        fn = self._moments
+        if self._tiles:
+            side, step = self._tiles
+            fn = lambda v: over_tiles(self._moments, v, 8 * side, 8 * step, side, step)  # noqa: E731
+        return over_groups(fn, x, self._groups[0]) if self._groups else fn(x)
+
+    def _decode_tiled(self, z: Tensor) -> Tensor:
+        fn = self._pixels
+        if self._tiles:
+            side, step = self._tiles
+            fn = lambda v: over_tiles(self._pixels, v, side, step, 8 * side, 8 * step)  # noqa: E731
+        return over_groups(fn, z, self._groups[1]) if self._groups else fn(z)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, 2C, t, h, w): in steps at inference, at once in training."""
+        if torch.is_grad_enabled() or not self.causal:
+            return self.quant_conv(self.encoder(x))
+        return torch.cat(list(self._encode_steps([x])), dim=2)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """(B, C, t, h, w) -> (B, 3, T, H, W): in steps at inference, at once in training."""
+        if torch.is_grad_enabled() or not self.causal:
+            return self.decoder(self.post_quant_conv(z))
+        B, _, t, h, w = z.shape
+        out, at = None, 0
+        for frames in self._decode_steps([z]):
+            if out is None:
+                out = frames.new_empty((B, frames.shape[1], self.pixel_frames(t), 8 * h, 8 * w))
+            out[:, :, at : at + frames.shape[2]] = frames
+            at += frames.shape[2]
+        return out
+
+    # ---- streams -----------------------------------------------------------------------------------------
+
+    def _encode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        state = StreamState()
+        for step in regroup(chunks, self.temporal_compression_ratio):
+            yield self.quant_conv(self.encoder(step, state), state)
+            state.first = False
+
+    def _decode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        state = StreamState()
+        for step in regroup(chunks, 1):
+            yield self.decoder(self.post_quant_conv(step, state), state)
+            state.first = False
+
+    @torch.no_grad()
+    def stream_encode(self, frames: Iterable[Tensor]) -> Iterator[VideoGaussian]:
+        """Encode a clip that arrives in pieces, in constant memory, to the bit as `encode` does at once.
+
+        frames: iterable of (B, 3, n, H, W) in [-1, 1], any n >= 1 each. Yields the posterior of one latent frame
+        as soon as it is determined: after frame 0, then after every four frames.
+        Raises ValueError if the model is not causal, or if the stream ends between latent frames.
+        """
+        self._check_streamable()
+        seen = 0
+
+        def checked():
+            nonlocal seen
+            for chunk in frames:
+                self.check_video(chunk[:, :, :1])
+                seen += chunk.shape[2]
+                yield chunk
+
+        for moments in self._encode_steps(checked()):
+            yield VideoGaussian(moments.contiguous())
+        self.check_frames(seen)
+
+    @torch.no_grad()
+    def stream_decode(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latents that arrive in pieces, in constant memory, to the bit as `decode` does at once.
+
+        latents: iterable of (B, C, n, h, w), not normalised, any n >= 1. Yields (B, 3, 1, H, W), then
+        (B, 3, 4, H, W) per latent frame. Raises ValueError if the model is not causal.
+        """
+        self._check_streamable()
+
+        def checked():
+            for chunk in latents:
+                self._check_latents(chunk)
+                yield chunk
+
+        for frames in self._decode_steps(checked()):
+            yield frames.contiguous()
+
+    def _check_streamable(self) -> None:
+        reason = self._why_not_causal()
+        if reason:
+            raise ValueError(
+                f"this model cannot be streamed: {reason}; use enable_tiling(), which is approximate"
+            )
+        if self._tiles:
+            raise ValueError("a stream is not tiled: call disable_tiling() first")
+
+    # ---- tiling ------------------------------------------------------------------------------------------
+
+    def enable_tiling(self, num_frames: int = 33, num_latents: int | None = None) -> None:
+        """Encode and decode in groups that share one frame (paper 3.3; groups of 33 frames in Table 4).
+
+        num_frames: 4k + 1. num_latents: latents of a group when decoding; default k + 1, the encoder's own
+        boundaries. Deviation: Open-Sora-Plan v1.2 decodes groups of 16 latents (61 frames) of 33-frame groups.
+        """
+        self.check_frames(num_frames)
+        num_latents = self.latent_frames(num_frames) if num_latents is None else num_latents
+        if num_latents < 2:
+            raise ValueError(
+                f"num_frames={num_frames}, num_latents={num_latents}: a group needs 2 latents, 5 frames"
+            )
+        self._groups = (num_frames, num_latents)
+
+    def enable_spatial_tiling(self, size: int = 256, overlap: float = 0.25) -> None:
+        """Work on squares of `size` pixels that overlap by the fraction `overlap` and are blended linearly.
+
+        A clip no larger than a tile is never split. Independent of `enable_tiling`.
+        """
+        side = size // self.spatial_compression_ratio
+        step = int(side * (1 - overlap))
+        if (
+            size % self.spatial_compression_ratio
+            or side < 2
+            or not 0 <= overlap < 1
+            or step < 1
+            or side > 2 * step
+        ):
+            raise ValueError(
+                f"size={size}, overlap={overlap}: needs a multiple of 8 from 16 on, and overlap in [0, 0.5]"
+            )
+        self._tiles = (side, step)
+
+    def disable_tiling(self) -> None:
+        """Back to whole frames and whole clips."""
+        self._groups = self._tiles = None

@@ -1,0 +1,238 @@
+"""Names -> VAE classes: list, build with random weights, load a folder, describe. Imports torch only when used.
+
+Classes are chosen from the fixed tables below, never imported by a string found in a file.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: `paper_name` is the paper's, `source` where the official weights are, `convert` how to read them."""
+
+    paper_name: str
+    module: str
+    cls: str
+    licence: str
+    source: str
+    convert: str = ""
+
+
+_SD_SOURCE = "huggingface.co/stabilityai/sd-vae-ft-mse"
+FAMILIES = {
+    "odvae": Family(
+        "OD-VAE",
+        "odvae",
+        "ODVAE",
+        "MIT",
+        "huggingface.co/LanguageBind/Open-Sora-Plan-v1.2.0, subfolder vae",
+        "open-sora-plan",
+    ),
+    "sd2_1": Family("SD-VAE", "baselines.sd", "SDVAE", "MIT (sd-vae-ft-mse)", _SD_SOURCE),
+    "svd": Family(
+        "SVD-VAE",
+        "baselines.svd",
+        "SVDVAE",
+        "stable-video-diffusion-nc-community (gated)",
+        "huggingface.co/stabilityai/stable-video-diffusion-img2vid, subfolder vae",
+    ),
+    "cvvae": Family(
+        "CV-VAE",
+        "baselines.cvvae",
+        "CVVAE",
+        "unknown (no licence file)",
+        "huggingface.co/AILab-CVC/CV-VAE, subfolder vae3d",
+        "cvvae",
+    ),
+    "ops": Family(
+        "OPS-VAE",
+        "baselines.ops",
+        "OPSVAE",
+        "Apache-2.0 (code), openrail++ (2D part)",
+        "huggingface.co/hpcai-tech/OpenSora-VAE-v1.2, model.safetensors",
+        "ops",
+    ),
+    "vqgan": Family(
+        "VQGAN",
+        "baselines.vqgan",
+        "GumbelVQGAN",
+        "MIT (code)",
+        "heibox.uni-heidelberg.de/d/2e5662443a6b4307b470, vqgan_gumbel_f8/checkpoints/last.ckpt",
+        "vqgan",
+    ),
+    "tats": Family(
+        "TATS",
+        "baselines.tats",
+        "TATSVQGAN",
+        "MIT",
+        "Google Drive file 1ExV0XdJKlGP4lzn0X2W9307X-DE240iW "
+        "(vqgan_sky_128_488_epoch_12-step_29999-train.ckpt)",
+        "tats",
+    ),
+}
+_BY_CLASS_NAME = {row.cls: name for name, row in FAMILIES.items()}
+# Plain diffusers folders open without conversion.
+_BY_CLASS_NAME |= {"AutoencoderKL": "sd2_1", "AutoencoderKLTemporalDecoder": "svd"}
+_UPSTREAM = {"CausalVAEModel": "open-sora-plan", "CVVAEModel": "cvvae", "VideoAutoencoderPipeline": "ops"}
+
+
+def list_vaes() -> list[str]:
+    """Names that build_vae and load_vae know."""
+    return list(FAMILIES)
+
+
+def _row(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"VAE {name!r}: known names are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _class(name: str):
+    row = _row(name)
+    return getattr(import_module(f"vae.{row.module}"), row.cls)
+
+
+def build_vae(name: str, **config):
+    """A model of that family with random weights, at the paper's size unless `config` overrides it.
+
+    Raises ValueError for an unknown name; TypeError for a config key that the class does not have.
+    """
+    return _class(name)(**config)
+
+
+def _weights_folder(name: str) -> Path:
+    row = _row(name)
+    root = os.environ.get("OMNILATTE_WEIGHTS")
+    folder = Path(root) / name if root else None
+    if folder is not None and folder.is_dir():
+        return folder
+    get = f"get {row.source}"
+    if row.convert:
+        get += f", run `python scripts/convert.py {row.convert} --src FILE --dst DIR`"
+    state = f"{folder} is no folder" if folder else "OMNILATTE_WEIGHTS is not set"
+    raise ValueError(
+        f"no weights for VAE {name!r} ({state}): {get}; then name the folder itself in place of {name!r}, "
+        f"or put it at $OMNILATTE_WEIGHTS/{name}"
+    )
+
+
+def vae_folder(name_or_folder: str | Path, path: str | Path | None = None) -> Path:
+    """The folder that `load_vae` reads for these arguments."""
+    if path is not None:
+        return Path(path)
+    return _weights_folder(str(name_or_folder)) if str(name_or_folder) in FAMILIES else Path(name_or_folder)
+
+
+def _read_class_name(folder: Path) -> str:
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is neither a folder nor one of {', '.join(FAMILIES)}")
+    file = folder / "config.json"
+    if not file.is_file():
+        inner = folder / "vae" / "config.json"
+        hint = f"; did you mean {inner.parent}?" if inner.is_file() else ""
+        raise ValueError(f"{folder} has no config.json, so it is no saved VAE{hint}")
+    try:
+        class_name = json.loads(file.read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
+    if class_name in _BY_CLASS_NAME:
+        return class_name
+    if class_name in _UPSTREAM:
+        family = _UPSTREAM[class_name]
+        raise ValueError(
+            f"{folder} is an upstream {class_name}: convert it first with "
+            f"`python scripts/convert.py {family} --src {folder} --dst DIR`"
+        )
+    raise ValueError(f"{file}: _class_name {class_name!r} is none of {', '.join(_BY_CLASS_NAME)}")
+
+
+def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=None):
+    """Load a VAE in eval mode.
+
+    name_or_folder: a folder with config.json and safetensors (ours, or a plain diffusers AutoencoderKL or
+    AutoencoderKLTemporalDecoder), or a name of list_vaes(). With a name, `path` is its folder; without `path`
+    the folder is $OMNILATTE_WEIGHTS/<name>. dtype: torch dtype of the weights, float32 if not given.
+    Raises ValueError if nothing is there (with the official source and what to do), if the folder is of another
+    family than the name, or if a weight is missing, extra or of another shape.
+    """
+    name = str(name_or_folder) if str(name_or_folder) in FAMILIES else None
+    if path is not None and name is None:
+        raise ValueError(
+            f"VAE {str(name_or_folder)!r} with a path: the name must be one of {', '.join(FAMILIES)}"
+        )
+    folder = vae_folder(name_or_folder, path)
+    class_name = _read_class_name(folder)
+    family = _BY_CLASS_NAME[class_name]
+    if name is not None and family != name:
+        raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
+    cls = _class(family)
+    if class_name == FAMILIES[family].cls:
+        return _load_folder(cls, folder, dtype)
+    import diffusers
+
+    return cls.from_diffusers(_load_folder(getattr(diffusers, class_name), folder, dtype))
+
+
+def _load_folder(cls, folder: Path, dtype):
+    """from_pretrained that stops, with the names, where diffusers would only warn."""
+    options = {"local_files_only": True, "output_loading_info": True}
+    if dtype is not None:
+        options["torch_dtype"] = dtype
+    files = [file.name for file in folder.iterdir()]
+    if not any(".fp16." not in file and file.endswith((".safetensors", ".bin")) for file in files):
+        if any(".fp16." in file for file in files):
+            options["variant"] = "fp16"
+    try:
+        model, info = cls.from_pretrained(str(folder), **options)
+    except (RuntimeError, ValueError) as error:
+        text = str(error).partition(". If you want")[0]  # diffusers' advice there would keep random weights
+        raise ValueError(f"{folder}: weights do not fit config.json: {text}") from error
+    wrong = {kind: list(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        text = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"{folder}: weights do not fit config.json: {text}")
+    return model.eval()
+
+
+def _shorten(keys: list, most: int = 8) -> str:
+    return ", ".join(map(str, keys[:most])) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def describe_vaes() -> list[dict]:
+    """One dict per VAE at the paper's size, weights not needed (counted on the meta device).
+
+    name, paper_name, licence, source; params = nn.Parameters of the shipped module, params_paper_counts = what
+    the paper's Table 1 counts (differs for TATS: with its training losses); vcpr_nominal = product of strides,
+    vcpr_effective_81 = pixels per latent position of an 81-frame clip; latent_frames = {25: .., 33: .., 81: ..}.
+    """
+    import torch
+
+    rows = []
+    for name, family in FAMILIES.items():
+        with torch.device("meta"):
+            model = build_vae(name)
+        frames = {}
+        for T in (25, 33, 81):
+            if model.frame_rule == "4n":
+                model.enable_frame_padding()
+            frames[T] = model.latent_frames(T)
+        params = sum(p.numel() for p in model.parameters())
+        area = model.spatial_compression_ratio**2
+        rows.append(
+            {
+                "name": name,
+                "paper_name": family.paper_name,
+                "licence": family.licence,
+                "source": family.source,
+                "params": params,
+                "params_paper_counts": params + getattr(model, "num_training_parameters", 0),
+                "vcpr_nominal": area * model.temporal_compression_ratio,
+                "vcpr_effective_81": 81 * area / frames[81],
+                "latent_frames": frames,
+            }
+        )
+    return rows

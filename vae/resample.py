@@ -1,0 +1,201 @@
+"""Up- and downsampling in space and time.
+
+Nearest upsampling followed by a convolution is computed, at inference, as small convolutions on the small
+grid, one per output phase (each sums the taps that fall on the same input): 4/9 of the work in space, 8/27 in
+space and time, and the upsampled tensor never exists (it passes 2^31 elements beyond 125 frames of 256 x 256).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae.layers import CausalConv3d, FrameConv2d, StreamState, conv3d, fold_time, unfold_time
+
+
+class Downsample(nn.Module):
+    """Halve H and W with a stride-2 3x3 convolution, zeros added at the right and the bottom only.
+
+    kind: "2d" per frame; "1x3x3" the same with a 3D kernel; "st" a causal 3x3x3 kernel that halves T too,
+    1 + 2n frames to 1 + n.
+    """
+
+    def __init__(self, kind: str, channels: int):
+        super().__init__()
+        if kind == "2d":
+            self.conv = FrameConv2d(channels, channels, 3, stride=2)
+        elif kind == "1x3x3":
+            self.conv = CausalConv3d(channels, channels, (1, 3, 3), stride=(1, 2, 2))
+        else:
+            self.conv = CausalConv3d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)), state)
+
+
+def phase_rows(weight: Tensor, dim: int, phase: int) -> Tensor:
+    """Three taps over an upsampled axis -> the two taps over the small axis that give output phase 0 or 1."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
+
+
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def spatial_phases(weight: Tensor) -> tuple[Tensor, ...]:
+    """(O, I, ..., 3, 3) -> four kernels (O, I, ..., 2, 2), one per output phase (row, column)."""
+    return tuple(phase_rows(phase_rows(weight, -2, a), -1, b).contiguous() for a, b in PHASES)
+
+
+def temporal_phases(weight: Tensor) -> Tensor:
+    """(O, I, 3, kh, kw) -> (2 O, I, 2, kh, kw): first the odd, then the even output frame of a repeated frame.
+
+    After frame 0 every frame stands twice. At its first copy the taps see (before, before, now), at its second
+    (before, now, now).
+    """
+    return torch.cat((phase_rows(weight, 2, 1), phase_rows(weight, 2, 0)))
+
+
+def interleave(x: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, frames_per_input: int = 1) -> Tensor:
+    """Run the four phase convolutions over x and interleave their outputs.
+
+    x: (B, I, T, h, w) with kernels (n O, I, kt, 2, 2) for n = frames_per_input -> (B, O, n (T - kt + 1), 2h, 2w).
+    """
+    B, _, T, h, w = x.shape
+    n, kt = frames_per_input, kernels[0].shape[2]
+    O = kernels[0].shape[0] // n  # noqa: E741
+    out = x.new_empty((B, n * (T - kt + 1), 2 * h, 2 * w, O)).permute(0, 4, 1, 2, 3)  # channels_last_3d
+    x = F.pad(x, (1, 1, 1, 1))
+    bias = bias.repeat(n)
+    for (a, b), kernel in zip(PHASES, kernels, strict=True):
+        y = conv3d(x[..., a : a + h + 1, b : b + w + 1], kernel, bias)
+        for i in range(n):
+            out[:, :, i::n, a::2, b::2] = y[:, i * O : (i + 1) * O]
+    return out
+
+
+class SpatialUpsample(nn.Module):
+    """Nearest x2 in H and W, then a 3x3 convolution. kind: "2d" per frame or "1x3x3" the same as a 3D kernel."""
+
+    def __init__(self, kind: str, channels: int):
+        super().__init__()
+        if kind == "2d":
+            self.conv = FrameConv2d(channels, channels, 3, padding=1)
+        else:
+            self.conv = CausalConv3d(channels, channels, (1, 3, 3), padding=1)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        if state is None:
+            return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
+        conv = self.conv if isinstance(self.conv, FrameConv2d) else self.conv.conv
+        if self not in state.weights:
+            weight = conv.weight.unsqueeze(2) if conv.weight.ndim == 4 else conv.weight
+            state.weights[self] = spatial_phases(weight)
+        return interleave(x, state.weights[self], conv.bias)
+
+
+class SpaceTimeUpsample(nn.Module):
+    """x2 in H, W and, after the first frame, in T; then a causal 3x3x3 convolution: 1 + n frames to 1 + 2n.
+
+    spatial: "nearest" or "trilinear" (bilinear within a frame); temporal: "nearest" (repeat) or "linear". Only
+    nearest in space keeps an image what SD-VAE makes of it (Eq. 4), and only nearest in time is causal; the
+    released Open-Sora-Plan v1.2 is trilinear in both.
+    """
+
+    def __init__(self, channels: int, spatial: str, temporal: str):
+        super().__init__()
+        self.spatial, self.temporal = spatial, temporal
+        self.conv = CausalConv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        if state is None:
+            return self.conv(self._enlarge(double_frames(x, self.temporal)))
+        if self.spatial != "nearest":
+            if not state.first:
+                x = x.repeat_interleave(2, dim=2)
+            return self.conv(self._enlarge(x), state)
+        return self._phases(x, state)
+
+    def _enlarge(self, x: Tensor) -> Tensor:
+        if self.spatial == "nearest":
+            return F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
+        frames = F.interpolate(fold_time(x), scale_factor=2, mode="bilinear", align_corners=False)
+        return unfold_time(frames, x.shape[0])
+
+    def _phases(self, x: Tensor, state: StreamState) -> Tensor:
+        weight, bias = self.conv.conv.weight, self.conv.conv.bias
+        if state.first:
+            state.frames[self] = x
+            return interleave(x, spatial_phases(weight.sum(2, keepdim=True)), bias)
+        if self not in state.weights:
+            state.weights[self] = spatial_phases(temporal_phases(weight))
+        window = torch.cat((state.frames[self], x), dim=2)
+        state.frames[self] = x[:, :, -1:].clone()
+        return interleave(window, state.weights[self], bias, frames_per_input=2)
+
+
+def double_frames(x: Tensor, mode: str) -> Tensor:
+    """1 + n frames -> 1 + 2n: the first kept, the others repeated ("nearest") or interpolated ("linear").
+
+    Linear: frame 0 takes no part in the others, and the last is clamped (as Open-Sora-Plan).
+    """
+    if x.shape[2] == 1:
+        return x
+    first, rest = x[:, :, :1], x[:, :, 1:]
+    if mode == "nearest":
+        return torch.cat((first, rest.repeat_interleave(2, dim=2)), dim=2)
+    before = torch.cat((rest[:, :, :1], rest[:, :, :-1]), dim=2)
+    after = torch.cat((rest[:, :, 1:], rest[:, :, -1:]), dim=2)
+    pairs = torch.stack((0.25 * before + 0.75 * rest, 0.75 * rest + 0.25 * after), dim=3)
+    return torch.cat((first, pairs.flatten(2, 3)), dim=2)
+
+
+def halve_frames(x: Tensor) -> Tensor:
+    """1 + 2n frames -> 1 + n: means over three frames at stride 2, two copies of the first in front."""
+    x = torch.cat((x[:, :, :1].expand(-1, -1, 2, -1, -1), x), dim=2)
+    return F.avg_pool3d(x, (3, 1, 1), stride=(2, 1, 1))
+
+
+class TimeDownsample(nn.Module):
+    """Halve T by averaging (Open-Sora-Plan v1.0)."""
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        return halve_frames(x)
+
+
+class TimeUpsample(nn.Module):
+    """Double T after the first frame, linearly (Open-Sora-Plan v1.0)."""
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        return double_frames(x, "linear")
+
+
+class TimeDownsampleRes(nn.Module):
+    """a * averaged + (1 - a) * convolved, a = sigmoid(mix_factor) (Open-Sora-Plan v1.1)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = nn.Conv3d(channels, channels, 3, stride=(2, 1, 1), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        a = torch.sigmoid(self.mix_factor)
+        padded = torch.cat((x[:, :, :1].expand(-1, -1, 2, -1, -1), x), dim=2)
+        return a * halve_frames(x) + (1 - a) * self.conv(padded)
+
+
+class TimeUpsampleRes(nn.Module):
+    """u = linear x2 in time; a * u + (1 - a) * causal convolution of u (Open-Sora-Plan v1.1)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = CausalConv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        a = torch.sigmoid(self.mix_factor)
+        x = double_frames(x, "linear")
+        return a * x + (1 - a) * self.conv(x)
+
+
+TIME_DOWN = {"pool": lambda channels: TimeDownsample(), "res": TimeDownsampleRes}
+TIME_UP = {"pool": lambda channels: TimeUpsample(), "res": TimeUpsampleRes}
