@@ -1,4 +1,4 @@
-"""Procedural videos: two or three soft shapes over a gradient, the class is the motion. No file is read or written."""
+"""Procedural videos: two soft shapes over a gradient, the class is the motion. No file is read or written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ MOTIONS = ("right", "left", "up", "down", "clockwise", "counterclockwise", "outw
 _DIRECTION = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 _STEP = 1 / 32  # of the picture's side per frame: 17 frames cross half of it
 _TURN = 2 * np.pi / 48  # radians per frame
+_EDGE = 0.08  # of the picture's side
 _ZOOM = 1 / 40  # of the way from the centre to outside the picture, per frame
 
 
@@ -100,7 +101,7 @@ def _place(motion: str, time: np.ndarray, shape: dict) -> tuple[np.ndarray, np.n
 
 
 def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square: bool) -> None:
-    """Blend one shape into picture (T, size, size, 3), in place; edges are one pixel soft."""
+    """Blend one shape into picture (T, size, size, 3), in place; its edge is `_EDGE` wide, at least one pixel."""
     dx, dy = x - centre_x, y - centre_y
     if wraps:
         dx, dy = (dx + 0.5) % 1 - 0.5, (dy + 0.5) % 1 - 0.5
@@ -108,6 +109,6 @@ def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.85 * radius
     else:
         distance = np.hypot(dx, dy) - radius
-    cover = np.clip(0.5 - distance * picture.shape[1], 0, 1)[..., None]
+    cover = np.clip(0.5 - distance / max(_EDGE, 1 / picture.shape[1]), 0, 1)[..., None]
     wave = 0.85 + 0.15 * np.cos(2.2 * (dx + dy) / np.maximum(radius, 1e-3))
     picture += cover * (wave[..., None] * colour - picture)

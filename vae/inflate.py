@@ -20,7 +20,8 @@ def inflate(model: nn.Module, source: str | Path | dict[str, Tensor], method: st
     """Fill an ODVAE (variants 1 to 4) from an image VAE of the same widths, in place.
 
     source: a folder of a diffusers AutoencoderKL, a CompVis checkpoint (.ckpt, .pt, .safetensors; keys may carry
-    `first_stage_model.`), or a state dict of either naming.
+    `first_stage_model.`), a folder of an OD-VAE of any variant (taken as the image VAE that it is on single frames),
+    or a state dict of one of these namings.
     Returns how many tensors were copied, inflated ("tail", "average" or "random") and unsqueezed (given a time axis
     of size 1). Raises ValueError, naming tensors, unless every tensor of the model is covered and every shape fits.
     """
@@ -116,8 +117,17 @@ def image_vae_tensors(source: str | Path | dict[str, Tensor]) -> dict[str, Tenso
     if any(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     tensors = {compvis_name(key): v for key, v in tensors.items() if isinstance(v, Tensor)}
+    tensors = dict(_on_single_frames(key, tensors) for key in tensors)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     return {key: v for key, v in tensors.items() if key.startswith(parts)}
+
+
+def _on_single_frames(key: str, tensors: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """CompVis name and value. An OD-VAE's causal kernel acts on a single frame, which fills every tap, by its sum."""
+    value, weight = tensors[key], tensors.get(key.rpartition(".")[0] + ".weight")
+    if weight is None or weight.ndim != 5:
+        return key, value
+    return re.sub(r"\.conv\.(weight|bias)$", r".\1", key), value.sum(2) if value.ndim == 5 else value
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -97,6 +97,8 @@ class CausalConv3d(nn.Module):
         x = x if norm is None else silu(norm(x))
         if kt == 1:
             return self._convolve(x)
+        if state is None and x.shape[2] == 1:  # a batch of images
+            return self._one_frame(x)
         if state is None:
             return self._convolve(torch.cat((x[:, :, :1].expand(-1, -1, kt - 1, -1, -1), x), dim=2))
         state.frames[self] = x

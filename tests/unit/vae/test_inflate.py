@@ -114,3 +114,14 @@ def test_inflation_is_strict(image_vae, tmp_path):
         inflate(tiny(), tmp_path / "absent.ckpt")
     with pytest.raises(ValueError, match="holds none of"):
         inflate(tiny(), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_an_od_vae_counts_as_the_image_vae_that_it_is_on_single_frames(variant):
+    source, model, x = tiny(variant=4), tiny(variant=variant), clip(9)
+    inflate(model, source.state_dict())
+    z = by_frame(lambda f: moments(source, f[:, :, None])[:, :, 0], x[:, :, ::4])
+    torch.testing.assert_close(moments(model, x), z, atol=1e-12, rtol=1e-11)
+    images = source.decode(z[:, :4, :1]).sample
+    torch.testing.assert_close(model.decode(z[:, :4, :1]).sample, images, atol=1e-12, rtol=1e-11)

@@ -1,0 +1,138 @@
+"""Typed configuration: a dataclass holds the defaults, a short YAML the differences, `key=value` the last word.
+
+Importing this module, parsing and `--help` never import torch.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any, text: str, free: bool = False) -> Any:
+    """A dataclass field with its help text. `free`: may differ when a run is resumed (it does not change the result)."""
+    metadata = {"help": text, "free": free}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A (nested) dataclass instance as {"a.b": value}; enums become their values."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{field.name}."))
+        else:
+            flat[prefix + field.name] = value.value if isinstance(value, enum.Enum) else value
+    return flat
+
+
+def free_keys(config: Any, prefix: str = "") -> set[str]:
+    """Keys whose change does not change the result of a run."""
+    keys: set[str] = set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        inner = free_keys(value, name + ".") if dataclasses.is_dataclass(value) else set()
+        if field.metadata.get("free"):
+            inner = set(flatten(value, name + ".")) if dataclasses.is_dataclass(value) else {name}
+        keys |= inner
+    return keys
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()) -> T:
+    """Merge defaults, the YAML file and `key=value` overrides into `cls`; unknown keys and wrong types are errors."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for item in overrides:
+        if "=" not in item:
+            raise ValueError(f"argument {item!r}: settings are written key=value, e.g. steps=100")
+    base = OmegaConf.structured(cls)
+    try:
+        layers = [base]
+        if path:
+            if not Path(path).is_file():
+                raise ValueError(f"config {path}: no such file; the shipped ones are under configs/")
+            layers.append(OmegaConf.load(path))
+        empty = [
+            f'{item}""' if item.endswith("=") else item for item in overrides
+        ]  # key= means an empty text
+        layers.append(OmegaConf.from_dotlist(empty))
+        return OmegaConf.to_object(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, flatten(cls()))) from error
+
+
+def _explain(error: Exception, known: dict[str, Any]) -> str:
+    from omegaconf.errors import ConfigKeyError
+
+    key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "")
+    first = str(error).splitlines()[0]
+    if isinstance(error, ConfigKeyError) or "not in" in first:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"config: unknown key {key!r}{hint} (--help lists all keys)"
+    return f"config: {key}: {first}"
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _help_lines(cls: type, prefix: str = "") -> list[str]:
+    lines = []
+    defaults = cls()
+    for field in dataclasses.fields(cls):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += _help_lines(type(value), f"{prefix}{field.name}.")
+            continue
+        shown = value.value if isinstance(value, enum.Enum) else value
+        choices = f" [{'|'.join(e.value for e in type(value))}]" if isinstance(value, enum.Enum) else ""
+        lines.append(f"  {prefix + field.name}={shown!r}{choices}  {field.metadata.get('help', '')}".rstrip())
+    return lines
+
+
+def parse(
+    cls: type[T], argv: list[str] | None, program: str, about: str, flags: dict[str, str] | None = None
+) -> tuple[T, argparse.Namespace]:
+    """Read a program's command line: `--config FILE`, `--dry-run`, the named flags, and `key=value` for the rest.
+
+    flags: {"--vae": "vae.name"}: a flag is another spelling of one key.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{program}",
+        description=about,
+        epilog="settings (key=default):\n" + "\n".join(_help_lines(cls)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML with the settings that differ from the defaults"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
+    )
+    for flag, key in (flags or {}).items():
+        parser.add_argument(
+            flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
+        )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, the last word")
+    args = parser.parse_intermixed_args(argv)
+    chosen = [
+        f"{name[5:]}={value}"
+        for name, value in vars(args).items()
+        if name.startswith("flag:") and value is not None
+    ]
+    return load(cls, args.config, args.settings + chosen), args

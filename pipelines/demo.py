@@ -1,0 +1,345 @@
+"""The whole path at small width on CPU: train a VAE, cache latents, train Latte, generate, score, report.html.
+
+    bash scripts/demo.sh                 # procedural moving scenes, no files needed
+    bash scripts/demo.sh --data DIR      # a folder of your own videos
+
+Every part is the real one; only the sizes are small (configs/stage1/demo.yaml, configs/stage2/demo.yaml).
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import run
+from pipelines.config import load
+from pipelines.run import ROOT, versions
+
+log = logging.getLogger(__name__)
+NUM_VIDEOS = 32  # scored; the page shows the first SHOWN
+SHOWN = 16
+PSNR_GAIN = 6.0  # dB that training must add on held-out clips
+FVD_RATIO = 0.5  # of the untrained network's distance, at most
+
+
+@dataclass
+class Outcome:
+    """What the page and the exit code need."""
+
+    checks: list[tuple[str, str, str, str]]
+    scores: list[tuple[str, str, str]]
+    speeds: list[tuple[str, str, str]]
+    clips: dict[str, Any]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="demo.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", metavar="DIR", help="folder of videos instead of the procedural scenes")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the runs and report.html (default runs/demo...)"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a few steps only: shows that all parts run, judges nothing"
+    )
+    args = parser.parse_args(argv)
+    kind = f"-{Path(args.data).resolve().name}" if args.data else ""
+    args.out = args.out or f"runs/demo{kind}{'-short' if args.short else ''}"
+    return args
+
+
+def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """Configs of the image VAE, stage one, stage two and sampling: the demo files, the data, the output folder."""
+    from pipelines.sample import SampleConfig
+    from pipelines.train_latte import TrainLatteConfig
+    from pipelines.train_vae import TrainVAEConfig
+
+    out = Path(args.out)
+    source = [f"source.index_dir={out / 'index'}"]
+    if args.data:
+        source += ["source.name=folder", f"source.root={args.data}", "clip.short=loop"]
+    stage_one = list(source)
+    if args.data:
+        stage_one += ["source.val_fraction=0.2"]
+    if args.short:
+        stage_one += [
+            "steps=6",
+            "log_every=2",
+            "val_every=3",
+            "save_every=3",
+            "val_videos=2",
+            "loss.gan_start=4",
+        ]
+    latte_steps = ["steps=6", "log_every=2", "save_every=3", "source.demo_videos=16"] if args.short else []
+    image = load(
+        TrainVAEConfig, ROOT / "configs/stage1/demo_image.yaml", [*stage_one, f"run_dir={out / 'image'}"]
+    )
+    start = [f"run_dir={out / 'vae'}", f"model.init_from={out / 'image' / 'vae'}"]
+    vae = load(TrainVAEConfig, ROOT / "configs/stage1/demo.yaml", [*stage_one, *start])
+    stage_two = [f"run_dir={out / 'latte'}", f"vae.path={out / 'vae' / 'vae'}", f"cache.dir={out / 'cache'}"]
+    latte = load(TrainLatteConfig, ROOT / "configs/stage2/demo.yaml", [*source, *latte_steps, *stage_two])
+    wanted = [
+        f"num_videos={NUM_VIDEOS}",
+        f"out={out / 'samples'}",
+        f"pipeline={out / 'latte' / 'pipeline'}",
+        "batch=8",
+    ]
+    sampling = load(SampleConfig, ROOT / "configs/sample/demo.yaml", wanted)
+    return image, vae, latte, sampling
+
+
+def untrained_samples(sampling: Any, latte: Any) -> list[Any]:
+    """The same pipeline with a freshly initialised denoiser: what the trained one is compared with."""
+    import torch
+
+    from data.clip import to_uint8
+    from denoiser.latte import Latte
+    from pipelines.engine import draw_seed
+    from pipelines.video_pipeline import LatentVideoPipeline
+
+    pipe = LatentVideoPipeline.from_pretrained(sampling.pipeline)
+    torch.manual_seed(latte.seed)
+    fresh = Latte.from_config(pipe.transformer.config).eval()
+    pipe = LatentVideoPipeline(vae=pipe.vae, transformer=fresh, class_names=pipe.config.class_names)
+    seeds = [draw_seed(sampling.seed, i) for i in range(NUM_VIDEOS)]
+    result = pipe(num_videos=NUM_VIDEOS, seeds=seeds, sampler=sampling.sampler, num_steps=sampling.num_steps)
+    return list(to_uint8(result.videos))
+
+
+def real_clips(latte: Any) -> tuple[list[Any], list[str]]:
+    """NUM_VIDEOS windows of the training videos and their class names."""
+    import numpy as np
+
+    from pipelines.settings import open_clips
+
+    clips = open_clips(latte.source, latte.clip.spec(), latte.seed)
+    order = range(NUM_VIDEOS)
+    rng = np.random.default_rng(latte.seed)
+    videos = [clips.clip_uint8(i % len(clips), rng) for i in order]
+    names = [clips.class_names[clips.label(i % len(clips))] if clips.class_names else "" for i in order]
+    return videos, names
+
+
+def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], Any, float]:
+    """Held-out clips and their reconstructions by the trained VAE; the VAE; PSNR of the same network untrained."""
+    import torch
+
+    from data.clip import to_uint8
+    from pipelines.settings import open_clips
+    from pipelines.vae_trainer import build_vae_model, validate
+    from vae import load_vae
+
+    vae = load_vae(folder)
+    clips = open_clips(vae_config.source, vae_config.clip.spec(position="center"), 0, held_out=True)
+    pairs = []
+    with torch.inference_mode():
+        for n in range(min(4, len(clips))):
+            x = clips[n]["video"][None]
+            pairs.append((to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]))
+    torch.manual_seed(vae_config.seed)
+    scores, _ = validate(build_vae_model(vae_config), clips, vae_config.val_videos, torch.device("cpu"))
+    return pairs, vae, scores["val/psnr"]
+
+
+def score(real: list[Any], fake: list[Any], untrained: list[Any]) -> dict[str, dict[str, float]]:
+    """FVD and KVD of both sets by a random I3D, IS by a random C3D: smoke scores, labelled as such by their names."""
+    from eval.features import c3d_extractor, extract_features, i3d_extractor
+    from eval.fvd import distances
+    from eval.inception_score import inception_score_from_logits
+
+    i3d, c3d = i3d_extractor("random:0"), c3d_extractor("random:0")
+    features = {
+        k: extract_features(v, i3d)
+        for k, v in {"real": real, "generated": fake, "untrained": untrained}.items()
+    }
+    found = {}
+    for name in ("generated", "untrained"):
+        values = distances(features["real"], features[name])
+        found[name] = {i3d.provenance.metric_name(k): v for k, v in values.items()}
+    score_of, _ = inception_score_from_logits(extract_features([v[:16] for v in fake], c3d))
+    found["generated"][c3d.provenance.metric_name("IS")] = score_of
+    return found
+
+
+def judge(vae_config: Any, latte: Any, sampling: Any, short: bool) -> Outcome:
+    """Score everything and check that learning is visible."""
+    import torch
+
+    from data.video import read_frames
+    from eval.efficiency import encoder_speed
+    from eval.fidelity import psnr, ssim
+    from pipelines.log import read_metrics
+    from pipelines.sample import file_name
+
+    pairs, vae, untrained = reconstruct(vae_config, Path(latte.vae.path))
+    real, names = real_clips(latte)
+    frames = range(latte.clip.num_frames)
+    fake = [read_frames(sampling.folder / file_name(i), frames) for i in range(NUM_VIDEOS)]
+    values = score(real, fake, untrained_samples(sampling, latte))
+    validation = [r for r in read_metrics(Path(vae_config.run_dir)) if "val/psnr" in r]
+    tail, trained = validation[0]["val/psnr"], validation[-1]["val/psnr"]
+    fvd_name = next(n for n in values["generated"] if "FVD" in n)
+    fvd, fvd_untrained = values["generated"][fvd_name], values["untrained"][fvd_name]
+
+    def verdict(good: bool) -> str:
+        return "not judged (--short)" if short else "pass" if good else "fail"
+
+    checks = [
+        (
+            "held-out PSNR of the VAE",
+            f"{untrained:.2f} -> {trained:.2f} dB",
+            f"at least +{PSNR_GAIN:g} dB",
+            verdict(trained - untrained >= PSNR_GAIN),
+        ),
+        (
+            fvd_name,
+            f"{fvd_untrained:.1f} -> {fvd:.1f}",
+            f"at most {FVD_RATIO:g} x untrained",
+            verdict(fvd <= FVD_RATIO * fvd_untrained),
+        ),
+    ]
+    protocol = f"N = {NUM_VIDEOS}, {latte.clip.num_frames} frames, {latte.clip.size} px, random weights: a smoke value, no FVD or IS"
+    scores = [
+        (name, f"{value:.3f}", protocol.replace("17 frames", "16 frames") if "IS" in name else protocol)
+        for name, value in values["generated"].items()
+    ]
+    held_out = f"{len(pairs)} held-out clips, posterior mean, in memory on uint8"
+    scores += [("PSNR at tail initialization", f"{tail:.2f} dB", "the same held-out clips, before stage one")]
+    scores += [("PSNR", f"{sum(psnr(*p) for p in pairs) / len(pairs):.2f} dB", held_out)]
+    scores += [("SSIM", f"{sum(ssim(*p) for p in pairs) / len(pairs):.4f}", held_out), lpips_row(pairs)]
+    clip = torch.zeros(1, 3, vae_config.clip.num_frames, vae_config.clip.size, vae_config.clip.size)
+    speed = encoder_speed(lambda x: vae.encode(x).latent_dist.mode(), clip, warmup=1, repeats=3)
+    return Outcome(
+        checks,
+        scores,
+        speeds(vae_config, latte, speed),
+        {"pairs": pairs, "real": real, "fake": fake, "names": names},
+    )
+
+
+def lpips_row(pairs: list[tuple[Any, Any]]) -> tuple[str, str, str]:
+    from eval.fidelity import load_lpips, lpips_distance
+
+    try:
+        network = load_lpips()
+    except ValueError as error:
+        return "LPIPS", "not run", str(error)
+    return "LPIPS", f"{sum(lpips_distance(*p, network) for p in pairs) / len(pairs):.4f}", "AlexNet"
+
+
+def speeds(vae_config: Any, latte: Any, cspeed: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """TMem, TSpeed of both trainings and CSpeed, with what they were measured on."""
+    rows = []
+    for name, config in (("stage one", vae_config), ("stage two", latte)):
+        found = json.loads((Path(config.run_dir) / "efficiency.json").read_text())
+        speed = f"{found['tspeed']:.3f} it/s" if found["tspeed"] else "not measured (too few steps)"
+        memory = found["tmem"]["device_mib"]
+        size = f"global batch {found['global_batch']}, {config.clip.num_frames} x {config.clip.size} x {config.clip.size}"
+        rows.append((f"TSpeed, {name}", speed, f"mode {found['mode']}, {size}"))
+        rows.append(
+            (
+                f"TMem, {name}",
+                f"{memory:,.0f} MiB" if memory else "not measured",
+                "GPU memory; none here" if not memory else size,
+            )
+        )
+    shape = f"1 x 3 x {cspeed['frames']} x {cspeed['height']} x {cspeed['width']}, {cspeed['dtype']}, {cspeed['device']}"
+    rows.append(("CSpeed", f"{cspeed['batches_per_s']:.3f} it/s", f"encoder, {shape}"))
+    return rows
+
+
+def page(path: Path, outcome: Outcome, vae_config: Any, latte: Any, seconds: float) -> None:
+    import numpy as np
+
+    from pipelines.log import read_metrics
+    from pipelines.media import comparison, grid
+    from pipelines.report import Section, clip_figure, curve_figure, series_of, write_report
+
+    stage_one, stage_two = (read_metrics(Path(c.run_dir)) for c in (vae_config, latte))
+    clips = outcome.clips
+    side_by_side = np.concatenate([comparison(a, b) for a, b in clips["pairs"]], axis=1)
+    classes = sorted({n for n in clips["names"] if n})
+    labelled = f"classes in turn: {', '.join(classes)}; " if classes else ""
+    curves = [
+        curve_figure(
+            series_of(stage_one, "loss/rec"),
+            "Stage one: mean absolute error of the reconstruction",
+            log_y=True,
+        ),
+        curve_figure(series_of(stage_one, "val/psnr"), "Stage one: PSNR on held-out clips, dB (EMA weights)"),
+        curve_figure(
+            series_of(stage_two, "loss/mse"),
+            "Stage two: mean squared error of the predicted noise",
+            log_y=True,
+        ),
+    ]
+    wide = SHOWN // 2
+    sections = [
+        Section(
+            "Is learning visible?",
+            header=("check", "untrained -> trained", "rule", "result"),
+            rows=outcome.checks,
+        ),
+        Section(
+            "Reconstruction",
+            "original | reconstruction | error x 4, on clips the VAE never saw",
+            figures=[clip_figure(side_by_side, "held-out clips")],
+        ),
+        Section(
+            "Generation",
+            figures=[
+                clip_figure(
+                    grid(clips["fake"][:SHOWN], wide), f"generated, {labelled}seeds 0 to {SHOWN - 1}"
+                ),
+                clip_figure(grid(clips["real"][:SHOWN], wide), "real"),
+            ],
+        ),
+        Section("Scores", header=("score", "value", "protocol"), rows=outcome.scores),
+        Section("Efficiency", header=("figure", "value", "measured on"), rows=outcome.speeds),
+        Section("Curves", figures=curves),
+        Section("Versions", header=("package", "version"), rows=list(versions().items())),
+    ]
+    subtitle = f"{time.strftime('%Y-%m-%d %H:%M')}, {platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.1f} minutes for this run"
+    write_report(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.data and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder")
+    image_config, vae_config, latte, sampling = settings(args)
+    start = time.monotonic()
+    from pipelines import latte_trainer, vae_trainer
+    from pipelines.cache_latents import build_cache
+    from pipelines.log import console
+    from pipelines.sample import sample
+
+    console()
+    log.info("1/6 an image VAE, in the place of SD2.1-VAE")
+    vae_trainer.train(image_config)
+    log.info("2/6 stage one: OD-VAE from it by tail initialization")
+    vae_trainer.train(vae_config)
+    log.info("3/6 cache latents")
+    build_cache(latte)
+    log.info("4/6 stage two: train Latte")
+    latte_trainer.train(latte)
+    log.info("5/6 generate %d videos", NUM_VIDEOS)
+    sample(sampling)
+    log.info("6/6 score and report")
+    outcome = judge(vae_config, latte, sampling, args.short)
+    path = Path(args.out) / "report.html"
+    page(path, outcome, vae_config, latte, time.monotonic() - start)
+    for row in outcome.checks:
+        print("{:45} {:28} {:24} {}".format(*row))
+    for row in [*outcome.scores, *outcome.speeds]:
+        print("{:45} {:28} {}".format(*row))
+    print(f"open {path}")
+    return 1 if any(row[-1] == "fail" for row in outcome.checks) else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""The distributed engine is accelerate (with DeepSpeed by launch configuration); here is the little it needs from us."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast_object_list
+
+
+def make_accelerator(config: Any = None) -> Accelerator:
+    """An Accelerator for 1 process, DDP or DeepSpeed, on GPUs or CPUs, as the launcher set it up.
+
+    config: a trainer's settings; global_batch and micro_batch decide the accumulation. Weights, optimizer and EMA stay
+    fp32; precision=bf16 is autocast, see `autocast`.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = accumulation_steps(config.global_batch, config.micro_batch, world) if config else 1
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
+    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
+        # Without an explicit backend accelerate believes in one process when DeepSpeed runs on CPUs.
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+                False  # its build takes minutes and may hang
+            )
+    accelerator = Accelerator(
+        mixed_precision="no", gradient_accumulation_steps=accumulation, kwargs_handlers=handlers
+    )
+    if accelerator.num_processes != world:
+        raise RuntimeError(
+            f"accelerate sees {accelerator.num_processes} processes, the launcher started {world}"
+        )
+    if uses_deepspeed(accelerator) and config:
+        # What DeepSpeed would take from a prepared loader or do by itself inside its step.
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.micro_batch
+        settings["gradient_clipping"] = config.grad_clip
+        if config.precision.value == "bf16":
+            safe = ["torch.nn.Linear", "torch.nn.Conv2d"]
+            autocast_settings = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": safe}
+            settings["torch_autocast"] = autocast_settings
+    return accelerator
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
+    """bf16 arithmetic where the config asks for it; weights and results that matter stay fp32."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision.value == "bf16")
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches per update so that micro_batch x world_size x accumulation = global_batch, or ValueError."""
+    per_pass = micro_batch * world_size
+    if micro_batch < 1 or global_batch % per_pass:
+        raise ValueError(
+            f"global_batch={global_batch} is no multiple of micro_batch={micro_batch} x {world_size} processes; "
+            f"choose e.g. global_batch={max(1, round(global_batch / max(1, per_pass))) * max(1, per_pass)}"
+        )
+    return global_batch // per_pass
+
+
+def same_everywhere(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's value, on every process."""
+    box = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box, from_process=0)
+    return box[0]
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """True on every process when it is true on one."""
+    if accelerator.num_processes == 1:
+        return flag
+    count = torch.tensor([float(flag)], device=accelerator.device)
+    return bool(accelerator.reduce(count, "sum").item() > 0)
+
+
+def draw_seed(seed: int, number: int) -> int:
+    """Seed of sample `number` of the endless stream: what is random in a step depends on nothing else.
+
+    Not on the batch size, the number of processes, or whether the run was interrupted. splitmix64 of (seed, number).
+    """
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + number * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1  # torch.Generator takes 63 bits
+
+
+def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per sample, seeded by draw_seed."""
+    return [torch.Generator().manual_seed(draw_seed(seed, int(n))) for n in numbers]
+
+
+def normal(draws: list[torch.Generator], shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(B, *shape) standard normal, row i from its own generator."""
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in draws]).to(device)

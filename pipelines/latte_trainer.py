@@ -1,0 +1,278 @@
+"""The loop of stage two: latents, noise, loss, backward, update, EMA, log, samples, save. Settings: train_latte.py."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor
+
+from data.clip import to_uint8
+from data.latents import LatentCache, LatentStream
+from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
+from denoiser.latte import Latte
+from pipelines.cache_latents import cache_fingerprint, cache_folder, cached_clips, draws
+from pipelines.engine import accumulation_steps, autocast, generators, make_accelerator, uses_deepspeed
+from pipelines.log import MetricLog
+from pipelines.loop import Trainer, fit
+from pipelines.media import grid, write_preview
+from pipelines.run import export_folder, open_run, summary
+from pipelines.settings import Mode, Precision, open_clips, open_vae
+from pipelines.train_latte import TrainLatteConfig
+from pipelines.video_pipeline import LatentVideoPipeline
+
+log = logging.getLogger(__name__)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BUCKETS = 4  # of timesteps, whose losses are logged apart
+
+
+def build_latte(config: TrainLatteConfig, vae: Any, num_classes: int | None) -> Latte:
+    """The denoiser for the latents of `vae`: geometry from the VAE and the clip, size from the config."""
+    side = config.clip.size // vae.spatial_compression_ratio
+    geometry = {
+        "in_channels": vae.config.latent_channels,
+        "num_frames": vae.latent_frames(config.clip.num_frames),
+        "sample_size": side,
+        "num_classes": num_classes,
+        "class_dropout_prob": config.denoiser.label_dropout,
+    }
+    d = config.denoiser
+    if d.size != "custom":
+        return Latte.from_size(d.size, **geometry)
+    numbers = {k: getattr(d, k) for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+    if min(numbers.values()) < 1:
+        raise ValueError(
+            f"denoiser.size=custom needs denoiser.depth, hidden_size, num_heads and patch_size; got {numbers}"
+        )
+    return Latte(**numbers, **geometry)
+
+
+def plan(config: TrainLatteConfig) -> str:
+    """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written."""
+    vae = open_vae(config.vae)
+    vae.check_frames(config.clip.num_frames)
+    clips = cached_clips(config)
+    classes = len(clips.source.class_names) or None
+    with torch.device("meta"):
+        latte = build_latte(config, vae, classes)
+    count = sum(p.numel() for p in latte.parameters())
+    fingerprint = cache_fingerprint(config, vae, clips)
+    latent = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
+    entries = len(clips) * draws(config)
+    size = entries * 2 * math.prod(latent) * (4 if config.cache.dtype == "float32" else 2)
+    epoch = len(clips) / config.global_batch
+    accumulation_steps(config.global_batch, config.micro_batch, 1)
+    return (
+        f"{summary(config)}\n\nLatte {config.denoiser.size}: {count:,} parameters, latent {' x '.join(map(str, latent))}, "
+        f"{classes or 'no'} classes\n{len(clips)} videos ({len(clips.short)} too short, {len(clips.source.damaged)} damaged); "
+        f"cache {cache_folder(config, fingerprint)}: {entries:,} clips, {size:,} bytes\n"
+        f"{config.steps:,} steps of {config.global_batch} clips, {epoch:,.1f} steps per pass over the videos, mode {config.mode.value}"
+    )
+
+
+class OnlineLatents:
+    """mode=online: clips of the endless stream, encoded where the denoiser trains."""
+
+    def __init__(self, vae: Any, device: torch.device, precision: Precision):
+        self.vae, self.device, self.precision = vae, device, precision
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        x = batch["video"].to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16):
+            posterior = self.vae.encode(x).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+
+class LatteTrainer(Trainer):
+    """Everything a step touches, built once, by name."""
+
+    def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: Latte, vae: Any, encode: Any):
+        super().__init__(config, accelerator)
+        self.latte, self.vae, self.encode = latte, vae, encode
+        self.ema = ModelEmaV3(latte, decay=config.ema_decay)
+        if config.gradient_checkpointing:
+            latte.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            latte.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.model, self.optimizer = accelerator.prepare(latte, optimizer)
+        self.model.train()
+        self.ema.to(accelerator.device)
+        self.diffusion = GaussianDiffusion()
+
+    def draw(self, batch: dict[str, Tensor], mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+        """What is random in a step, each sample from its own generator: posterior, noise, timestep, hidden label."""
+        samples = []
+        for generator in generators(self.config.seed, batch["number"]):
+            shape = mean.shape[1:]
+            samples.append(
+                {
+                    "posterior": torch.randn(shape, generator=generator),
+                    "noise": torch.randn(shape, generator=generator),
+                    "t": torch.randint(NUM_TRAIN_STEPS, (), generator=generator),
+                    "drop": torch.rand((), generator=generator) < self.config.denoiser.label_dropout,
+                }
+            )
+        drawn = {k: torch.stack([s[k] for s in samples]).to(mean.device) for k in samples[0]}
+        z = mean + torch.exp(0.5 * logvar) * drawn.pop("posterior")
+        return drawn | {"x0": self.vae.normalize(z)}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a micro-batch, and the terms to log, per timestep bucket too."""
+        device = self.accelerator.device
+        if self.encode is None:
+            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+        else:
+            mean, logvar = self.encode(batch)
+        drawn = self.draw(batch, mean, logvar)
+        t = drawn["t"]
+        x_t = self.diffusion.q_sample(drawn["x0"], drawn["noise"], t)
+        labels = {}
+        if self.latte.config.num_classes is not None:
+            labels = {"y": batch["label"].to(device), "force_drop": drawn["drop"]}
+        with autocast(self.accelerator, self.config):
+            output = self.model(x_t, t, **labels).sample
+        terms = self.diffusion.training_loss(output, drawn["x0"], drawn["noise"], t)
+        logged = {f"loss/{k}": v.mean() for k, v in terms.items() if k != "loss"} | {
+            "loss": terms["loss"].mean()
+        }
+        for sample, step in enumerate(t.tolist()):
+            logged.setdefault(f"loss_at_t/{step * BUCKETS // NUM_TRAIN_STEPS}_of_{BUCKETS}", []).append(
+                terms["mse"][sample]
+            )
+        return terms["loss"].mean(), {
+            k: torch.stack(v) if isinstance(v, list) else v for k, v in logged.items()
+        }
+
+    def train_step(self, batches: Any) -> None:
+        """One optimizer step over all micro-batches."""
+        config, accelerator = self.config, self.accelerator
+        self.set_learning_rate(self.optimizer)
+        finite = True
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(self.model):
+                loss, logged = self.loss(next(batches))
+                accelerator.backward(loss)
+                self.note(logged)
+                if accelerator.sync_gradients:
+                    largest = config.grad_clip if self.step >= config.clip_start else 0.0
+                    finite = self.update(self.model, self.optimizer, largest, "grad_norm")
+        if finite:
+            self.ema.update(accelerator.unwrap_model(self.model))
+        self.finish_step(finite)
+
+    def save(self, folder: Path) -> None:
+        """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
+
+        Under DeepSpeed each process holds a part of the optimizer and writes it to engine/.
+        """
+        if uses_deepspeed(self.accelerator):
+            self.accelerator.save_state(str(folder / "engine"))
+        if self.accelerator.is_main_process:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder / "latte")
+            self.ema.module.save_pretrained(folder / "latte_ema")
+            state = self.counters()
+            if not uses_deepspeed(self.accelerator):
+                state |= {"optimizer": self.optimizer.state_dict()}
+            torch.save(state, folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        engine = (folder / "engine").is_dir()
+        if engine != uses_deepspeed(self.accelerator):
+            began = "with DeepSpeed" if engine else "without DeepSpeed"
+            raise ValueError(
+                f"{folder} was saved {began}: go on with the same kind of launch, or choose another run_dir"
+            )
+        self.ema.module.load_state_dict(load_file(folder / "latte_ema" / WEIGHTS))
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        if engine:
+            self.accelerator.load_state(str(folder / "engine"))
+        else:
+            self.latte.load_state_dict(load_file(folder / "latte" / WEIGHTS))
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.load_counters(state)
+
+
+def open_data(
+    config: TrainLatteConfig, accelerator: Any, vae: Any
+) -> tuple[Any, Any, list[str], dict[str, Any]]:
+    """(endless stream, encoder or None, class names, counts) for the mode; refuses a cache of anything else."""
+    with accelerator.main_process_first():
+        if config.mode is Mode.online:
+            clips = open_clips(config.source, config.clip.spec(), config.seed)
+        else:
+            clips = cached_clips(config)
+    counts = {"videos": len(clips), "damaged": len(clips.source.damaged), "short": len(clips.short)}
+    if config.mode is Mode.online:
+        return (
+            clips,
+            OnlineLatents(vae, accelerator.device, config.precision),
+            clips.source.class_names,
+            counts,
+        )
+    fingerprint = cache_fingerprint(config, vae, clips)
+    cache = LatentCache(cache_folder(config, fingerprint), expect=fingerprint)
+    counts |= {"cached": len(cache), "cache": str(cache.folder), "failed": len(cache.index["failed"])}
+    return LatentStream(cache, config.seed), None, clips.source.class_names, counts
+
+
+def train(config: TrainLatteConfig) -> Path:
+    """Train, or go on, to config.steps; returns the folder of the exported pipeline (EMA denoiser + VAE)."""
+    accelerator = make_accelerator(config)
+    vae = open_vae(config.vae)
+    vae.check_frames(config.clip.num_frames)
+    if not vae.has_scaling_rule:
+        raise ValueError(
+            f"vae.name={config.vae.name}: its latents have no scaling rule (0.18215 fits SD's latents only); "
+            "run pipelines.cache_latents with the same settings: it measures mean and std and stores them with the VAE"
+        )
+    vae.to(accelerator.device)
+    stream, encode, class_names, counts = open_data(config, accelerator, vae)
+    torch.manual_seed(config.seed)
+    latte = build_latte(config, vae, len(class_names) or None)
+    run_dir = Path(config.run_dir)
+    trainer = LatteTrainer(config, accelerator, latte, vae, encode)
+    if accelerator.is_main_process:
+        open_run(run_dir, config, "train_latte")
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+    pipeline = LatentVideoPipeline(vae=vae, transformer=trainer.ema.module, class_names=class_names)
+
+    def look(metrics: MetricLog) -> None:
+        if accelerator.is_main_process:
+            n = config.samples.num_videos
+            labels = [i % len(class_names) for i in range(n)] if class_names else None
+            steps, scale = config.samples.steps, config.samples.guidance_scale
+            with autocast(accelerator, config):
+                result = pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale)
+            sheet = grid(list(to_uint8(result.videos)))
+            metrics.video(trainer.step, "samples/ema", sheet)
+            write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
+        accelerator.wait_for_everyone()
+
+    fit(
+        trainer,
+        stream,
+        run_dir,
+        program="train_latte",
+        mode=config.mode.value,
+        info={
+            "data": counts,
+            "vae": config.vae.name,
+            "ema_decay": config.ema_decay,
+            "class_names": class_names,
+        },
+        look=look,
+        look_every=config.samples.every,
+    )
+    if accelerator.is_main_process:
+        export_folder(run_dir / "pipeline", pipeline.save_pretrained)
+        log.info("pipeline (EMA weights): %s", run_dir / "pipeline")
+    accelerator.wait_for_everyone()
+    return run_dir / "pipeline"

@@ -1,0 +1,179 @@
+"""Generate videos with a trained pipeline, lossless, one file each, to be judged.
+
+    python -m pipelines.sample pipeline=runs/latte/pipeline out=runs/latte/samples num_videos=2048
+
+Video i has its own seed and class (i modulo the number of classes), so it is the same whatever the batch size or the
+number of processes (to rounding). The same command again makes only what is missing.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import run
+from pipelines.config import option, parse
+from pipelines.settings import Precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SampleConfig:
+    pipeline: str = option("runs/latte/pipeline", "folder of a LatentVideoPipeline")
+    transformer: str = option("", "other denoiser weights, e.g. a checkpoint's latte or latte_ema folder")
+    out: str = option("", "folder of the videos; empty: <pipeline>/../samples")
+    num_videos: int = option(2048, "how many; more later adds to the same folder")
+    batch: int = option(4, "videos denoised at once")
+    seed: int = option(0, "video i draws from (seed, i)")
+    sampler: str = option("ddpm", "ddpm|ddim|ddim_upstream")
+    num_steps: int = option(250, "sampling steps")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance; 1 turns it off (Latte evaluates UCF101 with 7)"
+    )
+    labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
+    precision: Precision = option(Precision.fp32, "autocast of the denoiser and decoder")
+    fps: float = option(8.0, "frames per second written into the files")
+
+    def __post_init__(self):
+        for name in ("num_videos", "batch", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) if self.out else Path(self.pipeline).parent / "samples"
+
+
+def file_name(index: int) -> str:
+    return f"{index:06d}.mkv"
+
+
+def begin_manifest(config: SampleConfig, digest: str) -> None:
+    """Write manifest.json, or re-enter a folder made with the same settings. ValueError for a folder of other samples."""
+    from data.files import write_json
+    from pipelines.run import versions
+
+    decisive = {
+        k: v
+        for k, v in asdict(config).items()
+        if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
+    }
+    decisive |= {"precision": config.precision.value, "weights_sha256": digest}
+    file = config.folder / "manifest.json"
+    if file.is_file():
+        old = json.loads(file.read_text())["settings"]
+        differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
+        if differing:
+            raise ValueError(
+                f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="
+            )
+    elif config.folder.is_dir() and any(config.folder.iterdir()):
+        raise ValueError(f"out={config.folder} is not empty and has no manifest.json; choose another out=")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    content = {"num_videos": config.num_videos, "complete": False, "settings": decisive, "lossless": True}
+    content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
+    content["files"] = [file_name(i) for i in range(config.num_videos)]
+    write_json(file, content)
+
+
+def load_pipeline(config: SampleConfig, device: Any) -> Any:
+    """The pipeline in eval mode on the device."""
+    from denoiser.latte import Latte
+    from pipelines.video_pipeline import LatentVideoPipeline
+
+    for folder, kind, marker in (
+        (config.pipeline, "pipeline", "model_index.json"),
+        (config.transformer, "transformer", "config.json"),
+    ):
+        if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
+            raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
+    parts = {"transformer": Latte.from_pretrained(config.transformer)} if config.transformer else {}
+    pipe = LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
+    pipe.vae.eval()
+    pipe.transformer.eval()
+    return pipe
+
+
+def sample(config: SampleConfig) -> Path:
+    """Generate what is missing; returns the folder."""
+    import torch
+    from tqdm import tqdm
+
+    from data.clip import to_uint8
+    from data.encode import write_ffv1, write_mp4
+    from data.files import write_json
+    from data.video import read_frames
+    from pipelines.engine import autocast, draw_seed, make_accelerator
+    from pipelines.media import grid
+    from pipelines.settings import weights_digest
+
+    accelerator = make_accelerator()
+    pipe = load_pipeline(config, accelerator.device)
+    digest = weights_digest(pipe.transformer)
+    if accelerator.is_main_process:
+        begin_manifest(config, digest)
+    accelerator.wait_for_everyone()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    missing = [i for i in range(config.num_videos) if not (config.folder / file_name(i)).is_file()]
+    mine = missing[rank::world]
+    log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
+    names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
+    classes = pipe.transformer.config.num_classes
+    with tqdm(
+        total=len(mine), desc="videos", unit="video", disable=not accelerator.is_main_process or None
+    ) as bar:
+        for start in range(0, len(mine), config.batch):
+            batch = mine[start : start + config.batch]
+            labels = (
+                [names[i % len(names)] for i in batch]
+                if names
+                else [i % classes for i in batch]
+                if classes
+                else None
+            )
+            with torch.inference_mode(), autocast(accelerator, config):
+                result = pipe(
+                    labels=labels,
+                    num_videos=len(batch),
+                    seeds=[draw_seed(config.seed, i) for i in batch],
+                    sampler=config.sampler,
+                    num_steps=config.num_steps,
+                    guidance_scale=config.guidance_scale,
+                )
+            for index, video in zip(batch, to_uint8(result.videos), strict=True):
+                write_ffv1(config.folder / file_name(index), video, config.fps)
+            bar.update(len(batch))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        content = json.loads((config.folder / "manifest.json").read_text())
+        write_json(config.folder / "manifest.json", {**content, "complete": True})
+        frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
+        first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
+        preview = config.folder.with_name(config.folder.name + "-preview.mp4")
+        write_mp4(preview, grid(first), config.fps)
+        log.info("%d videos in %s; the first ones: %s", config.num_videos, config.folder, preview)
+    accelerator.wait_for_everyone()
+    return config.folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, args = parse(SampleConfig, argv, "sample", __doc__)
+    from pipelines.log import console
+
+    console()
+    if args.dry_run:
+        from pipelines.run import summary
+
+        print(f"{summary(config)}\n\n{config.num_videos} videos to {config.folder}")
+        return 0
+    sample(config)
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name, for other modules import these classes from there: in __main__ they would be other classes.
+    from pipelines.sample import main as program
+
+    run(program)

@@ -1,0 +1,318 @@
+"""The loop of stage one: batch, loss, backward, update, EMA, log, validate, save. Settings: pipelines/train_vae.py."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from data.clip import to_uint8
+from eval.fidelity import psnr, ssim
+from pipelines.engine import (
+    accumulation_steps,
+    autocast,
+    generators,
+    make_accelerator,
+    normal,
+    uses_deepspeed,
+)
+from pipelines.log import MetricLog
+from pipelines.loop import Trainer, fit
+from pipelines.media import comparison, write_preview
+from pipelines.run import Checkpoints, export_folder, open_run, summary
+from pipelines.settings import open_clips
+from pipelines.train_vae import GANSchedule, Init, TrainVAEConfig
+from vae.discriminator import PatchDiscriminator3D
+from vae.inflate import inflate
+from vae.interface import VideoGaussian
+from vae.losses import LPIPSLoss, adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
+from vae.odvae import ODVAE
+
+log = logging.getLogger(__name__)
+
+
+class Autoencode(nn.Module):
+    """Clip and noise to reconstruction and posterior, in one forward: what DDP wraps."""
+
+    def __init__(self, vae: ODVAE):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, T, H, W) in [-1, 1]; noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
+        posterior = self.vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * noise
+        return self.vae.decode(z).sample, posterior.parameters
+
+
+def build_vae_model(config: TrainVAEConfig) -> ODVAE:
+    """The OD-VAE of the config. From a random start the latents have no known scale, so scaling_factor is None."""
+    model = config.model
+    shape = {
+        "variant": model.variant,
+        "block_out_channels": tuple(model.block_out_channels),
+        "layers_per_block": model.layers_per_block,
+        "norm_num_groups": model.norm_num_groups,
+    }
+    return ODVAE.preset(
+        model.preset, **shape, **({"scaling_factor": None} if model.init is Init.random else {})
+    )
+
+
+def initialize(vae: ODVAE, config: TrainVAEConfig) -> None:
+    """Tail or average initialization from SD2.1-VAE; refuses to start from noise unless that is asked for."""
+    if config.model.init is Init.random:
+        return
+    if not config.model.init_from:
+        raise ValueError(
+            f"model.init={config.model.init.value} needs model.init_from=FOLDER with SD2.1-VAE "
+            "(docs/vaes.md says where it is); model.init=random starts without it"
+        )
+    report = inflate(vae, config.model.init_from, method=config.model.init.value)
+    file = Path(config.model.init_from) / "config.json"
+    if file.is_file():  # 0.18215 is right for SD's latents, not for those of an image VAE trained here
+        vae.register_to_config(scaling_factor=json.loads(file.read_text()).get("scaling_factor"))
+    log.info("%s initialization from %s: %s", config.model.init.value, config.model.init_from, report)
+
+
+def plan(config: TrainVAEConfig) -> str:
+    """The resolved settings, sizes and schedule, for --dry-run; nothing is allocated."""
+    with torch.device("meta"):
+        vae = build_vae_model(config)
+    vae.check_frames(config.clip.num_frames)
+    latent = (vae.latent_frames(config.clip.num_frames), config.clip.size // 8, config.clip.size // 8)
+    count = sum(p.numel() for p in vae.parameters())
+    accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
+    return (
+        f"{summary(config)}\n\nOD-VAE variant {config.model.variant}: {count:,} parameters; "
+        f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.config.latent_channels}"
+        f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
+        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation})"
+    )
+
+
+class VAETrainer(Trainer):
+    """Everything a step touches, built once, by name."""
+
+    def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE):
+        super().__init__(config, accelerator)
+        self.vae = vae
+        self.ema = ModelEmaV3(vae, decay=config.ema_decay)
+        loss = config.loss
+        self.perceptual = None
+        if loss.perceptual_weight > 0:
+            self.perceptual = LPIPSLoss(weights=loss.perceptual_weights or None).to(accelerator.device)
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        self.autoencode, self.optimizer = self._prepare(Autoencode(vae))
+        self.autoencode.train()
+        self.discriminator = None
+        if loss.gan_weight > 0:
+            torch.manual_seed(config.seed + 1)
+            self.discriminator = PatchDiscriminator3D(
+                n_layers=loss.discriminator_layers, base=loss.discriminator_width
+            )
+            self.judge, self.judge_optimizer = self._prepare(self.discriminator)
+        self.ema.to(accelerator.device)
+
+    def _prepare(self, module: nn.Module) -> tuple[nn.Module, Any]:
+        optimizer = torch.optim.Adam(
+            module.parameters(), lr=self.config.learning_rate, betas=tuple(self.config.adam_betas)
+        )
+        return self.accelerator.prepare(module, optimizer)
+
+    @property
+    def gan_is_on(self) -> bool:
+        return self.discriminator is not None and self.step >= self.config.loss.gan_start
+
+    def phases(self) -> tuple[bool, bool]:
+        """(train the VAE, train D) in this step."""
+        if not self.gan_is_on:
+            return True, False
+        if self.config.loss.gan_schedule is GANSchedule.both:
+            return True, True
+        return self.step % 2 == 0, self.step % 2 == 1
+
+    def generator_loss(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(loss to differentiate, reconstruction, terms to log)."""
+        loss = self.config.loss
+        xhat, moments = self.autoencode(x, noise)
+        xhat = xhat.float()
+        terms = reconstruction_and_kl(
+            x,
+            xhat,
+            VideoGaussian(moments.float()),
+            kl_weight=loss.kl_weight,
+            perceptual=self.perceptual,
+            perceptual_weight=loss.perceptual_weight,
+            loss_type=loss.type,
+        )
+        logged = {"loss/rec": terms.rec, "loss/kl": terms.kl, "loss/nll": terms.nll}
+        if self.perceptual is not None:
+            logged["loss/lpips"] = terms.perceptual
+        total = terms.total
+        if self.gan_is_on:
+            self.discriminator.requires_grad_(False)  # its own gradients come from its own step
+            adversarial = generator_loss(self.discriminator(xhat))
+            weight = loss.gan_weight * adaptive_weight(terms.nll, adversarial, self.vae.last_decoder_layer)
+            self.discriminator.requires_grad_(True)
+            total = total + weight * adversarial
+            logged |= {"gan/generator": adversarial, "gan/weight": weight}
+        return total, xhat, logged
+
+    def discriminator_loss(self, x: Tensor, xhat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        real, fake = self.judge(x).float(), self.judge(xhat.detach()).float()
+        loss = hinge_d_loss(real, fake)
+        return loss, {
+            "gan/discriminator": loss,
+            "gan/logits_real": real.mean(),
+            "gan/logits_fake": fake.mean(),
+        }
+
+    def latent_noise(self, x: Tensor, numbers: Any) -> Tensor:
+        """(B, C, t, h, w): each sample's noise from its own generator."""
+        s = self.vae.spatial_compression_ratio
+        shape = (
+            self.vae.config.latent_channels,
+            self.vae.latent_frames(x.shape[2]),
+            x.shape[3] // s,
+            x.shape[4] // s,
+        )
+        return normal(generators(self.config.seed, numbers), shape, x.device)
+
+    def train_step(self, batches: Any) -> None:
+        """One optimizer step over all micro-batches: of the VAE, of D, or of both."""
+        accelerator, largest = self.accelerator, self.config.grad_clip
+        train_vae, train_judge = self.phases()
+        trained = ([self.autoencode] if train_vae else []) + ([self.judge] if train_judge else [])
+        self.set_learning_rate(self.optimizer, *([self.judge_optimizer] if train_judge else []))
+        for _ in range(accelerator.gradient_accumulation_steps):
+            batch = next(batches)
+            x = batch["video"].to(accelerator.device, non_blocking=True)
+            noise = self.latent_noise(x, batch["number"])
+            with accelerator.accumulate(*trained), autocast(accelerator, self.config):
+                if train_vae:
+                    total, xhat, logged = self.generator_loss(x, noise)
+                    accelerator.backward(total)
+                    self.note(logged)
+                else:
+                    with torch.no_grad():
+                        xhat = self.autoencode(x, noise)[0].float()
+                if train_judge:
+                    total, logged = self.discriminator_loss(x, xhat)
+                    accelerator.backward(total)
+                    self.note(logged)
+        finite = True
+        if train_vae:
+            finite = self.update(self.autoencode, self.optimizer, largest, "grad_norm/vae")
+            if finite:
+                self.ema.update(self.vae)
+        if train_judge:
+            finite &= self.update(self.judge, self.judge_optimizer, largest, "grad_norm/discriminator")
+        self.finish_step(finite)
+
+    def save(self, folder: Path) -> None:
+        """Weights as diffusers folders, the rest in trainer.pt; every process calls it, the main one writes."""
+        if not self.accelerator.is_main_process:
+            return
+        self.vae.save_pretrained(folder / "vae")
+        self.ema.module.save_pretrained(folder / "vae_ema")
+        state = self.counters() | {"optimizer": self.optimizer.state_dict()}
+        if self.discriminator is not None:
+            state |= {"discriminator": self.discriminator.state_dict()}
+            state |= {"judge_optimizer": self.judge_optimizer.state_dict()}
+        torch.save(state, folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        for module, name in ((self.vae, "vae"), (self.ema.module, "vae_ema")):
+            module.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))
+            config = json.loads((folder / name / "config.json").read_text())
+            module.register_to_config(scaling_factor=config["scaling_factor"])
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+        self.load_counters(state)
+
+
+@torch.no_grad()
+def validate(vae: ODVAE, clips: Any, count: int, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR and SSIM of posterior means on held-out clips, in memory on rounded uint8; and a picture of the first ones.
+
+    The picture is uint8 (T, rows, columns, 3): original | reconstruction | error x 4.
+    """
+    training, scores, rows = vae.training, [], []
+    vae.eval()
+    for n in range(min(count, len(clips))):
+        x = clips[n]["video"][None].to(device)
+        original, decoded = to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]
+        scores.append((psnr(original, decoded), ssim(original, decoded)))
+        if n < 4:
+            rows.append(comparison(original, decoded))
+    vae.train(training)
+    means = np.mean(scores, axis=0)
+    return {"val/psnr": float(means[0]), "val/ssim": float(means[1])}, np.concatenate(rows, axis=1)
+
+
+def train(config: TrainVAEConfig) -> Path:
+    """Train, or go on, to config.steps; returns the folder of the exported EMA weights."""
+    accelerator = make_accelerator(config)
+    if uses_deepspeed(accelerator):
+        raise ValueError(
+            "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
+        )
+    torch.manual_seed(config.seed)
+    vae = build_vae_model(config)
+    vae.check_frames(config.clip.num_frames)
+    with accelerator.main_process_first():
+        clips = open_clips(config.source, config.clip.spec(), config.seed)
+        held_out: Any = []
+        if config.source.val_fraction > 0:
+            still = config.clip.spec(crop="center", flip=False, position="center")
+            held_out = open_clips(config.source, still, 0, held_out=True)
+    run_dir = Path(config.run_dir)
+    if not Checkpoints(run_dir, config.keep_checkpoints).steps():
+        initialize(vae, config)
+    trainer = VAETrainer(config, accelerator, vae)
+    if accelerator.is_main_process:
+        open_run(run_dir, config, "train_vae")
+    counts = {"videos": len(clips), "held_out": len(held_out)}
+    counts |= {"damaged": len(clips.source.damaged), "short": len(clips.short)}
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
+    def look(metrics: MetricLog) -> None:
+        if accelerator.is_main_process and len(held_out):
+            scores, picture = validate(trainer.ema.module, held_out, config.val_videos, accelerator.device)
+            metrics.scalars(trainer.step, scores)
+            metrics.video(trainer.step, "val/original_reconstruction_error", picture)
+            write_preview(run_dir / "media" / f"val_{trainer.step:08d}.mp4", picture)
+            log.info(
+                "step %d: held-out PSNR %.2f dB, SSIM %.4f",
+                trainer.step,
+                scores["val/psnr"],
+                scores["val/ssim"],
+            )
+        accelerator.wait_for_everyone()
+
+    fit(
+        trainer,
+        clips,
+        run_dir,
+        program="train_vae",
+        mode="online",
+        info={"data": counts, "model": config.model.preset, "variant": config.model.variant},
+        look=look,
+        look_every=config.val_every,
+        look_at_start=True,
+    )
+    if accelerator.is_main_process:
+        export_folder(run_dir / "vae", trainer.ema.module.save_pretrained)
+        log.info("EMA weights: %s", run_dir / "vae")
+    accelerator.wait_for_everyone()
+    return run_dir / "vae"

@@ -1,0 +1,107 @@
+"""LatentVideoPipeline: labels and seeds in, videos out; a diffusers pipeline of a video VAE and a Latte.
+
+pipe = LatentVideoPipeline.from_pretrained("runs/latte/pipeline")
+videos = pipe(labels=[0, 1], seeds=[0, 1], guidance_scale=4.0).videos   # (2, 3, T, H, W) in [-1, 1]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from denoiser.latte import Latte
+from denoiser.sampling import make_scheduler, sample_latents
+from vae import CVVAE, ODVAE, OPSVAE, SDVAE, SVDVAE
+from vae.interface import VideoVAE
+
+VAES = (
+    ODVAE,
+    SDVAE,
+    SVDVAE,
+    CVVAE,
+    OPSVAE,
+)  # from_pretrained finds a component's class only if it is imported
+
+
+@dataclass
+class VideoPipelineOutput(BaseOutput):
+    """videos: (N, 3, T, H, W) float32 in [-1, 1], on the CPU. latents: (N, C, t, h, w), as the denoiser made them."""
+
+    videos: Tensor
+    latents: Tensor
+
+
+class LatentVideoPipeline(DiffusionPipeline):
+    """vae: any continuous VideoVAE with a scaling rule. transformer: a Latte. class_names: [] when unconditional."""
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, vae: VideoVAE, transformer: Latte, class_names: list[str] | None = None):
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer)
+        self.register_to_config(class_names=list(class_names or []))
+
+    def labels(self, wanted: Sequence[int | str] | None, count: int) -> Tensor | None:
+        """Class ids or names as (N,) int64; None: every class in turn, or none for an unconditional model."""
+        classes = self.transformer.config.num_classes
+        if classes is None:
+            if wanted is not None:
+                raise ValueError(f"labels={list(wanted)}: this model is unconditional, leave labels out")
+            return None
+        if wanted is None:
+            return torch.arange(count) % classes
+        names, ids = list(self.config.class_names), []
+        for label in wanted:
+            if isinstance(label, str):
+                if label not in names:
+                    raise ValueError(
+                        f"label {label!r}: the classes are {', '.join(names) or 'unnamed, use ids'}"
+                    )
+                label = names.index(label)
+            if not 0 <= int(label) <= (classes if self.transformer.null_label is not None else classes - 1):
+                raise ValueError(f"label {label}: this model has classes 0 .. {classes - 1}")
+            ids.append(int(label))
+        return torch.tensor(ids, dtype=torch.int64)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Sequence[int | str] | None = None,
+        num_videos: int = 1,
+        seeds: Sequence[int] | None = None,
+        sampler: str = "ddpm",
+        num_steps: int = 250,
+        guidance_scale: float = 1.0,
+        progress: bool = False,
+    ) -> VideoPipelineOutput:
+        """Generate videos. Video i depends on seeds[i] and its label only, not on what else is in the batch.
+
+        labels: class ids or names, one each; None: every class in turn. num_videos: used when labels is None.
+        seeds: one each, default 0, 1, ... sampler: "ddpm" (ancestral, the paper's 250 steps), "ddim", "ddim_upstream".
+        guidance_scale: classifier-free guidance; 1 = off. Raises ValueError for labels the model does not have.
+        """
+        count = num_videos if labels is None else len(labels)
+        seeds = list(range(count)) if seeds is None else list(seeds)
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for {count} videos: give one each")
+        config = self.transformer.config
+        latents = sample_latents(
+            self.transformer,
+            (count, config.in_channels, config.num_frames, *self.transformer.latent_hw),
+            self.labels(labels, count),
+            make_scheduler(sampler, num_steps),
+            guidance_scale,
+            generators=[torch.Generator().manual_seed(s) for s in seeds],
+            progress=self.progress_bar if progress else None,
+        )
+        return VideoPipelineOutput(videos=self.decode_latents(latents), latents=latents.cpu())
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Denoiser latents (N, C, t, h, w) to videos (N, 3, T, H, W) in [-1, 1], one at a time, on the CPU."""
+        z = self.vae.denormalize(latents).to(self.vae.dtype)
+        frames = [self.vae.decode(one[None]).sample.float().clamp(-1, 1).cpu() for one in z]
+        return torch.cat(frames)

@@ -1,0 +1,18 @@
+# Sourced by the scripts: where the repository is and how a program is started. Works from any directory.
+# The environment that is active is used; without one, .venv of this repository, made by scripts/setup.sh.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    python=python
+else
+    bash "$root/scripts/setup.sh"
+    python=${OMNILATTE_VENV:-$root/.venv}/bin/python
+    PATH=$(dirname "$python"):$PATH
+fi
+
+program() { # program NAME ARGUMENTS...: LAUNCH is e.g. "accelerate launch --config_file FILE"
+    local name=$1
+    shift
+    # shellcheck disable=SC2086
+    ${LAUNCH:-$python} -m "pipelines.$name" "$@"
+}

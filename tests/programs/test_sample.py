@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.video import read_frames
+from denoiser import Latte
+from pipelines.sample import main
+from pipelines.video_pipeline import LatentVideoPipeline
+
+
+@pytest.fixture
+def pipeline(trained_vae, tmp_path):
+    """A saved pipeline whose denoiser's output is not zero."""
+    from vae import ODVAE
+
+    vae = ODVAE.from_pretrained(trained_vae)
+    vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
+    torch.manual_seed(0)
+    latte = Latte(
+        depth=2, hidden_size=32, num_heads=4, patch_size=1, num_frames=3, sample_size=2, num_classes=3
+    )
+    for parameter in latte.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.normal_(latte.y_embedder.embedding_table.weight, std=5.0)
+    LatentVideoPipeline(vae=vae, transformer=latte, class_names=["a", "b", "c"]).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    return tmp_path / "pipeline"
+
+
+def videos(folder):
+    return {p.name: read_frames(p, range(9)) for p in sorted(folder.glob("*.mkv"))}
+
+
+@pytest.fixture
+def sample(pipeline, tmp_path):
+    def go(name, *more):
+        main([f"pipeline={pipeline}", f"out={tmp_path / name}", "num_steps=4", *more])
+        return videos(tmp_path / name)
+
+    return go
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all(np.abs(a[k].astype(int) - b[k]).max() <= 1 for k in a)
+
+
+def test_a_video_does_not_depend_on_the_batch_size(sample):
+    one, many = sample("one", "num_videos=5", "batch=1"), sample("many", "num_videos=5", "batch=4")
+    assert close(one, many)
+    assert not close(one, sample("seed", "num_videos=5", "seed=1"))
+
+
+def test_the_same_command_again_makes_only_what_is_missing(sample, tmp_path):
+    first = sample("run", "num_videos=3")
+    kept = tmp_path / "run" / "000000.mkv"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "run" / "000001.mkv").unlink()
+    again = sample("run", "num_videos=5")
+    assert kept.stat().st_mtime_ns == before
+    assert close({k: again[k] for k in first}, first)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["files"] == sorted(again)
+
+
+def test_samples_of_other_settings_are_not_mixed_in(sample, tmp_path):
+    sample("run", "num_videos=2")
+    with pytest.raises(ValueError, match=r"holds other samples \(guidance_scale: 1.0 -> 3.0\)"):
+        sample("run", "num_videos=2", "guidance_scale=3")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "holiday.mp4").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="not empty"):
+        sample("full", "num_videos=2")
+    assert (tmp_path / "full" / "holiday.mp4").read_bytes() == b"mine"
+
+
+def test_labels_by_name_and_guidance_change_the_videos(sample):
+    plain = sample("a", "num_videos=1", "labels=[a]")
+    assert not close(plain, sample("b", "num_videos=1", "labels=[b]"))
+    assert not close(plain, sample("guided", "num_videos=1", "labels=[a]", "guidance_scale=9"))
+    with pytest.raises(ValueError, match="label 'z': the classes are a, b, c"):
+        sample("z", "num_videos=1", "labels=[z]")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim_upstream"])
+def test_every_sampler_gives_finite_videos(sample, sampler):
+    assert len(sample(sampler, "num_videos=1", f"sampler={sampler}")) == 1
+
+
+def test_ddpm_takes_250_steps_by_default(pipeline, tmp_path, capsys):
+    main([f"pipeline={pipeline}", "--dry-run"])
+    text = capsys.readouterr().out
+    assert "num_steps = 250" in text
+    assert "2048 videos" in text
+
+
+def test_a_missing_pipeline_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="no model_index.json there; train one"):
+        main([f"pipeline={tmp_path}", f"out={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_pipeline_survives_saving_and_loading(pipeline):
+    pipe = LatentVideoPipeline.from_pretrained(pipeline)
+    again = LatentVideoPipeline.from_pretrained(pipeline)
+    videos = [p(labels=["b"], seeds=[7], num_steps=3).videos for p in (pipe, again)]
+    assert torch.equal(*videos)
+    assert videos[0].shape == (1, 3, 9, 16, 16)
+    assert videos[0].abs().max() <= 1

@@ -1,0 +1,90 @@
+"""The starters in scripts/, as a user calls them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def bash(script, *arguments, cwd, **env):
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **env,
+    }
+    command = ["bash", str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_stage_one_plans_the_paper_s_run_from_any_directory(tmp_path):
+    done = bash("stage1_vae.sh", "--dry-run", "--data", tmp_path, "model.init=random", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "OD-VAE variant 4: 239,189,991 parameters" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_key_is_one_line_and_exit_code_2(tmp_path):
+    done = bash("stage1_vae.sh", "--dry-run", "stepz=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        == "error: config: unknown key 'stepz'; did you mean 'steps'? (--help lists all keys)".replace(
+            "?", ""
+        )
+    )
+
+
+def test_stage_two_without_weights_names_the_way_out(tmp_path):
+    done = bash(
+        "stage2_latte.sh", "--vae", "odvae", "--data", tmp_path, cwd=tmp_path, OMNILATTE_WEIGHTS=str(tmp_path)
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "no weights for VAE 'odvae'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_stage_two_caches_then_trains_then_samples_then_is_judged(tmp_path, own_vae, latte_settings):
+    config = tmp_path / "demo.yaml"
+    config.write_text("run_dir: run\nsource: {name: demo, demo_videos: 8}\n")
+    settings = [s for s in latte_settings if not s.startswith("source.")]
+    more = ["steps=2", "clip.num_frames=17", "source.index_dir=index", "cache.dir=cache"]
+    settings = [s for s in settings if not s.startswith("clip.num_frames")]
+    done = bash(
+        "stage2_latte.sh",
+        "--config",
+        config,
+        "--vae",
+        "odvae",
+        "--vae-path",
+        own_vae,
+        "--dataset",
+        "demo",
+        *settings,
+        *more,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for out in ("a", "b"):
+        done = bash(
+            "sample.sh", "pipeline=run/pipeline", f"out={out}", "num_videos=2", "num_steps=3", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    done = bash("evaluate.sh", "a", "b", "--num-videos", 2, "--weights", "random:0", cwd=tmp_path)
+    assert "random-feature FVD (I3D, seed 0)" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_s_parts_all_run_and_make_a_page_with_pictures(tmp_path):
+    done = bash("demo.sh", "--short", "--out", tmp_path / "demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/webp") == 3
+    assert page.count("data:image/png") == 3
+    assert "random-feature FVD" in page

@@ -1,0 +1,221 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.latents import LatentCache
+from pipelines import cache_latents, train_latte
+from pipelines.config import load
+from pipelines.train_latte import TrainLatteConfig
+
+
+@pytest.fixture
+def stage_two(latte_settings, own_vae, tmp_path):
+    """cache and train on the same settings, as scripts/stage2_latte.sh does."""
+
+    def go(name, *more, cache=True):
+        run = tmp_path / name
+        common = [
+            f"vae.path={own_vae}",
+            f"cache.dir={tmp_path / 'cache'}",
+            f"source.index_dir={tmp_path / 'index'}",
+        ]
+        settings = [*latte_settings, *common, f"run_dir={run}", *more]
+        if cache:
+            cache_latents.main(settings)
+        train_latte.main(settings)
+        return run
+
+    return go
+
+
+def weights(run, step, name="latte"):
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / name / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resumed_training_equals_uninterrupted_to_the_bit(stage_two, tmp_path):
+    whole = stage_two("whole", "steps=6", "save_every=3", "log_every=2")
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step_00000006")  # as if killed between steps 3 and 6
+    stage_two("parts", "steps=6", "save_every=3", "log_every=2", cache=False)
+    for name in ("latte", "latte_ema"):
+        assert equal(weights(whole, 6, name), weights(parts, 6, name))
+    states = [
+        torch.load(r / "checkpoints/step_00000006/trainer.pt", weights_only=True) for r in (whole, parts)
+    ]
+    moments = [s.pop("optimizer")["state"] for s in states]
+    assert states[0] == states[1]
+    assert all(equal(a, b) for a, b in zip(moments[0].values(), moments[1].values(), strict=True))
+    assert records(whole) == records(parts)
+    assert not equal(weights(whole, 6), weights(parts, 3))
+
+
+def test_accumulated_small_batches_train_as_one_large_batch(stage_two, tmp_path):
+    def curve(name, *more):
+        return [r[k] for r in records(stage_two(name, "steps=3", *more)) for k in ("loss", "grad_norm")]
+
+    large = curve("large", "micro_batch=4")
+    assert curve("small", "micro_batch=1") == pytest.approx(large, rel=1e-5)
+    assert curve(
+        "other", "micro_batch=4", "seed=1", f"cache.dir={tmp_path / 'other-cache'}"
+    ) != pytest.approx(large, rel=1e-3)
+
+
+def test_first_loss_is_that_of_a_network_which_predicts_zero(stage_two):
+    first = records(stage_two("run", "steps=1", "global_batch=64", "micro_batch=64"))[0]
+    assert first["loss/mse"] == pytest.approx(1.0, abs=0.03)  # E[noise^2]
+    assert 0.0 < first["loss/vb"] < 0.3
+
+
+def test_cached_moments_equal_a_fresh_encode(stage_two, own_vae, tmp_path, latte_settings):
+    import numpy as np
+
+    from pipelines.cache_latents import cached_clips
+    from vae import load_vae
+
+    stage_two("run", "steps=1", "cache.flips=true")
+    settings = [*latte_settings, "cache.flips=true", f"source.index_dir={tmp_path / 'index'}"]
+    config = load(TrainLatteConfig, None, settings)
+    clips, cache, vae = cached_clips(config), LatentCache(tmp_path / "cache"), load_vae(own_vae)
+    assert len(cache) == 8 * 2 * 2
+    for row in (0, 5, 11, 31):
+        entry = cache[row]
+        assert (entry["video"], entry["draw"]) == divmod(row, 4)
+        crop, mirrored = divmod(entry["draw"], 2)
+        pixels = clips.clip_uint8(entry["video"], np.random.default_rng((config.seed, entry["video"], crop)))
+        pixels = pixels[:, :, ::-1] if mirrored else pixels
+        x = torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
+        with torch.inference_mode():
+            posterior = vae.encode(x).latent_dist
+        assert torch.allclose(entry["mean"], posterior.mean[0], atol=1e-6)
+        assert torch.allclose(entry["logvar"], posterior.logvar[0], atol=1e-5)
+        assert entry["label"] == clips.label(entry["video"])
+
+
+def test_statistics_are_measured_and_stored_with_a_vae_that_has_no_scaling_rule(stage_two, own_vae, tmp_path):
+    assert json.loads((own_vae / "config.json").read_text())["latents_mean"] is None
+    stage_two("run", "steps=1")
+    config = json.loads((own_vae / "config.json").read_text())
+    cache = LatentCache(tmp_path / "cache")
+    entries = [cache[i] for i in range(len(cache))]
+    mean, var = (
+        torch.stack([f(e) for e in entries]).double()
+        for f in (lambda e: e["mean"], lambda e: e["logvar"].exp())
+    )
+    axes = (0, 2, 3, 4)
+    assert config["latents_mean"] == pytest.approx(mean.mean(axes).tolist(), abs=1e-6)
+    total = (mean.square() + var).mean(axes) - mean.mean(axes).square()
+    assert config["latents_std"] == pytest.approx(total.sqrt().tolist(), abs=1e-6)
+
+
+def test_training_without_a_scaling_rule_is_refused_with_the_way_out(stage_two):
+    with pytest.raises(ValueError, match="no scaling rule .*cache_latents"):
+        stage_two("run", "steps=1", "mode=online", cache=False)
+
+
+def test_a_cache_of_other_clips_is_refused_with_the_difference(stage_two):
+    stage_two("run", "steps=1")
+    with pytest.raises(ValueError, match=r"clip.num_frames: 9 in the cache, 5 asked for"):
+        stage_two("other", "steps=1", "clip.num_frames=5", cache=False)
+
+
+def test_a_cache_of_another_vae_is_refused(stage_two, own_vae):
+    stage_two("run", "steps=1")
+    from vae import ODVAE
+
+    vae = ODVAE.from_pretrained(own_vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.bias.add_(1)
+    vae.save_pretrained(own_vae)
+    with pytest.raises(ValueError, match=r"vae.weights_sha256"):
+        stage_two("other", "steps=1", cache=False)
+
+
+def test_missing_and_incomplete_caches_say_what_to_do(stage_two, tmp_path):
+    with pytest.raises(ValueError, match="no scaling rule"):
+        stage_two("run", "steps=1", cache=False)
+    stage_two("run", "steps=1")
+    index = tmp_path / "cache" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"complete": False}))
+    with pytest.raises(ValueError, match="not complete; run the same cache_latents command"):
+        stage_two("run2", "steps=1", cache=False)
+
+
+def test_interrupted_caching_goes_on_and_ends_with_the_same_bytes(stage_two, tmp_path, monkeypatch):
+    stage_two("run", "steps=1")
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "cache").glob("*.safetensors")}
+    assert len(whole) == 3  # 16 entries in shards of 6
+    (tmp_path / "cache" / "latents-00001.json").unlink()  # killed after the shard, before its record
+    (tmp_path / "cache" / "latents-00002.safetensors").unlink()
+    (tmp_path / "cache" / "latents-00002.json").unlink()
+    index = tmp_path / "cache" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"complete": False}))
+    stage_two("run2", "steps=1")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "cache").glob("*.safetensors")} == whole
+
+
+def test_a_damaged_shard_is_named_when_it_is_read(stage_two, tmp_path):
+    stage_two("run", "steps=1")
+    shard = tmp_path / "cache" / "latents-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"latents-00001.safetensors is damaged"):
+        LatentCache(tmp_path / "cache")[7]
+    assert len(list(LatentCache(tmp_path / "cache").verify())) == 1
+
+
+def test_online_and_cached_training_both_run_and_say_which(stage_two):
+    cached = stage_two("cached", "steps=2")
+    online = stage_two("online", "steps=2", "mode=online", cache=False)
+    modes = [json.loads((run / "efficiency.json").read_text())["mode"] for run in (cached, online)]
+    assert modes == ["cached", "online"]
+
+
+def test_discrete_vaes_are_refused(latte_settings, tmp_path, monkeypatch):
+    from pipelines import settings
+
+    class Codes:
+        discrete = True
+
+    monkeypatch.setattr("vae.load_vae", lambda *_: Codes())
+    with pytest.raises(ValueError, match="vae.name=tats: its latents are discrete"):
+        settings.open_vae(load(TrainLatteConfig, None, ["vae.name=tats"]).vae)
+
+
+def test_exported_pipeline_holds_the_ema_weights_and_the_class_names(stage_two):
+    from pipelines.video_pipeline import LatentVideoPipeline
+
+    run = stage_two("run", "steps=2", "save_every=2", "samples.every=2", "samples.steps=3")
+    pipe = LatentVideoPipeline.from_pretrained(run / "pipeline")
+    assert equal(dict(pipe.transformer.state_dict()), weights(run, 2, "latte_ema"))
+    assert pipe.config.class_names == ["right", "left", "up", "down"]
+    assert pipe.vae.has_scaling_rule
+    assert (run / "media" / "samples_00000002.mp4").stat().st_size > 0
+
+
+def test_dry_run_prints_the_plan(capsys, own_vae, tmp_path):
+    train_latte.main(
+        [
+            "--dry-run",
+            "source.name=demo",
+            f"vae.path={own_vae}",
+            f"source.index_dir={tmp_path}",
+            "clip.num_frames=33",
+        ]
+    )
+    text = capsys.readouterr().out
+    assert "latent 4 x 9 x 32 x 32" in text
+    assert "steps = 200000" in text
+    assert "learning_rate = 0.0001" in text

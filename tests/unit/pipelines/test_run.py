@@ -1,0 +1,146 @@
+import json
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.engine import accumulation_steps, draw_seed, generators, normal
+from pipelines.log import MetricLog, read_metrics
+from pipelines.run import Checkpoints, export_folder, stop_on_signal
+
+ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+
+def save(checkpoints, step, text="x"):
+    checkpoints.save(step, lambda folder: (folder / "a.txt").write_text(text), {"samples": step * 8}, ALONE)
+
+
+def test_a_failed_save_leaves_the_older_checkpoint_and_no_half_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+
+    def fails(folder):
+        (folder / "a.txt").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*step_00000002: No space left"):
+        checkpoints.save(2, fails, {}, ALONE)
+    assert checkpoints.latest() == 1
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["step_00000001"]
+
+
+def test_a_save_cut_short_by_a_kill_is_no_checkpoint_and_does_not_hinder_the_next(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    half = checkpoints.folder / ".step_00000002.tmp"
+    half.mkdir()
+    (half / "a.txt").write_text("half")
+    assert checkpoints.latest() == 1
+    save(checkpoints, 2, "whole")
+    assert (checkpoints.path(2) / "a.txt").read_text() == "whole"
+
+
+def test_only_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [20, 30]
+    with pytest.raises(ValueError, match="at least 2"):
+        Checkpoints(tmp_path, keep=1)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_any_damage_is_found_and_the_previous_checkpoint_used(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    save(checkpoints, 2, "content")
+    file = checkpoints.path(2) / ("manifest.json" if damage == "manifest" else "a.txt")
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_text({"flip": "contenu", "truncate": "conte", "manifest": "{"}[damage])
+    assert checkpoints.damage(2)
+    assert checkpoints.latest() == 1
+
+
+def test_a_manifest_that_points_outside_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    manifest = checkpoints.path(1) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"] = {"../../secret": "0"}
+    manifest.write_text(json.dumps(content))
+    assert "missing" in checkpoints.damage(1)
+
+
+def test_export_replaces_a_folder_as_a_whole(tmp_path):
+    target = tmp_path / "vae"
+    for name in ("one", "two"):
+
+        def write(folder, name=name):
+            folder.mkdir()
+            (folder / name).write_text(name)
+
+        export_folder(target, write)
+    assert [p.name for p in target.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["vae"]
+
+
+def test_signals_are_remembered_until_the_loop_asks():
+    before = signal.getsignal(signal.SIGUSR1)
+    with stop_on_signal() as stopping:
+        assert stopping() == ""
+        signal.raise_signal(signal.SIGUSR1)
+        assert stopping() == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_log_drops_what_a_lost_step_had_written_and_half_lines(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.scalars(step, {"loss": step / 2, "nothing": None, "bad": float("nan")})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    MetricLog(tmp_path, 2).close()
+    assert read_metrics(tmp_path)[-1] == {"step": 2, "loss": 1.0, "nothing": None, "bad": None}
+
+
+def test_a_full_disk_ends_the_logging_not_the_training(tmp_path, monkeypatch, caplog):
+    log = MetricLog(tmp_path, 0)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.writer, "add_scalar", full)
+    log.scalars(1, {"loss": 1.0})
+    log.scalars(2, {"loss": 1.0})
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_videos_reach_tensorboard_as_animated_webp(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    log.video(1, "clip", np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8))
+    log.close()
+    content = b"".join(p.read_bytes() for p in (tmp_path / "tb").iterdir())
+    assert b"WEBP" in content
+    assert b"ANIM" in content
+
+
+def test_draws_of_a_sample_depend_on_seed_and_number_only():
+    shape = (2, 3)
+    whole = normal(generators(5, range(6)), shape, torch.device("cpu"))
+    parts = [normal(generators(5, n), shape, torch.device("cpu")) for n in ([4], [5, 0])]
+    assert torch.equal(parts[0][0], whole[4])
+    assert torch.equal(parts[1], whole[[5, 0]])
+    assert not torch.equal(normal(generators(6, [4]), shape, torch.device("cpu"))[0], whole[4])
+    assert len({draw_seed(s, n) for s in range(50) for n in range(200)}) == 10_000
+
+
+def test_accumulation_is_derived_or_refused_with_a_batch_that_fits():
+    assert accumulation_steps(16, 2, 4) == 2
+    with pytest.raises(ValueError, match="choose e.g. global_batch=12"):
+        accumulation_steps(10, 3, 2)
