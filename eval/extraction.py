@@ -1,0 +1,215 @@
+"""From selected clips to features: decoded in worker processes, a batch at a time, by any number of processes.
+
+Batch j holds the same clips whatever the number of processes; process r of W takes the batches r, r + W, ...; there
+is no padding. Results are gathered, sorted and checked to cover each clip once. Memory holds a few clips, not the
+set: at most QUEUE_BYTES of decoded clips wait for the network.
+"""
+
+import logging
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.video import natural_key
+from eval.feature_cache import FeatureCache
+from eval.ranks import Ranks
+from eval.selection import Clip, Selection
+from eval.videos import content_digest, read_clip
+
+logger = logging.getLogger(__name__)
+QUEUE_BYTES = 512 << 20
+FRAMES_PER_BATCH = 128
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How features are computed, which should not change them. batch_size: None is 128 frames' worth of clips.
+
+    workers: decoding processes, 0 decodes in this one. cache: folder, None keeps nothing.
+    """
+
+    batch_size: int | None = None
+    workers: int = 1
+    cache: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self):
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: 0 or more processes")
+
+    def batch_of(self, num_frames: int) -> int:
+        return self.batch_size or max(1, FRAMES_PER_BATCH // num_frames)
+
+
+def _read(clip: Clip, size: tuple[int, int]) -> np.ndarray | str:
+    """A clip's pixels, or in one line why it cannot be read."""
+    try:
+        return read_clip(clip.video, np.array(clip.indices), size, clip.source)
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read_ahead(clips: Sequence[Clip], size: tuple[int, int], workers: int) -> Iterator[np.ndarray | str]:
+    """The clips' pixels in order, decoded ahead by `workers` processes within QUEUE_BYTES.
+
+    Pixels travel through pipes (shared memory is small in containers). The processes are spawned and import no
+    torch: a fork of a process with gloo's threads hung.
+    """
+    clip_bytes = len(clips[0].indices) * size[0] * size[1] * 3 if clips else 1
+    ahead = max(1, min(4 * workers, QUEUE_BYTES // clip_bytes))
+    workers = min(workers, ahead, len(clips))
+    if not workers:
+        yield from (_read(clip, size) for clip in clips)
+        return
+    waiting: deque[Future] = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for clip in clips:
+                waiting.append(pool.submit(_read, clip, size))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise OSError("a decoding process died; is it out of memory? --workers 0 decodes here") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def extract_selected(
+    clips: Sequence[Clip],
+    size: tuple[int, int],
+    extractor,
+    options: RunOptions,
+    cache: FeatureCache | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray | None, dict[int, str]]:
+    """Features of clips, in their order, the same in every process; collective when there are several.
+
+    size: (height, width) of the pixels the network's preprocessing gets. Returns ((N, D) float32, {}), or
+    (None, {index of a clip: why it cannot be read}).
+    """
+    ranks, step = options.ranks, options.batch_of(len(clips[0].indices))
+    known = ranks.from_main(lambda: cache.load(len(clips), step) if cache else {})
+    todo = [start for start in range(0, len(clips), step) if start not in known]
+    mine = todo[ranks.rank :: ranks.world]
+    if on_batch is not None:
+        on_batch(sum(map(len, known.values())))
+    parts = ranks.everywhere(
+        lambda: _extract_batches(clips, size, mine, step, extractor, options.workers, cache, on_batch)
+    )
+    failures = {index: reason for _, failed in parts for index, reason in failed.items()}
+    if failures:
+        return None, failures
+    pieces = [(start, part) for found, _ in parts for start, part in found.items()] + list(known.items())
+    pieces.sort(key=lambda piece: piece[0])
+    covered = [start + n for start, part in pieces for n in range(len(part))]
+    assert covered == list(range(len(clips))), "each clip is judged exactly once"
+    features = np.concatenate([part for _, part in pieces])
+    if cache and ranks.main:
+        cache.finish(features, step)
+    return features, {}
+
+
+def _extract_batches(
+    clips, size, starts, step, extractor, workers, cache, on_batch
+) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    """The batches that begin at `starts`: ({start: features}, {index: why a clip cannot be read})."""
+    from eval.features import extract_features
+
+    found, failures = {}, {}
+    wanted = [n for start in starts for n in range(start, min(start + step, len(clips)))]
+    pixels = _read_ahead([clips[n] for n in wanted], size, workers)
+    for start in starts:
+        batch = {n: next(pixels) for n in range(start, min(start + step, len(clips)))}
+        failures |= {n: clip for n, clip in batch.items() if isinstance(clip, str)}
+        if failures:
+            continue  # the batch will be made again with other clips in their places
+        found[start] = extract_features(batch.values(), extractor, step)
+        if cache:
+            cache.store(start, found[start])
+        if on_batch is not None:
+            on_batch(len(batch))
+    return found, failures
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Features (N, D) float32 of a folder's clips, and the record's summary.
+
+    groups: (N,) a number for the video each clip is from. places: (N,) the clip's place by name of its video.
+    """
+
+    features: np.ndarray
+    groups: np.ndarray
+    places: np.ndarray
+    summary: dict
+
+
+def judge_folder(
+    selection: Selection | None,
+    num: int,
+    size: tuple[int, int],
+    extractor,
+    options: RunOptions,
+    more: int = 0,
+    text: str = "",
+) -> Judged:
+    """Features of exactly `num` clips, and of `more` after them if the folder has so many; collective.
+
+    selection: in rank 0, None elsewhere. A clip that cannot be read after all is replaced and counted.
+    Raises ValueError if there are fewer than `num` clips.
+    """
+    from eval.progress_bar import bar
+
+    ranks = options.ranks
+    while True:
+        clips, cache = ranks.from_main(lambda: _plan(selection, num, more, size, extractor, options))
+        with bar(len(clips), text) if ranks.main and text else nullcontext() as on_batch:
+            features, failures = extract_selected(clips, size, extractor, options, cache, on_batch)
+        if features is not None:
+            break
+        if ranks.main:
+            for index, reason in failures.items():
+                selection.reject(clips[index].video, reason)
+    numbers = {video: n for n, video in enumerate(dict.fromkeys(clip.video for clip in clips))}
+    groups = np.array([numbers[clip.video] for clip in clips])
+    by_name = sorted(range(len(clips)), key=lambda n: (natural_key(clips[n].video.name), clips[n].indices))
+    places = np.argsort(by_name)
+    summary = ranks.from_main(lambda: selection.summary(clips[:num]))
+    return Judged(features, groups, places, summary)
+
+
+def _plan(
+    selection: Selection, num: int, more: int, size: tuple[int, int], extractor, options: RunOptions
+) -> tuple[list[Clip], FeatureCache | None]:
+    """The clips to judge, and where their features are kept."""
+    import torch
+
+    clips = selection.take(num)
+    if more:
+        try:
+            clips = selection.take(num + more)
+        except ValueError as error:
+            logger.info("no second set of %d real clips: %s", more, error)
+    if options.cache is None:
+        return clips, None
+    content = {
+        "clips": [[content_digest(clip.video), clip.indices] for clip in clips],
+        "size": size,
+        "batch_size": options.batch_of(len(clips[0].indices)),
+        "device": extractor.device.type,
+        "torch": torch.__version__,
+        "weights": extractor.provenance.as_dict(),
+        **extractor.settings,
+    }
+    return clips, FeatureCache(options.cache, content)

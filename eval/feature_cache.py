@@ -1,0 +1,83 @@
+"""Features on the disk, keyed by everything that made them, so that a run resumes and a set is judged once.
+
+A key is a digest of the content of the files, the frames taken, the network, its weights and settings. A batch is
+one file, written whole or not at all; a second program with the same key writes the same bytes.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder(argument: str | None, *roots: str | Path) -> Path:
+    """Where caches lie: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte. ValueError if inside a data folder."""
+    folder = Path(argument or os.environ.get("OMNILATTE_CACHE") or Path.home() / ".cache" / "omnilatte")
+    for root in roots:
+        if Path(root).is_dir() and folder.resolve().is_relative_to(Path(root).resolve()):
+            raise ValueError(f"--cache-dir {folder} lies inside the videos {root}; choose a folder outside")
+    return folder
+
+
+def scan_file(folder: Path, root: str | Path) -> Path:
+    """The file that keeps the scan of one folder of videos."""
+    name = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
+    return folder / "scans" / f"{name}.json"
+
+
+class FeatureCache:
+    """The features of one list of clips. content: anything JSON; equal content is the same features."""
+
+    def __init__(self, folder: Path, content: dict):
+        self.key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(folder) / "features"
+        self.whole = self.folder / f"{self.key[:32]}.npy"
+
+    @staticmethod
+    def _read(path: Path) -> np.ndarray | None:
+        """A cached array; None if it is not there or not readable, which costs its computation only."""
+        try:
+            return np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError, EOFError) as error:
+            logger.warning("%s is not readable (%s): computed again", path, error)
+            return None
+
+    @staticmethod
+    def _write(path: Path, features: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, features)
+        write_atomic(path, buffer.getvalue())
+
+    def load(self, num: int, batch_size: int) -> dict[int, np.ndarray]:
+        """What is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""
+        whole = self._read(self.whole)
+        if whole is not None and len(whole) == num:
+            return {start: whole[start : start + batch_size] for start in range(0, num, batch_size)}
+        found = {start: self._read(self._part(start)) for start in range(0, num, batch_size)}
+        sizes = {start: min(batch_size, num - start) for start in found}
+        return {s: part for s, part in found.items() if part is not None and len(part) == sizes[s]}
+
+    def _part(self, start: int) -> Path:
+        return self.folder / f"{self.key[:32]}-{start:06d}.npy"
+
+    def store(self, start: int, features: np.ndarray) -> None:
+        """Keep the features of one batch."""
+        self._write(self._part(start), features)
+
+    def finish(self, features: np.ndarray, batch_size: int) -> None:
+        """Keep all features in one file instead of the batches' files; another run may be doing the same."""
+        whole = self._read(self.whole)
+        if whole is None or len(whole) != len(features):
+            self._write(self.whole, features)
+        for start in range(0, len(features), batch_size):
+            self._part(start).unlink(missing_ok=True)

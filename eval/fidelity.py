@@ -1,0 +1,286 @@
+"""How close a reconstruction is to its original: PSNR, SSIM, LPIPS. A program and functions.
+
+    python eval/fidelity.py --real DIR --fake DIR [--no-lpips]
+
+Per frame, then the mean over a video's frames, then over videos (as the Open-Sora-Plan evaluation of the
+paper's Table 1). Compare uint8 pixels that were never compressed with loss: mp4 costs up to 10 dB.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from data.cli import run
+from eval.options import size_argument
+from eval.weights import require_weights
+
+WINDOW, SIGMA = 11, 1.5
+C1, C2 = 0.01**2, 0.03**2
+
+
+def _check(real: np.ndarray, fake: np.ndarray) -> None:
+    for name, video in (("real", real), ("fake", fake)):
+        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
+            raise ValueError(f"{name} is {video.dtype} {video.shape}: videos are uint8 (T, H, W, 3)")
+    if real.shape != fake.shape:
+        raise ValueError(f"real {real.shape} and fake {fake.shape} differ: a pair has equal frames and size")
+
+
+def psnr(real: np.ndarray, fake: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, mean over frames. Videos (T, H, W, 3) uint8, peak 255.
+
+    A frame with mean squared error below 1e-10 (of pixels in [0, 1]) counts as 100 dB.
+    """
+    _check(real, fake)
+    values = []
+    for a, b in zip(real, fake, strict=True):
+        error = np.square(a.astype(np.float64) - b).mean() / 255.0**2
+        values.append(100.0 if error < 1e-10 else -10.0 * np.log10(error))
+    return float(np.mean(values))
+
+
+def ssim(real: np.ndarray, fake: np.ndarray) -> float:
+    """Structural similarity (Wang et al., 2004), mean over frames. Videos (T, H, W, 3) uint8, >= 11 x 11.
+
+    Gaussian window 11 x 11, sigma 1.5, positions where it fits, per RGB channel, biased variances, float64.
+    """
+    _check(real, fake)
+    if min(real.shape[1:3]) < WINDOW:
+        raise ValueError(
+            f"frames of {real.shape[1]}x{real.shape[2]}: SSIM's window needs at least 11 x 11 pixels"
+        )
+    return float(np.mean([_ssim_frame(a / 255.0, b / 255.0) for a, b in zip(real, fake, strict=True)]))
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H - 10, W - 10, 3): Gaussian mean at the positions where the window fits."""
+    from scipy.ndimage import correlate1d
+
+    radius = WINDOW // 2
+    weights = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / SIGMA))
+    weights /= weights.sum()
+    rows = correlate1d(image, weights, axis=0)[radius:-radius]
+    return correlate1d(rows, weights, axis=1)[:, radius:-radius]
+
+
+def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
+    mean_a, mean_b = _blur(a), _blur(b)
+    squares, product = mean_a**2 + mean_b**2, mean_a * mean_b
+    variances = _blur(a * a + b * b) - squares
+    covariance = _blur(a * b) - product
+    score = (2 * product + C1) * (2 * covariance + C2) / ((squares + C1) * (variances + C2))
+    return float(score.mean())
+
+
+def load_lpips(weights=None, device="cpu"):
+    """LPIPS with AlexNet (Zhang et al., 2018), in eval mode, and the provenance of its backbone.
+
+    weights: the AlexNet file or its folder, None for $OMNILATTE_WEIGHTS, or random:SEED. The linear heads
+    come with the `lpips` package. Raises ValueError naming --no-lpips when there is no backbone.
+    """
+    import warnings
+
+    from eval.weights import (
+        Provenance,
+        find_weights,
+        identify,
+        load_strict,
+        random_seed,
+        randomise,
+        read_state,
+    )
+
+    seed = random_seed(weights)
+    path = find_weights("alexnet", weights) if seed is None else None
+    import lpips
+
+    with warnings.catch_warnings():  # torchvision's renamed argument, inside lpips
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    network.requires_grad_(False).eval()
+    if path is None:
+        randomise(network.net, seed)
+        return network.to(device), Provenance("AlexNet", f"random:{seed}", "", False, seed)
+    provenance = identify(path, "alexnet")
+    features = {k: v for k, v in read_state(path).items() if k.startswith("features.")}
+    names = {f"features.{k.split('.', 1)[1]}": k for k in network.net.state_dict()}  # slice1.0.weight
+    load_strict(network.net, {names.get(k, k): v for k, v in features.items()}, str(path))
+    return network.to(device), provenance
+
+
+def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int = 8) -> float:
+    """LPIPS, mean over frames. Videos (T, H, W, 3) uint8; network: from `load_lpips`."""
+    import torch
+
+    from eval.features import exact_float32
+
+    _check(real, fake)
+    device = next(network.parameters()).device
+
+    def frames(video: np.ndarray) -> torch.Tensor:
+        pixels = torch.from_numpy(np.require(video, requirements=["C", "W"])).to(device)
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    values = []
+    with exact_float32(device.type):
+        for start in range(0, len(real), batch_size):
+            part = slice(start, start + batch_size)
+            values.append(network(frames(real[part]), frames(fake[part])).flatten().double().cpu())
+    return float(torch.cat(values).mean())
+
+
+def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
+    """Videos of two folders with one relative name (suffix aside). ValueError if one lacks a partner."""
+    from eval.manifest import list_folder
+
+    def pair_name(video, root: Path) -> str:
+        place = "" if root.is_file() else video.path.relative_to(root)
+        place = place if video.path.is_dir() or root.is_file() else place.with_suffix("")
+        return f"{place} {video.key} {video.row}"
+
+    sides = []
+    for root in (Path(real_root), Path(fake_root)):
+        videos = list_folder(root).videos
+        named = {pair_name(video, root): video for video in videos}
+        if len(named) < len(videos):
+            raise ValueError(f"{root}: two videos have one name but for their suffix: pairs are made by name")
+        sides.append(named)
+    alone = set(sides[0]) ^ set(sides[1])
+    if alone:
+        first = min((sides[0] | sides[1])[name].name for name in alone)
+        raise ValueError(
+            f"{len(alone)} videos have no partner of the same name in the other folder, e.g. {first} "
+            f"({len(sides[0])} real, {len(sides[1])} fake): pairs have equal names"
+        )
+    return [(sides[0][name], sides[1][name]) for name in sides[0]]
+
+
+def read_pair(
+    pair: tuple, num_frames: int | None, size: tuple[int, int] | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pixels of a pair, some frames at a time, (T, H, W, 3) uint8 each: as stored, or both at `size`.
+
+    num_frames: the first so many, None for all. Raises ValueError if the two differ in frames or size.
+    """
+    from eval.videos import BLOCK_BYTES, fit, read_video, shape_of
+
+    shapes = [shape_of(video) for video in pair]
+    frames = [shape[0] if num_frames is None else num_frames for shape in shapes]
+    if len({(n, *(size or shape[1:])) for n, shape in zip(frames, shapes, strict=True)}) > 1:
+        raise ValueError(
+            f"{pair[0].name}: real is {shapes[0]}, {pair[1].name}: fake is {shapes[1]} (frames, height, width); "
+            "--num-frames and --size bring both to one shape"
+        )
+    if num_frames is not None and num_frames > min(shape[0] for shape in shapes):
+        raise ValueError(
+            f"{pair[0].name}: --num-frames {num_frames}, the videos have {shapes[0][0]}, {shapes[1][0]}"
+        )
+    block = max(1, BLOCK_BYTES // max(3 * shape[1] * shape[2] for shape in shapes))
+    for start in range(0, frames[0], block):
+        indices = np.arange(start, min(start + block, frames[0]))
+        sides = [read_video(video, indices) for video in pair]
+        yield tuple(fit(side, *size) if size else side for side in sides)
+
+
+def measure_pair(blocks: Iterable[tuple[np.ndarray, np.ndarray]], network=None) -> dict[str, float]:
+    """{"PSNR", "SSIM", "LPIPS" if there is a network}: means over all frames of a pair's blocks."""
+    metrics = {"PSNR": psnr, "SSIM": ssim}
+    if network is not None:
+        metrics["LPIPS"] = lambda real, fake: lpips_distance(real, fake, network)
+    sums, frames = dict.fromkeys(metrics, 0.0), 0
+    for real, fake in blocks:
+        for name, metric in metrics.items():
+            sums[name] += len(real) * metric(real, fake)
+        frames += len(real)
+    return {name: total / frames for name, total in sums.items()}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="PSNR, SSIM and LPIPS of reconstructed videos against originals"
+    )
+    for side in ("real", "fake"):
+        parser.add_argument(
+            f"--{side}", required=True, help="folder of videos, pairs by name, or an .npy/.npz file"
+        )
+    parser.add_argument("--num-frames", type=int, help="compare the first frames only (default: all)")
+    parser.add_argument(
+        "--size", type=size_argument, help="scale and crop both to 256 or 144x176 (default: as stored)"
+    )
+    parser.add_argument("--no-lpips", action="store_true", help="PSNR and SSIM only: needs no weights")
+    parser.add_argument(
+        "--weights", help="AlexNet file or folder (default $OMNILATTE_WEIGHTS), or random:SEED"
+    )
+    parser.add_argument("--device", help="for LPIPS; default: cuda if there is one")
+    parser.add_argument("--out", help="append one record per metric to this JSONL file")
+    parser.add_argument("--tag", default="", help="what was judged, for the report, e.g. webvid-10m/OD-VAE")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    if args.num_frames is not None and args.num_frames < 1:
+        raise ValueError(f"--num-frames {args.num_frames}: at least 1")
+    if not args.no_lpips:
+        require_weights("alexnet", args.weights)
+    import torch
+
+    from eval.progress_bar import bar
+
+    pairs = pair_videos(args.real, args.fake)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network, provenance = (None, None) if args.no_lpips else load_lpips(args.weights, device)
+    measured = []
+    with bar(len(pairs), "pairs") as on_pair:
+        for pair in pairs:
+            measured.append(measure_pair(read_pair(pair, args.num_frames, args.size), network))
+            on_pair(1)
+    values = {metric: [found[metric] for found in measured] for metric in measured[0]}
+    report(values, pairs, provenance, device, args)
+
+
+def report(
+    values: dict[str, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
+) -> None:
+    """Print the means and append the records."""
+    from eval.records import append_record, device_name, environment
+    from eval.videos import content_digest, storage_of
+
+    storage = {side: sorted({storage_of(p[n]) for p in pairs}) for n, side in enumerate(("real", "fake"))}
+    made = environment(device_name(device)) if args.out else {}
+    digests = {
+        side: hashlib.sha256(
+            "\n".join(f"{p[n].name}\t{content_digest(p[n])}" for p in pairs).encode()
+        ).hexdigest()
+        for n, side in enumerate(("real", "fake"))
+    }
+    for metric, numbers in values.items():
+        name = provenance.metric_name(metric) if metric == "LPIPS" else metric
+        print(f"{name} {np.mean(numbers):.4f}{' dB' if metric == 'PSNR' else ''}  ({len(numbers)} videos)")
+        if args.out:
+            record = {
+                "metric": name,
+                "value": float(np.mean(numbers)),
+                "per_video": {p[1].name: v for p, v in zip(pairs, numbers, strict=True)},
+                "protocol": {"num_frames": args.num_frames, "size": args.size, "num_videos": len(pairs)},
+                "storage": storage,
+                "files_sha256": digests,
+                "tag": args.tag,
+                "dtype": "float64" if metric != "LPIPS" else "float32",
+                "weights": provenance.as_dict() if metric == "LPIPS" else None,
+            }
+            append_record(args.out, {**record, **made})
+    for side, kinds in storage.items():
+        if "lossy" in kinds:
+            print(f"note: {side} videos are stored with loss: this lowers PSNR and SSIM by itself")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,210 @@
+"""Frechet Video Distance and Kernel Video Distance: a program over two folders, and functions on clips.
+
+    python eval/fvd.py --real DIR --fake DIR [--protocol tats/fvd2048_16f]
+    torchrun --nproc-per-node 4 eval/fvd.py --real DIR --fake DIR      # the same numbers
+
+FVD and KVD compare the 400 logits of I3D on real and generated clips (Unterthiner et al., 2018). Every knob
+is in `eval.protocol.Protocol` and goes into the record, with an interval and the floor of real against real.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from data.cli import run
+from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
+from eval.protocol import CHOICES, MAX_FRAMES, PROTOCOLS, Protocol, named_protocol
+from eval.weights import require_weights
+
+logger = logging.getLogger(__name__)
+RELIABLE_VIDEOS = (
+    2048  # below, the bias of two samples of one distribution shows: about 6 at 2,048, 26 at 512
+)
+
+
+def distances(real: np.ndarray, fake: np.ndarray, ddof: int = 1) -> dict[str, float]:
+    """{"FVD": ..., "KVD": ...} of two feature arrays (N, 400) of equal N, else ValueError."""
+    from eval.frechet import frechet_distance, kernel_distance
+
+    if len(real) != len(fake):
+        raise ValueError(
+            f"{len(real)} real and {len(fake)} fake clips: compare equal numbers, the bias depends on N"
+        )
+    return {"FVD": frechet_distance(real, fake, ddof), "KVD": kernel_distance(real, fake)}
+
+
+def fvd_of_clips(
+    real: Iterable[np.ndarray], fake: Iterable[np.ndarray], extractor=None, ddof: int = 1, batch_size: int = 8
+) -> dict[str, float]:
+    """FVD and KVD of clips in memory: iterables of (T, H, W, 3) uint8, as many real as fake.
+
+    extractor: `eval.features.i3d_extractor(...)`, default the weights of $OMNILATTE_WEIGHTS. The keys carry
+    the label of random weights: {"random-feature FVD (I3D, seed 0)": ...}.
+    """
+    from eval.features import extract_features, i3d_extractor
+
+    extractor = extractor if extractor is not None else i3d_extractor()
+    features = [extract_features(clips, extractor, batch_size) for clips in (real, fake)]
+    values = distances(*features, ddof)
+    return {extractor.provenance.metric_name(metric): value for metric, value in values.items()}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="FVD and KVD of generated videos against real ones; knobs not given are the protocol's"
+    )
+    for side in ("real", "fake"):
+        parser.add_argument(
+            f"--{side}", required=True, help="folder of videos, at any depth, or an .npy/.npz file"
+        )
+    parser.add_argument(
+        "--protocol",
+        default="omnilatte",
+        help=f"{', '.join(PROTOCOLS)}, or with a score: tats/fvd2048_16f_step3 (default omnilatte)",
+    )
+    parser.add_argument("--num-videos", type=int, help="clips of each side, exactly (default 2048)")
+    parser.add_argument("--num-frames", type=int, help="9 to 256 (default 16)")
+    parser.add_argument("--real-interval", type=int, help="frame step in real videos: the training's (1)")
+    parser.add_argument("--fake-interval", type=int, help="frame step in generated videos (1)")
+    parser.add_argument(
+        "--size", type=size_argument, help="of both, 256 or 144x176 (default: the generated videos')"
+    )
+    parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
+    parser.add_argument("--position", choices=CHOICES["position"], help="of a clip in a longer video")
+    parser.add_argument("--clips-per-video", type=int, help="at most so many different clips of one video")
+    parser.add_argument("--resize", choices=CHOICES["resize"], help="how I3D gets 224 pixels")
+    parser.add_argument("--eps", type=float, help="batch norm of I3D: 1e-5 TATS, 1e-3 TF-Hub")
+    parser.add_argument("--ddof", type=int, choices=CHOICES["ddof"], help="covariances over N - ddof")
+    parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
+    parser.add_argument(
+        "--floor",
+        choices=("full", "half"),
+        default="full",
+        help="real against real: at the same N, from as many more real clips if there are (default), or half against half",
+    )
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    """The named protocol with the knobs of the command line."""
+    knobs = {name: getattr(args, name) for name in Protocol.__dataclass_fields__ if name != "name"}
+    return named_protocol(args.protocol, **knobs)
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    protocol = protocol_of(args)
+    require_weights("i3d", args.weights)
+    from eval.extraction import judge_folder
+    from eval.features import default_device, i3d_extractor
+    from eval.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        options = run_options(args, ranks, args.real, args.fake)
+        intervals = {"fake": protocol.fake_interval, "real": protocol.real_interval}
+        selections = {s: selection_of(getattr(args, s), protocol, i, options) for s, i in intervals.items()}
+        size = ranks.from_main(lambda: protocol.size or selections["fake"].first_shape())
+        protocol = replace(protocol, size=tuple(size))
+        device = args.device or default_device(ranks.rank)
+        extractor = i3d_extractor(args.weights, device, protocol.eps, protocol.resize)
+        judged = {}
+        for side, selection in selections.items():
+            more = protocol.num_videos if side == "real" and args.floor == "full" else 0
+            judged[side] = judge_folder(
+                selection, protocol.num_videos, protocol.size, extractor, options, more, side
+            )
+        if ranks.main:
+            report(
+                score(judged["real"], judged["fake"], protocol), protocol, extractor, judged, options, args
+            )
+
+
+def score(real, fake, protocol: Protocol) -> dict[str, dict]:
+    """{"FVD": {"value", "interval", "floor"}, "KVD": ...} of two `eval.extraction.Judged`.
+
+    real may hold clips beyond the first num_videos: they are for the floor only.
+    """
+    from eval.uncertainty import frechet_interval, kernel_interval, same_distribution_floor
+
+    num = protocol.num_videos
+    sides = (real.features[:num], fake.features, real.groups[:num], fake.groups)
+    values = distances(*sides[:2], protocol.ddof)
+    intervals = {
+        "FVD": frechet_interval(*sides, values["FVD"], protocol.ddof, protocol.seed),
+        "KVD": kernel_interval(*sides, values["KVD"], protocol.seed),
+    }
+    floor = same_distribution_floor(real.features, num, lambda a, b: distances(a, b, protocol.ddof))
+    return {
+        metric: {
+            "value": value,
+            "interval": intervals[metric],
+            "floor": floor_of(floor, metric),
+        }
+        for metric, value in values.items()
+    }
+
+
+def floor_of(floor: dict | None, metric: str) -> dict | None:
+    """One metric's part of the floor."""
+    return floor and {"value": floor["values"][metric], **{k: v for k, v in floor.items() if k != "values"}}
+
+
+def report(scores: dict[str, dict], protocol: Protocol, extractor, judged, options, args) -> None:
+    """Print the numbers with their protocol, interval and floor, and append the records."""
+    from eval.records import append_record, provenance_of_run
+
+    sides = {side: judged[side].summary for side in ("real", "fake")}
+    made = provenance_of_run(extractor, options, args.tag) if args.out else {}
+    for metric, found in scores.items():
+        name, label = extractor.provenance.metric_name(metric), protocol.label(metric.lower())
+        low, high = found["interval"]["low"], found["interval"]["high"]
+        print(
+            f"{name} {found['value']:.4f}  95 % [{low:.4f}, {high:.4f}]  ({label}, protocol {protocol.title()}, "
+            f"seed {protocol.seed}, {protocol.size[0]}x{protocol.size[1]} px)"
+        )
+        print(f"  floor, real against real: {floor_text(found['floor'])}")
+        if args.out:
+            record = {"metric": name, "label": label, **found, "protocol": protocol.as_dict(), **sides}
+            append_record(args.out, {**record, **made})
+    for line in notes(protocol, sides):
+        print(line)
+
+
+def floor_text(floor: dict | None) -> str:
+    if floor is None:
+        return "not run (fewer than 4 real clips)"
+    at = "the same N" if floor["same_num_videos"] else "two halves, so a larger bias than at the number's N"
+    return f"{floor['value']:.4f} at N = {floor['num_videos']} ({at})"
+
+
+def notes(protocol: Protocol, sides: dict[str, dict]) -> list[str]:
+    """What a reader of the numbers has to know."""
+    lines = [line for side, counts in sides.items() for line in side_notes(side, counts, protocol.size)]
+    covered = (protocol.num_frames - 1) * protocol.fake_interval + 1
+    if longer := {int(frames) for frames in sides["fake"]["frames"]} - {covered}:
+        lines.append(
+            f"note: fake videos have up to {max(longer)} frames, clips cover {covered} of them (position "
+            f"{protocol.position}); --num-frames {min(max(longer), MAX_FRAMES)} judges more"
+        )
+    if sides["real"]["storage"] != sides["fake"]["storage"]:
+        lines.append(
+            "note: one side is stored with loss and the other not: part of the distance is compression"
+        )
+    if protocol.num_videos < RELIABLE_VIDEOS:
+        lines.append(
+            f"note: N = {protocol.num_videos} < {RELIABLE_VIDEOS}: FVD is biased upwards, compare at equal N"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""The same I3D, about twice as fast on a CPU: one set of logits, no second definition of the weights.
+
+Batch norms are folded into the convolutions, the three 1x1 convolutions that read the same input become one,
+activations lie in channels-last order, and the 3x3x3 max-pools run axis by axis (a maximum is separable).
+The fold is computed in float64, so the logits differ from I3D's by float32 rounding only.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eval.i3d import I3D, MIXED, POOLS, Unit3D, check_input, head, pad_same, same_padding
+
+
+def _fold(*units: Unit3D) -> nn.Conv3d:
+    """One convolution with bias for units that share their input: batch norms folded, outputs stacked."""
+    weights, biases = [], []
+    for unit in units:
+        bn = unit.bn
+        scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+        weights.append(unit.conv3d.weight.double() * scale.view(-1, 1, 1, 1, 1))
+        biases.append(bn.bias.double() - bn.running_mean.double() * scale)
+    weight, bias = torch.cat(weights).float(), torch.cat(biases).float()
+    conv = nn.Conv3d(
+        weight.shape[1],
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        units[0].conv3d.stride,
+        device=weight.device,
+    )
+    conv.weight.data, conv.bias.data = weight, bias
+    return conv
+
+
+def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Convolution with "SAME" padding, then ReLU in place."""
+    pads = [same_padding(*args) for args in zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)]
+    if all(front == back for front, back in pads):  # no padded copy
+        out = F.conv3d(x, conv.weight, conv.bias, conv.stride, [front for front, _ in pads])
+    else:
+        out = F.conv3d(pad_same(x, conv.kernel_size, conv.stride), conv.weight, conv.bias, conv.stride)
+    return out.relu_()
+
+
+def _pool_time(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Max over time windows of a non-negative (B, C, T, H, W), "SAME" padding."""
+    if kernel == 1:
+        return x
+    T = x.shape[2]
+    front, _ = same_padding(T, kernel, stride)
+    frames = []
+    for start in range(-front, T - front, stride):
+        window = [x[:, :, t] for t in range(max(start, 0), min(start + kernel, T))]
+        out = window[0]
+        for frame in window[1:]:
+            out = torch.maximum(out, frame)
+        frames.append(out)
+    return torch.stack([f.permute(0, 2, 3, 1) for f in frames], dim=1).permute(0, 4, 1, 2, 3)
+
+
+def max_pool_separable(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """Equal to `max_pool_same` for x >= 0 (after a ReLU): height and width first, then time."""
+    B, C, T, H, W = x.shape
+    frames = x.permute(0, 2, 1, 3, 4).reshape(B * T, C, H, W)
+    front = [same_padding(n, k, s)[0] for n, k, s in zip((H, W), kernel[1:], stride[1:], strict=True)]
+    frames = F.max_pool2d(frames, kernel[1:], stride[1:], front, ceil_mode=True)
+    # ceil_mode with the front padding on both sides may add a window that starts beyond the data: cut it
+    h, w = -(-H // stride[1]), -(-W // stride[2])
+    frames = frames[:, :, :h, :w]
+    return _pool_time(frames.reshape(B, T, C, h, w).permute(0, 2, 1, 3, 4), kernel[0], stride[0])
+
+
+class FastI3D(nn.Module):
+    """I3D for inference, made from a loaded I3D. Same input, same logits."""
+
+    def __init__(self, i3d: I3D):
+        super().__init__()
+        self.stem = nn.ModuleDict(
+            {n: _fold(getattr(i3d, n)) for n in ("Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3")}
+        )
+        self.blocks = nn.ModuleDict()
+        for name in MIXED:
+            block = getattr(i3d, name)
+            self.blocks[name] = nn.ModuleDict(
+                {
+                    "pointwise": _fold(block.b0, block.b1a, block.b2a),
+                    "b1b": _fold(block.b1b),
+                    "b2b": _fold(block.b2b),
+                    "b3b": _fold(block.b3b),
+                }
+            )
+        self.logits = i3d.logits
+        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400)."""
+        check_input(x)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        for name, conv in self.stem.items():
+            x = _conv(conv, x)
+            x = max_pool_separable(x, *POOLS[name][1:]) if name in POOLS else x
+        for name, block in self.blocks.items():
+            b0, b1a, _, b2a, _, _ = MIXED[name]
+            direct, left, right = _conv(block["pointwise"], x).split([b0, b1a, b2a], dim=1)
+            pooled = max_pool_separable(x, (3, 3, 3), (1, 1, 1))
+            branches = [
+                direct,
+                _conv(block["b1b"], left),
+                _conv(block["b2b"], right),
+                _conv(block["b3b"], pooled),
+            ]
+            x = torch.cat(branches, dim=1)
+            x = max_pool_separable(x, *POOLS[name][1:]) if name in POOLS else x
+        return head(self.logits, x)

@@ -1,0 +1,149 @@
+"""Inception Score of videos with C3D (Saito et al., TGAN2): a program, and the score from probabilities.
+
+    python eval/inception_score.py --fake DIR [--protocol tgan2]
+
+IS = exp(mean_i KL(p(c | x_i) || p(c))) over 101 classes of UCF101. The value depends strongly on N and on the
+number of splits (10 splits of 2,048 videos read up to 20 % lower than 1): both are part of its name.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from data.cli import run
+from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
+from eval.protocol import CHOICES, INCEPTION_PROTOCOLS, InceptionProtocol
+from eval.weights import require_weights
+
+
+def inception_score(probabilities, splits: int = 1) -> tuple[float, float]:
+    """probabilities: (N, K), rows sum to 1. Returns (mean, standard deviation) over contiguous splits.
+
+    With splits=1 the deviation is 0. Raises ValueError for NaN, rows that are no distribution, or splits > N.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    if p.ndim != 2:
+        raise ValueError(f"probabilities have shape {p.shape}: need (N, K), one row per video")
+    if not (p >= 0).all() or np.abs(p.sum(axis=1) - 1).max(initial=0) > 1e-3:
+        raise ValueError("rows of probabilities must be >= 0 and sum to 1 (a softmax, not logits)")
+    with np.errstate(divide="ignore"):
+        return _score(np.log(p), p, splits)
+
+
+def inception_score_from_logits(logits, splits: int = 1) -> tuple[float, float]:
+    """logits: (N, K), through a log-softmax in float64: no probability underflows to zero."""
+    from scipy.special import log_softmax
+
+    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    if not np.isfinite(log_p).all():
+        raise ValueError("logits are not finite: wrong weights or damaged input")
+    return _score(log_p, np.exp(log_p), splits)
+
+
+def _score(log_p: np.ndarray, p: np.ndarray, splits: int) -> tuple[float, float]:
+    if not 1 <= splits <= len(p):
+        raise ValueError(f"splits={splits}: between 1 and the number of videos, {len(p)}")
+    scores = []
+    for s in range(splits):
+        rows = slice(s * len(p) // splits, (s + 1) * len(p) // splits)
+        part, log_part = p[rows], log_p[rows]
+        with np.errstate(divide="ignore"):
+            log_marginal = np.log(part.mean(axis=0))
+        positive = part > 0  # p log p -> 0
+        terms = np.where(
+            positive, part * (np.where(positive, log_part, 0) - np.where(positive, log_marginal, 0)), 0
+        )
+        scores.append(np.exp(terms.sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Inception Score of generated videos with C3D on UCF101; knobs not given are the protocol's"
+    )
+    parser.add_argument("--fake", required=True, help="folder of videos, at any depth, or an .npy/.npz file")
+    parser.add_argument(
+        "--protocol", choices=INCEPTION_PROTOCOLS, help="default: both, each with a record of its own"
+    )
+    parser.add_argument("--num-videos", type=int, help="exactly so many (default 2048)")
+    parser.add_argument("--splits", type=int, help="1 as TGAN2, 10 as StyleGAN-V")
+    parser.add_argument("--shuffle-seed", type=int, help="shuffle before splitting (StyleGAN-V: 42)")
+    parser.add_argument("--interval", type=int, help="distance of the 16 frames in the file (1)")
+    parser.add_argument("--size", type=size_argument, help="before C3D's resize (default: the videos' own)")
+    parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
+    parser.add_argument("--position", choices=CHOICES["position"], help="default start: the first 16 frames")
+    parser.add_argument("--clips-per-video", type=int, help="at most so many different clips of one video")
+    parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def protocols_of(args: argparse.Namespace) -> list[InceptionProtocol]:
+    """The named protocol, or all of them; with the knobs of the command line."""
+    names = [name for name in InceptionProtocol.__dataclass_fields__ if name != "name"]
+    knobs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    chosen = [args.protocol] if args.protocol else list(INCEPTION_PROTOCOLS)
+    if not args.protocol and args.splits is not None:
+        chosen = ["tgan2"]
+    return [replace(INCEPTION_PROTOCOLS[name], **knobs) for name in chosen]
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    protocols = protocols_of(args)
+    require_weights("c3d", args.weights)
+    from eval.extraction import judge_folder
+    from eval.features import c3d_extractor, default_device
+    from eval.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        options = run_options(args, ranks, args.fake)
+        first = protocols[0]
+        selection = selection_of(args.fake, first, first.interval, options)
+        size = tuple(ranks.from_main(lambda: first.size or selection.first_shape()))
+        extractor = c3d_extractor(args.weights, args.device or default_device(ranks.rank))
+        judged = judge_folder(selection, first.num_videos, size, extractor, options, text="fake")
+        if ranks.main:
+            for protocol in protocols:
+                report(judged, replace(protocol, size=size), extractor, options, args)
+            for line in side_notes("fake", judged.summary, size):
+                print(line)
+
+
+def report(judged, protocol: InceptionProtocol, extractor, options, args: argparse.Namespace) -> None:
+    """Score under one protocol, print it and append the record."""
+    from eval.records import append_record, provenance_of_run
+    from eval.uncertainty import inception_interval
+
+    order = np.argsort(judged.places)
+    if protocol.shuffle_seed is not None:
+        np.random.RandomState(protocol.shuffle_seed).shuffle(order)
+    logits, groups = judged.features[order], judged.groups[order]
+    mean, std = inception_score_from_logits(logits, protocol.splits)
+    interval = inception_interval(logits, groups, mean, protocol.splits, protocol.seed)
+    name = extractor.provenance.metric_name("IS")
+    print(
+        f"{name} {mean:.4f} ± {std:.4f} over {protocol.splits} split(s)  95 % [{interval['low']:.4f}, "
+        f"{interval['high']:.4f}]  ({protocol.label()}, protocol {protocol.title()}, seed {protocol.seed})"
+    )
+    if args.out:
+        record = {
+            "metric": name,
+            "label": protocol.label(),
+            "value": mean,
+            "std": std,
+            "interval": interval,
+            "protocol": {**protocol.as_dict(), "num_frames": protocol.num_frames},
+            "fake": judged.summary,
+        }
+        append_record(args.out, {**record, **provenance_of_run(extractor, options, args.tag)})
+
+
+if __name__ == "__main__":
+    run(main)

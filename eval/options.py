@@ -1,0 +1,75 @@
+"""What the judging programs have in common on their command lines. Imports no torch: `--help` is quick."""
+
+import argparse
+import os
+from typing import Any
+
+from eval.extraction import RunOptions
+from eval.feature_cache import cache_folder, scan_file
+from eval.protocol import parse_size
+from eval.ranks import Ranks
+
+
+def size_argument(text: str) -> tuple[int, int]:
+    """argparse type of --size."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def default_workers() -> int:
+    """Decoding processes: one less than the cores this process may use, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores - 1, 1), 8)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The weights, the machine, the cache and the record."""
+    parser.add_argument(
+        "--weights", help="file or folder (default $OMNILATTE_WEIGHTS), or random:SEED for a smoke run"
+    )
+    parser.add_argument("--batch-size", type=int, help="clips at once (default: 128 frames' worth)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="decoding processes")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument(
+        "--cache-dir", help="of features and scans (default $OMNILATTE_CACHE or ~/.cache/omnilatte)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="keep nothing, read nothing kept")
+    parser.add_argument("--out", help="append one record a number to this JSONL file")
+    parser.add_argument("--tag", default="", help="what was judged, for the report, e.g. ucf101/OD-VAE")
+
+
+def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptions:
+    """The options of a run; ValueError for a cache inside one of the folders judged."""
+    folder = None if args.no_cache else cache_folder(args.cache_dir, *roots)
+    return RunOptions(args.batch_size, args.workers, folder, ranks)
+
+
+def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any:
+    """The seeded order of a folder's clips by a protocol, in rank 0; None elsewhere. Errors reach all ranks."""
+    from eval.selection import Selection
+
+    kept = []
+
+    def open_folder() -> None:
+        scans = scan_file(options.cache, root) if options.cache else None
+        knobs = (protocol.sampling, protocol.position, protocol.clips_per_video, protocol.seed)
+        kept.append(Selection(root, protocol.num_frames, interval, *knobs, scans, options.workers))
+
+    options.ranks.from_main(open_folder)
+    return kept[0] if kept else None
+
+
+def side_notes(side: str, counts: dict, size: tuple[int, int]) -> list[str]:
+    """What a reader of the number has to know about one side, a line each."""
+    lines = [
+        f"{side}: {counts['clips']} clips of {counts['videos']} videos ({counts['found']} found, {counts['short']} "
+        f"too short, {counts['damaged']} damaged, {counts['stale']} stale, {counts['ignored_files']} other files), "
+        f"{counts['storage']}"
+    ]
+    if side == "fake" and len(counts["sizes"]) > 1:
+        lines.append(
+            f"note: fake videos differ in size ({counts['sizes']}): all judged at {size[0]}x{size[1]}"
+        )
+    return lines

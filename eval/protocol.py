@@ -1,0 +1,184 @@
+"""What FVD, KVD and IS depend on besides the videos: named protocols, as data, written into every record.
+
+A name is a protocol, or a protocol and a score: `tats`, `stylegan-v/fvd2048_16f`, `omnilatte/fvd2048_16f_step3`
+(2,048 videos of each side, 16 frames, every third frame of the real videos).
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+
+MIN_FRAMES, MAX_FRAMES = 9, 256  # of I3D: ceil(T / 8) >= 2 time positions for the last pooling
+CHOICES = {
+    "resize": ("squash", "short"),
+    "position": ("random", "center", "start"),
+    "sampling": ("videos", "clips"),
+    "ddof": (0, 1),
+}
+SCORE = re.compile(r"(?:fvd|kvd)(\d+)_(\d+)f(?:_step(\d+))?(?:_fakestep(\d+))?")
+
+
+class _Knobs:
+    """What both kinds of protocol share: checks, and what differs from the protocol of that name."""
+
+    def check(self, at_least: dict[str, int]) -> None:
+        """Raise ValueError for a count below its least value or a word that is no choice."""
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name, choices[0])
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: one of {', '.join(map(str, choices))}")
+        if self.clips_per_video > 1 and (self.sampling, self.position) != ("videos", "random"):
+            raise ValueError(
+                f"clips_per_video={self.clips_per_video}: needs sampling=videos and position=random, else the "
+                "clips of one video would be equal"
+            )
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size={self.size}: height and width in pixels, e.g. 256x256")
+
+    def overrides(self) -> dict:
+        """Knobs set otherwise than the protocol of this name has them; N, frames, size and seed are no such knobs."""
+        free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
+        base = self.table()[self.name]
+        named = [field.name for field in fields(self) if field.name not in free]
+        return {name: getattr(self, name) for name in named if getattr(self, name) != getattr(base, name)}
+
+    def title(self) -> str:
+        """The protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
+        changed = ", ".join(f"{name}={value}" for name, value in self.overrides().items())
+        return f"{self.name} with {changed}" if changed else self.name
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "overrides": self.overrides()}
+
+
+@dataclass(frozen=True)
+class Protocol(_Knobs):
+    """The knobs of FVD and KVD. Defaults: `omnilatte`.
+
+    num_videos: clips of each side, exactly. num_frames: frames of a clip, 9 to 256; I3D sees ceil(T / 8) - 1
+    windows of time (16 frames: 1, 81: 10) and the logits are their mean. real_interval, fake_interval: distance
+    of two frames in the file; generated videos usually have the training interval built in (1).
+    size: (height, width) to which both sides are scaled and centre-cropped before the network's own resize; None
+    takes the generated videos' own. sampling: "videos" draws each video with equal chance, "clips" each window of
+    the set, so that long videos weigh more (TATS). position: where a clip starts in a longer video.
+    clips_per_video: at most so many, different ones, when videos are fewer. resize: to 224 pixels, "squash" or
+    "short" side and centre crop. eps: batch norms of I3D. ddof: 1 divides covariances by N - 1, 0 by N.
+    seed: of the choice of videos and of the clips' offsets.
+    """
+
+    name: str = "omnilatte"
+    num_videos: int = 2048
+    num_frames: int = 16
+    real_interval: int = 1
+    fake_interval: int = 1
+    size: tuple[int, int] | None = None
+    sampling: str = "videos"
+    position: str = "random"
+    clips_per_video: int = 1
+    resize: str = "squash"
+    eps: float = 1e-5
+    ddof: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_videos < 2:
+            raise ValueError(
+                f"num_videos={self.num_videos}: a distance between sets needs at least 2, e.g. 2048"
+            )
+        if not MIN_FRAMES <= self.num_frames <= MAX_FRAMES:
+            raise ValueError(
+                f"num_frames={self.num_frames}: I3D takes {MIN_FRAMES} to {MAX_FRAMES} frames, e.g. 16"
+            )
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps}: above 0; 1e-5 as TATS, 1e-3 as TF-Hub")
+        self.check({"real_interval": 1, "fake_interval": 1, "clips_per_video": 1, "seed": 0})
+
+    @staticmethod
+    def table() -> dict:
+        return PROTOCOLS
+
+    def label(self, metric: str) -> str:
+        """The score's name, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
+        steps = f"_step{self.real_interval}" if self.real_interval > 1 else ""
+        steps += f"_fakestep{self.fake_interval}" if self.fake_interval > 1 else ""
+        return f"{metric}{self.num_videos}_{self.num_frames}f{steps}"
+
+
+@dataclass(frozen=True)
+class InceptionProtocol(_Knobs):
+    """The knobs of IS. Defaults: `tgan2`. C3D takes exactly 16 frames.
+
+    splits: parts of the set that are scored apart, mean and deviation over them. shuffle_seed: videos are shuffled
+    with this legacy numpy seed before they are split; None keeps the order of their names. position: "start" is the
+    first 16 frames. The other knobs as in `Protocol`.
+    """
+
+    name: str = "tgan2"
+    num_videos: int = 2048
+    splits: int = 1
+    shuffle_seed: int | None = None
+    interval: int = 1
+    size: tuple[int, int] | None = None
+    sampling: str = "videos"
+    position: str = "start"
+    clips_per_video: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        self.check({"num_videos": 1, "splits": 1, "interval": 1, "clips_per_video": 1, "seed": 0})
+        if self.splits > self.num_videos:
+            raise ValueError(f"splits={self.splits}: at most the number of videos, {self.num_videos}")
+
+    @staticmethod
+    def table() -> dict:
+        return INCEPTION_PROTOCOLS
+
+    @property
+    def num_frames(self) -> int:
+        return 16
+
+    def label(self, metric: str = "is") -> str:
+        step = f"_step{self.interval}" if self.interval > 1 else ""
+        return f"{metric}{self.num_videos}_16f{step}_splits{self.splits}"
+
+
+PROTOCOLS = {
+    # One clip of each video, since long videos should not weigh more; the rest as TATS, whose KVD has the
+    # magnitude the paper reports.
+    "omnilatte": Protocol(),
+    "tats": Protocol("tats", sampling="clips"),
+    "stylegan-v": Protocol("stylegan-v", eps=1e-3, ddof=0),
+    "videogpt": Protocol("videogpt", resize="short"),
+}
+INCEPTION_PROTOCOLS = {
+    "tgan2": InceptionProtocol(),
+    "stylegan-v": InceptionProtocol("stylegan-v", splits=10, shuffle_seed=42),
+}
+
+
+def named_protocol(text: str, **knobs) -> Protocol:
+    """`tats` or `tats/fvd2048_16f_step3` with single knobs changed; knobs that are None stay the protocol's.
+
+    Raises ValueError for a name that is not in PROTOCOLS and for a score that is not of that form.
+    """
+    name, _, score = text.partition("/")
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol {name!r}: one of {', '.join(PROTOCOLS)}")
+    chosen = {}
+    if score:
+        match = SCORE.fullmatch(score)
+        if not match:
+            raise ValueError(f"score {score!r}: written like fvd2048_16f or fvd2048_16f_step3")
+        names = ("num_videos", "num_frames", "real_interval", "fake_interval")
+        chosen = {name: int(value) for name, value in zip(names, match.groups(), strict=True) if value}
+    return replace(PROTOCOLS[name], **chosen | {k: v for k, v in knobs.items() if v is not None})
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`256` is a square, `144x176` height x width. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise ValueError(f"size {text!r}: pixels, as 256 or 144x176 (height x width)")
+    return int(match.group(1)), int(match.group(2) or match.group(1))

@@ -1,0 +1,76 @@
+"""One JSON line per number: what it is, what it was made from, where and with what."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, "+changes" if it was edited; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def environment(device: str) -> dict:
+    """Versions, device, command line, commit, time (UTC)."""
+    packages = {}
+    for name in ("torch", "numpy", "scipy", "av", "decord", "lpips"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "versions": packages,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def device_name(device) -> str:
+    """ "cpu", or the name of the GPU."""
+    if device.type != "cuda":
+        return device.type
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def provenance_of_run(extractor, options, tag: str = "") -> dict:
+    """Weights, machine, versions and settings of a run of `eval.extraction`, for its records."""
+    import torch
+
+    made = {
+        "tag": tag,
+        "weights": extractor.provenance.as_dict(),
+        "dtype": "float32",
+        "tf32": False,
+        "processes": options.ranks.world,
+        "threads": torch.get_num_threads(),
+        "batch_size": options.batch_size,
+    }
+    return {**made, **environment(device_name(extractor.device))}
+
+
+def append_record(path: str | Path, record: dict) -> None:
+    """Append one JSON line in a single write, so that several programs can share a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)

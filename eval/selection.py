@@ -1,0 +1,207 @@
+"""Exactly N clips of a folder, chosen before any is judged: seeded, free of damaged videos, counted.
+
+The choice is a pure function of the files' names and content and of the protocol; not of the order on the disk,
+the batch size or the number of processes.
+"""
+
+import hashlib
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.clip import ClipSpec, frame_indices, span
+from data.scan import build_index
+from eval.manifest import list_folder
+from eval.videos import ARRAY_SUFFIXES, Video, content_digest, refuse_deep_pictures, shape_of, storage_of
+
+logger = logging.getLogger(__name__)
+LISTED = 50  # names of short videos in a record; the counts are exact
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip before it is read. source: (height, width) of the stored frames; total: the video's frames."""
+
+    video: Video
+    indices: tuple[int, ...]
+    source: tuple[int, int]
+    total: int
+
+
+class Selection:
+    """The seeded, endless order of a folder's usable clips; `take(n)` is its beginning.
+
+    root: a folder or an array file. num_frames, interval: of a clip. sampling, position, clips_per_video, seed: as
+    in `eval.protocol.Protocol`. scan_file: where the scan for damage is kept, None for nowhere. workers: processes
+    of the scan. Raises ValueError as `list_folder`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        num_frames: int,
+        interval: int = 1,
+        sampling: str = "videos",
+        position: str = "random",
+        clips_per_video: int = 1,
+        seed: int = 0,
+        scan_file: Path | None = None,
+        workers: int = 1,
+    ):
+        self.root, self.seed, self.sampling = Path(root), seed, sampling
+        self.clips_per_video, self.scan_file, self.workers = clips_per_video, scan_file, max(1, workers)
+        self.spec = ClipSpec(num_frames, interval, position=position)
+        self.listing = list_folder(root)
+        self.damaged: dict[str, str] = {}
+        self.short: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, int, int]] = {}
+        self._clips: list[Clip] = []
+        self._wanted = 0
+        self._stream = self._windows() if sampling == "clips" else self._videos()
+
+    def take(self, num: int) -> list[Clip]:
+        """The first `num` clips, exactly. Raises ValueError with the counts and the way out if there are fewer."""
+        self._wanted = num
+        while len(self._clips) < num:
+            clip = next(self._stream, None)
+            if clip is None:
+                raise ValueError(self._too_few(num))
+            self._clips.append(clip)
+        return self._clips[:num]
+
+    def reject(self, video: Video, reason: str) -> None:
+        """Leave a video out that passed the scan and could not be read; other clips take its clips' places."""
+        self._leave_out(video, reason)
+        self._clips = [clip for clip in self._clips if clip.video != video]
+
+    def first_shape(self) -> tuple[int, int]:
+        """(height, width) of the first usable video in natural order: the size at which samples are judged."""
+        for video in self.listing.videos:
+            self._screen([video])
+            if video.name in self._shapes:
+                return self._shapes[video.name][1:]
+        raise ValueError(f"{self.root}: none of {len(self.listing.videos)} videos can be read")
+
+    def _leave_out(self, video: Video, reason: str) -> None:
+        self.damaged[video.name] = reason = " ".join(reason.split())
+        self._shapes.pop(video.name, None)
+        logger.warning("left out, damaged: %s (%s)", video.name, reason)
+
+    def _screen(self, videos: list[Video]) -> None:
+        """Find frames and size of videos, or what is wrong with them. Files are decoded whole, arrays opened."""
+        new = [v for v in videos if v.name not in self._shapes and v.name not in self.damaged]
+        files = {str(v.path): v for v in new if v.path.suffix not in ARRAY_SUFFIXES}
+        index = build_index(list(files), self.scan_file, self.workers) if files else None
+        for record in index.good if index else ():
+            video = files[record.path]
+            try:
+                if video.path.is_dir():
+                    refuse_deep_pictures(video.path, range(record.num_frames))
+                self._shapes[video.name] = (record.num_frames, record.height, record.width)
+            except (ValueError, OSError) as error:
+                self._leave_out(video, str(error))
+        for record in index.damaged if index else ():
+            self._leave_out(files[record.path], record.damaged)
+        for video in new:
+            if video.path.suffix in ARRAY_SUFFIXES:
+                try:
+                    self._shapes[video.name] = shape_of(video)
+                except (ValueError, OSError) as error:
+                    self._leave_out(video, str(error))
+        for video in new:
+            if video.name in self._shapes and self._shapes[video.name][0] < span(self.spec):
+                self.short[video.name] = self._shapes[video.name][0]
+
+    def _usable(self, video: Video) -> bool:
+        return video.name in self._shapes and video.name not in self.short
+
+    def _in_seeded_order(self) -> Iterator[Video]:
+        """Usable videos in the seeded order, screened some at a time."""
+        videos = self.listing.videos
+        order = [videos[n] for n in np.random.default_rng(self.seed).permutation(len(videos))]
+        start = 0
+        while start < len(order):
+            size = max(self._wanted - len(self._clips), 16)
+            self._screen(order[start : start + size])
+            yield from (v for v in order[start : start + size] if self._usable(v))
+            start += size
+
+    def _starts(self, video: Video, count: int) -> list[int]:
+        """Starts of up to `count` different clips of a video, drawn from (seed, the video's name)."""
+        total = self._shapes[video.name][0]
+        rng = np.random.default_rng((self.seed, zlib.crc32(video.name.encode())))
+        if count == 1:
+            return [int(frame_indices(total, self.spec, rng)[0])]
+        windows = total - span(self.spec) + 1
+        return rng.permutation(windows)[:count].tolist()
+
+    def _clip(self, video: Video, start: int) -> Clip:
+        total, *source = self._shapes[video.name]
+        indices = start + np.arange(self.spec.num_frames) * self.spec.interval
+        return Clip(video, tuple(indices.tolist()), tuple(source), total)
+
+    def _videos(self) -> Iterator[Clip]:
+        """A clip of each video, then a second one of each, up to clips_per_video."""
+        usable = []
+        for video in self._in_seeded_order():
+            usable.append(video)
+            yield self._clip(video, self._starts(video, self.clips_per_video)[0])
+        for turn in range(1, self.clips_per_video):
+            for video in usable:
+                starts = self._starts(video, self.clips_per_video) if self._usable(video) else []
+                if turn < len(starts):
+                    yield self._clip(video, starts[turn])
+
+    def _windows(self) -> Iterator[Clip]:
+        """All windows of all videos in a seeded order without repetition: long videos weigh more."""
+        self._screen(self.listing.videos)
+        usable = [video for video in self.listing.videos if self._usable(video)]
+        counts = [self._shapes[video.name][0] - span(self.spec) + 1 for video in usable]
+        ends = np.cumsum(counts, dtype=np.int64)
+        for window in np.random.default_rng(self.seed).permutation(int(ends[-1]) if len(ends) else 0):
+            place = int(np.searchsorted(ends, window, side="right"))
+            if self._usable(usable[place]):
+                yield self._clip(usable[place], int(window - (ends[place] - counts[place])))
+
+    def _too_few(self, num: int) -> str:
+        have, usable = len(self._clips), sum(map(self._usable, self.listing.videos))
+        ways = [f"--num-videos {have}"] if have > 1 else ["fewer frames or a smaller interval"]
+        if self.sampling == "videos" and usable and self.spec.position == "random":
+            ways.append(f"--clips-per-video {max(-(-num // usable), self.clips_per_video + 1)}")
+        stale = f", {len(self.listing.stale)} not in the manifest" if self.listing.stale else ""
+        return (
+            f"{self.root}: {have} clips, {num} needed ({len(self.listing.videos)} videos found, "
+            f"{len(self.short)} shorter than {span(self.spec)} frames, {len(self.damaged)} damaged{stale}); "
+            f"{' or '.join(ways)}"
+        )
+
+    def summary(self, clips: list[Clip]) -> dict:
+        """Counts, sizes, storage and digests of the clips that were judged, for the record."""
+        lines = [f"{clip.video.name}\t{content_digest(clip.video)}\t{clip.indices[0]}" for clip in clips]
+        used = {clip.video: clip for clip in clips}
+        storage = {storage_of(video) for video in used}
+        sizes = Counter(f"{clip.source[0]}x{clip.source[1]}" for clip in used.values())
+        return {
+            "root": self.root.resolve().name,
+            "clips": len(clips),
+            "videos": len(used),
+            "found": len(self.listing.videos),
+            "examined": len(self._shapes) + len(self.damaged),
+            "short": len(self.short),
+            "short_names": list(self.short)[:LISTED],
+            "damaged": len(self.damaged),
+            "damaged_reasons": dict(self.damaged),
+            "ignored_files": self.listing.ignored,
+            "stale": len(self.listing.stale),
+            "stale_names": self.listing.stale[:LISTED],
+            "manifest": self.listing.manifest,
+            "sizes": dict(sizes.most_common()),
+            "frames": {str(n): c for n, c in sorted(Counter(c.total for c in used.values()).items())},
+            "files_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+            "storage": storage.pop() if len(storage) == 1 else "mixed",
+        }

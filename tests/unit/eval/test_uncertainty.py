@@ -1,0 +1,98 @@
+"""Intervals cover what they should, are seeded, respect videos; the floor is what equal distributions score."""
+
+import numpy as np
+import pytest
+
+from eval.frechet import frechet_distance, kernel_distance
+from eval.fvd import distances
+from eval.inception_score import inception_score_from_logits
+from eval.uncertainty import (
+    _counts,
+    _frechet,
+    _kernel,
+    frechet_interval,
+    inception_interval,
+    kernel_interval,
+    same_distribution_floor,
+)
+
+
+def sets(n: int, dim: int, seed: int, shift: float = 0.5):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, dim)), rng.standard_normal((n, dim)) + shift
+
+
+@pytest.mark.parametrize(("n", "dim"), [(30, 6), (12, 40), (41, 40)])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_weighted_distance_equals_that_of_the_repeated_set(n, dim, ddof):
+    a, b = sets(n, dim, 0)
+    for seed in range(3):
+        w, v = _counts(np.arange(n), 2, np.random.default_rng(seed))
+        repeated = [np.repeat(x, c.astype(int), axis=0) for x, c in ((a, w), (b, v))]
+        assert _frechet(a, b, ddof, w, v) == pytest.approx(frechet_distance(*repeated, ddof), rel=1e-6)
+
+
+def test_the_weighted_kernel_distance_is_the_distance_and_resampling_does_not_raise_it():
+    a, b = sets(60, 5, 0)
+    value = kernel_distance(a, b)
+    assert _kernel(a, b, np.ones((1, 60)), np.ones((1, 60)))[0] == pytest.approx(value, rel=1e-12)
+    w, v = (_counts(np.arange(60), 2000, np.random.default_rng(seed)) for seed in (0, 1))
+    resampled = _kernel(a, b, w, v)
+    assert abs(resampled.mean() - value) < 4 * resampled.std() / np.sqrt(2000)
+
+
+@pytest.mark.parametrize("metric", ["FVD", "KVD"])
+def test_the_interval_covers_the_spread_over_fresh_samples(metric):
+    distance = {"FVD": frechet_distance, "KVD": kernel_distance}[metric]
+    n, groups = 150, np.arange(150)
+    values = np.array([distance(*sets(n, 4, seed)) for seed in range(60)])
+    interval_of = {"FVD": frechet_interval, "KVD": kernel_interval}[metric]
+    found = [interval_of(*sets(n, 4, s), groups, groups, values[s], seed=s) for s in range(15)]
+    assert np.mean([f["std"] for f in found]) == pytest.approx(values.std(ddof=1), rel=0.3)
+    covered = np.mean([f["low"] <= values.mean() <= f["high"] for f in found])
+    assert covered >= 0.8
+    assert all(f["low"] < value < f["high"] for f, value in zip(found, values, strict=False))
+
+
+def test_clips_of_one_video_are_drawn_together_so_copies_do_not_narrow_the_interval():
+    a, b = sets(40, 5, 1)
+    groups = np.arange(40)
+    plain = kernel_interval(a, b, groups, groups, 0.0)["std"]
+    twice = [np.repeat(x, 2, axis=0) + 1e-9 for x in (a, b, groups)]
+    grouped = frechet_interval(twice[0], twice[1], np.repeat(groups, 2), np.repeat(groups, 2), 0.0)["std"]
+    once = frechet_interval(a, b, groups, groups, 0.0)["std"]
+    assert grouped == pytest.approx(once, rel=0.1)
+    apart = frechet_interval(twice[0], twice[1], np.arange(80), np.arange(80), 0.0)["std"]
+    assert apart < 0.85 * once
+    assert plain > 0
+
+
+def test_an_interval_is_a_function_of_its_seed_and_is_json():
+    a, b = sets(30, 4, 2)
+    groups = np.arange(30)
+    one, two, other = (frechet_interval(a, b, groups, groups, 1.0, seed=s) for s in (0, 0, 1))
+    assert one == two != other
+    assert one["level"] == 0.95
+    assert all(isinstance(value, float | int | str) for value in one.values())
+
+
+def test_the_interval_of_an_inception_score_covers_it():
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((300, 10))
+    logits[np.arange(300), rng.integers(0, 10, 300)] += 4
+    value, _ = inception_score_from_logits(logits)
+    found = inception_interval(logits, np.arange(300), value)
+    assert found["low"] < value < found["high"]
+    assert 0.01 < found["std"] < 0.5
+    assert inception_interval(logits, np.arange(300), value, splits=10)["low"] < value
+
+
+def test_the_floor_is_the_score_of_real_against_real_at_the_same_number():
+    real = np.random.default_rng(4).standard_normal((200, 6))
+    floor = same_distribution_floor(real, 100, distances)
+    assert (floor["num_videos"], floor["same_num_videos"]) == (100, True)
+    assert floor["values"] == distances(real[:100], real[100:])
+    half = same_distribution_floor(real[:120], 100, distances)
+    assert (half["num_videos"], half["same_num_videos"]) == (60, False)
+    assert half["values"]["FVD"] > floor["values"]["FVD"]  # the bias grows as N falls
+    assert same_distribution_floor(real[:3], 3, distances) is None
