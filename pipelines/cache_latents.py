@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.cli import run
 from pipelines.config import parse
-from pipelines.settings import open_clips, open_vae, weights_digest
+from pipelines.settings import check_clip, open_clips, open_vae, weights_digest
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 
 if TYPE_CHECKING:
@@ -117,10 +117,10 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     from pipelines.engine import make_accelerator
 
     accelerator = make_accelerator()
+    vae = open_vae(config.vae)
+    check_clip(vae, config.clip)
     with accelerator.main_process_first():
         clips = cached_clips(config)
-    vae = open_vae(config.vae)
-    vae.check_frames(config.clip.num_frames)
     fingerprint = cache_fingerprint(config, vae, clips)
     folder = cache_folder(config, fingerprint)
     with accelerator.main_process_first():

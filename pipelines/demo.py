@@ -111,7 +111,7 @@ def untrained_samples(sampling: Any, latte: Any) -> list[Any]:
 
 
 def real_clips(latte: Any) -> tuple[list[Any], list[str]]:
-    """NUM_VIDEOS windows of the training videos and their class names."""
+    """NUM_VIDEOS windows of the training videos, and the names of the classes."""
     import numpy as np
 
     from pipelines.settings import open_clips
@@ -120,8 +120,7 @@ def real_clips(latte: Any) -> tuple[list[Any], list[str]]:
     order = range(NUM_VIDEOS)
     rng = np.random.default_rng(latte.seed)
     videos = [clips.clip_uint8(i % len(clips), rng) for i in order]
-    names = [clips.class_names[clips.label(i % len(clips))] if clips.class_names else "" for i in order]
-    return videos, names
+    return videos, list(clips.class_names)
 
 
 def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], Any, float]:
@@ -262,8 +261,7 @@ def page(path: Path, outcome: Outcome, vae_config: Any, latte: Any, seconds: flo
     stage_one, stage_two = (read_metrics(Path(c.run_dir)) for c in (vae_config, latte))
     clips = outcome.clips
     side_by_side = np.concatenate([comparison(a, b) for a, b in clips["pairs"]], axis=1)
-    classes = sorted({n for n in clips["names"] if n})
-    labelled = f"classes in turn: {', '.join(classes)}; " if classes else ""
+    labelled = f"classes in turn: {', '.join(clips['names'])}; " if clips["names"] else ""
     curves = [
         curve_figure(
             series_of(stage_one, "loss/rec"),

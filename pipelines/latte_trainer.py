@@ -20,7 +20,7 @@ from pipelines.log import MetricLog
 from pipelines.loop import Trainer, fit
 from pipelines.media import grid, write_preview
 from pipelines.run import export_folder, open_run, summary
-from pipelines.settings import Mode, Precision, open_clips, open_vae
+from pipelines.settings import Mode, Precision, check_clip, open_clips, open_vae
 from pipelines.train_latte import TrainLatteConfig
 from pipelines.video_pipeline import LatentVideoPipeline
 
@@ -53,7 +53,7 @@ def build_latte(config: TrainLatteConfig, vae: Any, num_classes: int | None) -> 
 def plan(config: TrainLatteConfig) -> str:
     """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written."""
     vae = open_vae(config.vae)
-    vae.check_frames(config.clip.num_frames)
+    check_clip(vae, config.clip)
     clips = cached_clips(config)
     classes = len(clips.source.class_names) or None
     with torch.device("meta"):
@@ -227,7 +227,7 @@ def train(config: TrainLatteConfig) -> Path:
     """Train, or go on, to config.steps; returns the folder of the exported pipeline (EMA denoiser + VAE)."""
     accelerator = make_accelerator(config)
     vae = open_vae(config.vae)
-    vae.check_frames(config.clip.num_frames)
+    check_clip(vae, config.clip)
     if not vae.has_scaling_rule:
         raise ValueError(
             f"vae.name={config.vae.name}: its latents have no scaling rule (0.18215 fits SD's latents only); "

@@ -100,6 +100,16 @@ def open_vae(config: VAEConfig) -> Any:
     return vae.requires_grad_(False)
 
 
+def check_clip(vae: Any, clip: ClipConfig) -> None:
+    """ValueError, before anything is written, when the VAE cannot encode such clips."""
+    vae.check_frames(clip.num_frames)
+    s = vae.spatial_compression_ratio
+    if clip.size % s or clip.size < s:
+        raise ValueError(
+            f"clip.size={clip.size}: must be a multiple of {s}, e.g. {max(1, round(clip.size / s)) * s}"
+        )
+
+
 def weights_digest(model: Any) -> str:
     """sha256 over names and values of a module's parameters and buffers: what the weights are, wherever they lie."""
     import hashlib

@@ -25,7 +25,7 @@ from pipelines.log import MetricLog
 from pipelines.loop import Trainer, fit
 from pipelines.media import comparison, write_preview
 from pipelines.run import Checkpoints, export_folder, open_run, summary
-from pipelines.settings import open_clips
+from pipelines.settings import check_clip, open_clips
 from pipelines.train_vae import GANSchedule, Init, TrainVAEConfig
 from vae.discriminator import PatchDiscriminator3D
 from vae.inflate import inflate
@@ -84,7 +84,7 @@ def plan(config: TrainVAEConfig) -> str:
     """The resolved settings, sizes and schedule, for --dry-run; nothing is allocated."""
     with torch.device("meta"):
         vae = build_vae_model(config)
-    vae.check_frames(config.clip.num_frames)
+    check_clip(vae, config.clip)
     latent = (vae.latent_frames(config.clip.num_frames), config.clip.size // 8, config.clip.size // 8)
     count = sum(p.numel() for p in vae.parameters())
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
@@ -269,7 +269,7 @@ def train(config: TrainVAEConfig) -> Path:
         )
     torch.manual_seed(config.seed)
     vae = build_vae_model(config)
-    vae.check_frames(config.clip.num_frames)
+    check_clip(vae, config.clip)
     with accelerator.main_process_first():
         clips = open_clips(config.source, config.clip.spec(), config.seed)
         held_out: Any = []
