@@ -20,21 +20,29 @@ def make_accelerator(config: Any = None) -> Accelerator:
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
+    deepspeed_launch = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    if cpus:
         # Without an explicit backend accelerate believes in one process when DeepSpeed runs on CPUs.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        if deepspeed_launch:
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
                 False  # its build takes minutes and may hang
             )
     accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_steps=accumulation, kwargs_handlers=handlers
+        mixed_precision="no",
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=handlers,
+        cpu=cpus and not deepspeed_launch,  # True would turn DeepSpeed off
     )
-    if accelerator.num_processes != world:
+    if accelerator.num_processes != world or (
+        world > 1 and accelerator.distributed_type == DistributedType.NO
+    ):
         raise RuntimeError(
-            f"accelerate sees {accelerator.num_processes} processes, the launcher started {world}"
+            f"accelerate sees {accelerator.num_processes} processes ({accelerator.distributed_type}), "
+            f"the launcher started {world}: they would train apart"
         )
     if uses_deepspeed(accelerator) and config:
         # What DeepSpeed would take from a prepared loader or do by itself inside its step.
