@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -235,6 +235,26 @@ def _read_av(path: Path, indices: list[int]) -> np.ndarray:
     if len(kept) < len(wanted):
         raise ValueError(f"{path}: frame {max(indices)} asked, the video has frames 0..{count - 1}")
     return _stack(path, [kept[n] for n in indices])
+
+
+def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """All frames of a video file or folder of frames in order, each uint8 (H, W, 3); one is in memory at a time.
+
+    Raises ValueError where the video cannot be decoded any further.
+    """
+    import av
+
+    path = Path(path)
+    if path.is_dir():
+        yield from (read_image(frame) for frame in list_frames(path))
+        return
+    _check_file(path)
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(best_stream(container, path)):
+                yield _upright(frame)
+    except av_errors() as error:
+        raise ValueError(f"{path}: cannot decode ({error}); run the scan of docs/datasets.md") from error
 
 
 def read_image(path: Path) -> np.ndarray:

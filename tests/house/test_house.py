@@ -19,7 +19,16 @@ MAY_IMPORT = {
     "pipelines": set(ROOMS),
 }
 SOURCES = [p for room in (*ROOMS, "scripts") for p in sorted((ROOT / room).rglob("*.py"))]
-PROGRAMS = ["train_vae", "cache_latents", "train_latte", "sample", "demo"]
+PROGRAMS = [
+    "train_vae",
+    "cache_latents",
+    "train_latte",
+    "sample",
+    "demo",
+    "reconstruct",
+    "benchmark",
+    "table",
+]
 
 
 def imports(tree):
@@ -92,6 +101,8 @@ def test_help_does_not_import_torch(program):
 
 
 def test_every_setting_is_read_somewhere():
+    from pipelines.benchmark import BenchmarkConfig
+    from pipelines.reconstruct import ReconstructConfig
     from pipelines.sample import SampleConfig
     from pipelines.train_latte import TrainLatteConfig
     from pipelines.train_vae import TrainVAEConfig
@@ -101,7 +112,9 @@ def test_every_setting_is_read_somewhere():
     from pipelines.config import flatten
 
     keys = {
-        key.split(".")[-1] for c in (TrainVAEConfig, TrainLatteConfig, SampleConfig) for key in flatten(c())
+        key.split(".")[-1]
+        for c in (TrainVAEConfig, TrainLatteConfig, SampleConfig, ReconstructConfig, BenchmarkConfig)
+        for key in flatten(c())
     }
     clip = {
         k.split(".")[-1] for k in flatten(TrainVAEConfig()) if k.startswith("clip.")

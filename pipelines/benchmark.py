@@ -1,0 +1,113 @@
+"""Speed and memory of the VAE's four variants: CSpeed as in the paper's Table 3 (encoder, 1 x 3 x 81 x 256 x 256).
+
+    python -m pipelines.benchmark vae
+    python -m pipelines.benchmark vae num_frames=17 size=128 "block_out_channels=[32,64,128,128]" repeats=3
+
+Each row runs in a process of its own, with random weights, which take the same time as trained ones.
+"""
+
+import json
+import logging
+import multiprocessing
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import run
+from pipelines.config import option, parse
+from pipelines.settings import Precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BenchmarkConfig:
+    preset: str = option("odvae", "odvae|osp_v1_2")
+    variants: list[int] = option([1, 2, 3, 4], "rows")
+    block_out_channels: list[int] = option([128, 256, 512, 512], "widths of the four levels")
+    num_frames: int = option(81, "frames of the clip")
+    size: int = option(256, "its side in pixels")
+    batch: int = option(1, "clips at once")
+    precision: Precision = option(Precision.fp32, "of the weights and the clip")
+    compile: bool = option(False, "torch.compile encoder and decoder")
+    decode: bool = option(True, "measure decoding too")
+    warmup: int = option(2, "runs before the clock starts")
+    repeats: int = option(10, "timed runs; the median counts")
+    out: str = option("", "append the rows to this JSONL file")
+
+
+def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
+    """One row: encode and decode speed and peak memory of a variant."""
+    import resource
+
+    import torch
+
+    from eval.efficiency import encoder_speed
+    from vae import ODVAE
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    vae = ODVAE.preset(config.preset, variant=variant, block_out_channels=tuple(config.block_out_channels))
+    vae = vae.to(device, dtype).eval()
+    clip = (
+        torch.rand(config.batch, 3, config.num_frames, config.size, config.size, device=device, dtype=dtype)
+        * 2
+        - 1
+    )
+    encode, decode = vae.encode, vae.decode
+    if config.compile:
+        encode, decode = torch.compile(encode), torch.compile(decode)
+    with torch.inference_mode():
+        z = encode(clip).latent_dist.mode()
+    found = encoder_speed(lambda x: encode(x).latent_dist.mode(), clip, config.warmup, config.repeats)
+    row = {"variant": variant, "params": sum(p.numel() for p in vae.parameters()), "encode": found}
+    if config.decode:
+        row["decode"] = encoder_speed(lambda _: decode(z).sample, clip, config.warmup, config.repeats)
+    # kilobytes on Linux, bytes on macOS
+    row["host_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    encode, decode = row["encode"], row.get("decode")
+    speeds = [
+        f"{v['batches_per_s']:8.3f} it/s" if v and v["batches_per_s"] else "           -"
+        for v in (encode, decode)
+    ]
+    memory = encode["allocated_mib"]
+    where = f"{memory:8.0f} MiB GPU" if memory is not None else f"{row['host_peak_mib']:8.0f} MiB host"
+    return f"variant {row['variant']}  {row['params']:>12,}  encode {speeds[0]}  decode {speeds[1]}  {where}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["vae"]:
+        argv = argv[1:]
+    elif "--help" not in argv and "-h" not in argv:
+        raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
+    config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__)
+    from pipelines.run import summary, versions
+
+    if args.dry_run:
+        print(summary(config))
+        return 0
+    made = versions()
+    for variant in config.variants:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure, (config, variant))
+        print(line(row), flush=True)
+        if config.out:
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            with open(config.out, "a") as file:
+                file.write(json.dumps({**row, "versions": made, "command": sys.argv}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name: the measuring process imports the settings from there.
+    from pipelines.benchmark import main as program
+
+    run(program)

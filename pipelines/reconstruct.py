@@ -1,0 +1,202 @@
+"""Encode and decode a source with a VAE and measure the loss: PSNR, SSIM, LPIPS in memory (paper, Table 1).
+
+    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /videos clip.num_frames=25
+    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films stream=true
+
+Posterior means, no codec in between, rounded to uint8. stream=true takes whole videos of any length in constant memory.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import run
+from pipelines.config import option, parse
+from pipelines.settings import ClipConfig, SourceConfig, VAEConfig
+
+log = logging.getLogger(__name__)
+STREAM_CHUNK = 8  # frames handed to the encoder at once; the result does not depend on it
+
+
+@dataclass
+class ReconstructConfig:
+    vae: VAEConfig = option(VAEConfig, "")
+    source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
+    clip: ClipConfig = option(lambda: ClipConfig(position="center"), "")
+    out: str = option("runs/reconstruct", "folder of videos.jsonl, summary.json and the side-by-side videos")
+    num_videos: int = option(0, "first so many videos; 0: all")
+    stream: bool = option(
+        False, "whole videos, frame by frame, instead of one clip of each (od-vae, exact design)"
+    )
+    tiling_frames: int = option(0, "temporal tiling in groups of so many frames (paper 3.3: 33); 0: off")
+    lpips: bool = option(True, "measure LPIPS too (AlexNet)")
+    lpips_weights: str = option("", "AlexNet file; empty: $OMNILATTE_WEIGHTS or the torch hub cache")
+    pictures: int = option(4, "side-by-side videos written: original | reconstruction | error x 4")
+    seed: int = option(0, "of clip positions, where they are random")
+
+
+def score_frames(original: Any, decoded: Any, network: Any) -> dict[str, list[float]]:
+    """Per-frame scores of two uint8 videos (T, H, W, 3)."""
+    from eval.fidelity import lpips_distance, psnr, ssim
+
+    pairs = [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
+    scores = {"psnr": [psnr(*p) for p in pairs], "ssim": [ssim(*p) for p in pairs]}
+    if network is not None:
+        scores["lpips"] = [lpips_distance(*p, network) for p in pairs]
+    return scores
+
+
+def clip_pairs(
+    config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
+) -> Iterator[tuple[Any, Any]]:
+    """One (original, reconstruction) of the clip of a video."""
+    import numpy as np
+
+    from data.clip import to_float, to_uint8
+
+    original = clips.clip_uint8(index, np.random.default_rng((config.seed, index)))
+    x = to_float(original)[None].to(device)
+    yield original, to_uint8(vae(x, sample_posterior=False).sample)[0]
+
+
+def stream_pairs(
+    config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
+) -> Iterator[tuple[Any, Any]]:
+    """(original, reconstruction) of a few frames at a time; up to three last frames are left out to make T = 4k + 1."""
+    import numpy as np
+
+    from data.clip import crop_resize_uint8, to_float, to_uint8
+    from data.video import iterate_frames
+
+    record = clips.videos[index].record
+    total = (record.num_frames - 1) // 4 * 4 + 1
+    waiting: list[Any] = []
+
+    def incoming() -> Iterator[Any]:
+        frames = itertools.islice(iterate_frames(record.path), total)
+        while batch := list(itertools.islice(frames, STREAM_CHUNK)):
+            pixels = crop_resize_uint8(np.stack(batch), clips.spec, np.random.default_rng(0))
+            waiting.extend(pixels)
+            yield to_float(pixels)[None].to(device)
+
+    latents = (posterior.mode() for posterior in vae.stream_encode(incoming()))
+    for decoded in vae.stream_decode(latents):
+        done = to_uint8(decoded)[0]
+        yield np.stack(waiting[: len(done)]), done
+        del waiting[: len(done)]
+
+
+def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
+    """Measure; returns the summary. Any number of processes gives the same records."""
+    import numpy as np
+    import torch
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    from data.encode import write_mp4
+    from data.files import write_atomic, write_json
+    from eval.fidelity import load_lpips
+    from pipelines.engine import make_accelerator
+    from pipelines.media import comparison
+    from pipelines.run import versions
+    from pipelines.settings import check_clip, open_clips, weights_digest
+    from vae import load_vae
+
+    accelerator = make_accelerator()
+    vae = load_vae(config.vae.name, config.vae.path or None).requires_grad_(False).to(accelerator.device)
+    prepare(config, vae)
+    network = load_lpips(config.lpips_weights or None, accelerator.device) if config.lpips else None
+    if not config.stream:
+        check_clip(vae, config.clip)
+    spec = (
+        config.clip.spec(num_frames=1, short="loop", crop="center", flip=False)
+        if config.stream
+        else config.clip.spec()
+    )
+    with accelerator.main_process_first():
+        clips = open_clips(config.source, spec, config.seed)
+    count = min(config.num_videos or len(clips), len(clips))
+    out = Path(config.out)
+    pairs_of, records = stream_pairs if config.stream else clip_pairs, []
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    for index in tqdm(mine, desc="videos", disable=not accelerator.is_main_process or None):
+        scores: dict[str, list[float]] = {}
+        shown: list[Any] = []
+        with torch.inference_mode():
+            for original, decoded in pairs_of(config, vae, clips, index, accelerator.device):
+                for name, values in score_frames(original, decoded, network).items():
+                    scores.setdefault(name, []).extend(values)
+                if index < config.pictures and sum(map(len, shown)) < 81:
+                    shown.append(comparison(original, decoded))
+        if shown:
+            out.mkdir(parents=True, exist_ok=True)
+            write_mp4(out / f"{index:05d}.mp4", np.concatenate(shown), 8)
+        means = {name: float(np.mean(values)) for name, values in scores.items()}
+        records.append({"index": index, "video": clips.name(index), "frames": len(scores["psnr"]), **means})
+    if accelerator.num_processes > 1:
+        records = gather_object(records)
+    records.sort(key=lambda r: r["index"])
+    names = [n for n in ("psnr", "ssim", "lpips") if n in records[0]]
+    summary = {
+        "vae": config.vae.name,
+        "videos": len(records),
+        **{n: float(np.mean([r[n] for r in records])) for n in names},
+    }
+    summary |= {"params": sum(p.numel() for p in vae.parameters()), "weights_sha256": weights_digest(vae)}
+    summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
+    summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
+    if accelerator.is_main_process:
+        write_atomic(out / "videos.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        write_json(out / "summary.json", summary | {"settings": asdict(config)})
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def prepare(config: ReconstructConfig, vae: Any) -> None:
+    """Tiling and padding as asked for; refuses what the VAE does not have."""
+    if (config.stream or config.tiling_frames) and config.vae.name != "odvae":
+        raise ValueError(f"vae.name={config.vae.name}: stream and tiling_frames are for odvae")
+    if config.stream and config.tiling_frames:
+        raise ValueError("stream=true is exact and needs no tiling_frames; choose one")
+    if config.tiling_frames:
+        vae.enable_tiling(config.tiling_frames)
+    if vae.frame_rule == "4n" and not config.stream:
+        vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
+
+
+def row(summary: dict[str, Any]) -> str:
+    """The summary in the form of Table 1."""
+    lpips = f"{summary['lpips']:.4f}" if "lpips" in summary else "not run"
+    head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6} {'PSNR':>7} {'SSIM':>7} {'LPIPS':>8}"
+    return (
+        f"{head}\n{summary['vae']:8} {summary['vcpr']:5d} {summary['params']:12,d} {summary['videos']:6d} "
+        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>8}"
+    )
+
+
+FLAGS = {"--vae": "vae.name", "--vae-path": "vae.path", "--data": "source.root", "--dataset": "source.name"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, args = parse(ReconstructConfig, argv, "reconstruct", __doc__, FLAGS)
+    from pipelines.log import console
+
+    console()
+    if args.dry_run:
+        from pipelines.run import summary
+
+        print(summary(config))
+        return 0
+    print(row(reconstruct(config)))
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name, for other modules import these classes from there: in __main__ they would be other classes.
+    from pipelines.reconstruct import main as program
+
+    run(program)

@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+
+from data.encode import write_ffv1
+from data.video import read_frames
+from pipelines import benchmark, reconstruct, table
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n, frames in enumerate((9, 14, 21)):
+        ramp = (
+            np.linspace(0, 200, 16 * 16 * 3).reshape(16, 16, 3) + np.arange(frames)[:, None, None, None] * 2
+        )
+        write_ffv1(folder / f"{n}.mkv", (ramp + rng.integers(0, 20, ramp.shape)).astype(np.uint8), 8)
+    return folder
+
+
+@pytest.fixture
+def measure(own_vae, videos, tmp_path):
+    def go(name, *more):
+        settings = [f"vae.path={own_vae}", f"source.root={videos}", f"source.index_dir={tmp_path / 'index'}"]
+        settings += [f"out={tmp_path / name}", "lpips=false", "clip.num_frames=9", "clip.size=16", *more]
+        assert reconstruct.main(settings) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "videos.jsonl").read_text().splitlines()]
+        return rows, json.loads((tmp_path / name / "summary.json").read_text())
+
+    return go
+
+
+def test_records_and_summary_agree_with_the_videos_themselves(measure, own_vae, videos, capsys):
+    import torch
+
+    from data.clip import to_float, to_uint8
+    from eval.fidelity import psnr
+    from vae import load_vae
+
+    rows, summary = measure("clips", "clip.position=start")
+    assert [r["video"] for r in rows] == ["0.mkv", "1.mkv", "2.mkv"]
+    vae, original = load_vae(own_vae), read_frames(videos / "1.mkv", range(9))
+    with torch.inference_mode():
+        decoded = to_uint8(vae.decode(vae.encode(to_float(original)[None]).latent_dist.mode()).sample)[0]
+    assert rows[1]["psnr"] == pytest.approx(psnr(original, decoded), abs=1e-9)
+    assert summary["psnr"] == pytest.approx(np.mean([r["psnr"] for r in rows]))
+    assert "lpips" not in summary
+    assert "not run" in capsys.readouterr().out
+
+
+def test_streaming_measures_whole_videos_as_one_clip_does(measure):
+    streamed, _ = measure("stream", "stream=true")
+    assert [r["frames"] for r in streamed] == [9, 13, 21]  # the largest 4k + 1
+    for n, frames in ((0, 9), (2, 21)):
+        whole, _ = measure(f"whole{frames}", f"clip.num_frames={frames}", "clip.position=start")
+        same = next(r for r in whole if r["video"] == f"{n}.mkv")
+        assert streamed[n]["psnr"] == pytest.approx(same["psnr"], abs=1e-9)
+
+
+def test_tiling_is_another_result_and_streaming_refuses_it(measure):
+    plain, _ = measure("plain", "clip.num_frames=21", "clip.position=start")
+    tiled, _ = measure("tiled", "clip.num_frames=21", "clip.position=start", "tiling_frames=9")
+    assert plain[0]["psnr"] != tiled[0]["psnr"]
+    with pytest.raises(ValueError, match="needs no tiling_frames"):
+        measure("both", "stream=true", "tiling_frames=9")
+
+
+def test_side_by_side_videos_are_written(measure, tmp_path):
+    measure("run", "pictures=1")
+    assert [p.name for p in (tmp_path / "run").glob("*.mp4")] == ["00000.mp4"]
+    assert read_frames(tmp_path / "run" / "00000.mp4", [0]).shape == (1, 16, 48, 3)
+
+
+def test_the_list_of_vaes_has_the_paper_s_parameter_counts(capsys):
+    table.main(["--list-vaes"])
+    text = capsys.readouterr().out
+    for count in (
+        "239,189,991",
+        "83,653,863",
+        "97,742,847",
+        "182,446,475",
+        "393,341,007",
+        "68,995,971",
+        "52,192,773",
+    ):
+        assert count in text
+
+
+def test_benchmark_measures_encoding_and_decoding_of_each_variant(capsys, tmp_path):
+    small = [
+        "num_frames=5",
+        "size=16",
+        "block_out_channels=[32,32,32,32]",
+        "repeats=1",
+        "warmup=0",
+        "variants=[4]",
+    ]
+    benchmark.main(["vae", *small, f"out={tmp_path / 'rows.jsonl'}"])
+    assert "variant 4" in capsys.readouterr().out
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["encode"]["batches_per_s"] > 0
+    assert row["decode"]["frames"] == 5
+    with pytest.raises(ValueError, match="say what to measure"):
+        benchmark.main([])
