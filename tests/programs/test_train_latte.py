@@ -219,3 +219,15 @@ def test_dry_run_prints_the_plan(capsys, own_vae, tmp_path):
     assert "latent 4 x 9 x 32 x 32" in text
     assert "steps = 200000" in text
     assert "learning_rate = 0.0001" in text
+
+
+@pytest.mark.parametrize("setting", ["precision=bf16", "gradient_checkpointing=true"])
+def test_bf16_and_checkpointing_train_near_plain_fp32(stage_two, setting):
+    curves = []
+    for name, more in (("plain", []), ("other", [setting])):
+        run = stage_two(name, "steps=3", "save_every=3", *more)
+        curves.append([r["loss"] for r in records(run)])
+        assert all(v.dtype == torch.float32 for v in weights(run, 3).values())
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    if "bf16" in setting:
+        assert curves[1] != curves[0]

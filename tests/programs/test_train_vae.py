@@ -179,3 +179,23 @@ def test_dry_run_prints_the_paper_s_model_and_writes_nothing(capsys, tmp_path):
     assert "3 x 25 x 256 x 256 -> latent 4 x 7 x 32 x 32" in text
     assert "learning_rate = 1e-05" in text
     assert not (tmp_path / "x").exists()
+
+
+def test_checkpointed_activations_change_the_memory_not_the_training(train):
+    plain = weights(train("plain", "steps=2", "save_every=2"), 2)
+    saved = weights(train("saved", "steps=2", "save_every=2", "gradient_checkpointing=true"), 2)
+    assert all(torch.allclose(plain[k], saved[k], atol=1e-6) for k in plain)
+
+
+def test_bf16_trains_near_fp32_and_keeps_fp32_weights(train):
+    runs = [
+        train(p, "steps=3", "save_every=3", f"precision={p}", "loss.gan_weight=0") for p in ("fp32", "bf16")
+    ]
+    losses = [
+        [json.loads(line).get("loss/nll") for line in (r / "metrics.jsonl").read_text().splitlines()]
+        for r in runs
+    ]
+    fp32, bf16 = ([v for v in curve if v is not None] for curve in losses)
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.05)
+    assert all(v.dtype == torch.float32 for v in weights(runs[1], 3).values())

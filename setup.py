@@ -1,0 +1,43 @@
+"""Dependencies, with lower bounds only: an environment that already has torch >= 2.6 keeps it.
+
+pip would otherwise take the newest torchvision and, for its sake, another torch. So the installed version is asked for
+by number. Everything else is in pyproject.toml; requirements.txt pins a fresh environment.
+"""
+
+import sysconfig
+from importlib.metadata import distributions
+
+from setuptools import setup
+
+DEPENDENCIES = [
+    "torch>=2.6",
+    "torchvision",  # lpips and timm import it
+    "timm>=1.0",  # ModelEmaV3: plain EMA, as the paper's
+    "diffusers>=0.36",  # ModelMixin/ConfigMixin, schedulers, AutoencoderKL
+    "accelerate>=1.6",
+    "deepspeed>=0.16",
+    "transformers>=4.46",  # accelerate's DeepSpeed plugin asks for its version
+    'decord>=0.6; platform_machine == "x86_64"',
+    "av>=14",  # second reader, the scanner, and the only writer of video
+    "numpy>=1.26",
+    "scipy>=1.12",
+    "tensorboard>=2.16",
+    "safetensors>=0.5",
+    "omegaconf>=2.3",  # YAML + key=value merged strictly into dataclasses
+    "lpips>=0.1.4",
+    "pillow>=10",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",  # curves of the report
+    "jinja2>=3.1",  # the report's page
+]
+
+
+def installed_torch() -> str | None:
+    """Version of torch in the environment of this interpreter, without its build tag, even from an isolated build."""
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    found = [d.version.partition("+")[0] for d in distributions(name="torch", path=places)]
+    return found[0] if found else None
+
+
+torch = installed_torch()
+setup(install_requires=[*DEPENDENCIES, *([f"torch=={torch}"] if torch else [])])
