@@ -23,6 +23,7 @@ DEPENDENCIES = [
     "scipy>=1.12",
     "tensorboard>=2.16",
     "safetensors>=0.5",
+    "filelock>=3.12",  # one training a run folder
     "omegaconf>=2.3",  # YAML + key=value merged strictly into dataclasses
     "lpips>=0.1.4",
     "pillow>=10",

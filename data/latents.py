@@ -83,7 +83,8 @@ class LatentCacheWriter:
 
     def missing(self) -> list[int]:
         """Shards not yet complete (a shard without its .json was interrupted, or is being written by another process)."""
-        return [s for s in range(self.num_shards) if not _sidecar(self.folder, s).is_file()]
+        files = [(_shard(self.folder, s), _sidecar(self.folder, s)) for s in range(self.num_shards)]
+        return [s for s, pair in enumerate(files) if not all(file.is_file() for file in pair)]
 
     def write(self, shard: int, tensors: dict[str, torch.Tensor], failed: list[dict[str, Any]]) -> None:
         """tensors: mean, logvar, label, video, draw with one row per encoded clip; failed: {entry, video, reason}."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.cli import run
 from pipelines.config import parse
-from pipelines.settings import check_clip, open_clips, open_vae, weights_digest
+from pipelines.settings import Mode, check_clip, open_clips, open_vae, weights_digest
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 
 if TYPE_CHECKING:
@@ -142,6 +142,11 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         index = writer.finish({"class_names": clips.source.class_names})
+        if index["failed"]:
+            log.warning(
+                "%d clips could not be read and are not in the cache; index.json lists them",
+                len(index["failed"]),
+            )
         log.info("latent mean %s, std %s", *(_short(index["statistics"][k]) for k in ("mean", "std")))
         _store_statistics(config, vae, index["statistics"])
     accelerator.wait_for_everyone()
@@ -176,6 +181,9 @@ def main(argv: list[str] | None = None) -> int:
         from pipelines.latte_trainer import plan
 
         print(plan(config))
+        return 0
+    if config.mode is Mode.online:
+        log.info("mode=online: nothing to cache")
         return 0
     build_cache(config)
     return 0

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,22 +61,56 @@ def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()
     try:
         layers = [base]
         if path:
-            if not Path(path).is_file():
-                raise ValueError(f"config {path}: no such file; the shipped ones are under configs/")
-            layers.append(OmegaConf.load(path))
-        empty = [
-            f'{item}""' if item.endswith("=") else item for item in overrides
-        ]  # key= means an empty text
-        layers.append(OmegaConf.from_dotlist(empty))
+            layers.append(_read_yaml(Path(path)))
+        typed = [item for item in overrides if not _is_text(cls, item)]
+        layers.append(OmegaConf.from_dotlist(typed))
+        for key, _, text in (item.partition("=") for item in overrides if item not in typed):
+            # As it stands: a folder called 001 or 1e3 is no number. A leading ~ is the home folder.
+            OmegaConf.update(layers[-1], key, os.path.expanduser(text), force_add=True)
         return OmegaConf.to_object(OmegaConf.merge(*layers))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, flatten(cls()))) from error
 
 
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    if not path.is_file():
+        raise ValueError(f"config {path}: no such file; the shipped ones are under configs/")
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: not valid YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"config {path}: must be settings (key: value), not a list")
+    return content
+
+
+def _is_text(cls: type, item: str) -> bool:
+    """Whether `key=value` sets a field of type str."""
+    names = item.partition("=")[0].split(".")
+    for name in names[:-1]:
+        cls = type(getattr(cls(), name, None))
+        if not dataclasses.is_dataclass(cls):
+            return False
+    return {f.name: f.type for f in dataclasses.fields(cls)}.get(names[-1]) is str
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """ValueError for the first of the named settings (dotted) that is below `least`."""
+    for name in names:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not value >= least:
+            raise ValueError(f"{name}={value}: must be at least {least:g}")
+
+
 def _explain(error: Exception, known: dict[str, Any]) -> str:
     from omegaconf.errors import ConfigKeyError
 
-    key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "")
+    key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "settings")
     first = str(error).splitlines()[0]
     if isinstance(error, ConfigKeyError) or "not in" in first:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)

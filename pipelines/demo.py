@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.video import list_videos
 from pipelines.config import load
 from pipelines.run import ROOT, versions
 
@@ -309,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.data and not Path(args.data).is_dir():
         raise ValueError(f"--data {args.data}: no such folder")
+    if args.data and len(found := list_videos(args.data)) < 2:
+        raise ValueError(f"--data {args.data}: {len(found)} videos; at least 2, one is held out")
     image_config, vae_config, latte, sampling = settings(args)
     start = time.monotonic()
     from pipelines import latte_trainer, vae_trainer

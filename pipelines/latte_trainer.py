@@ -19,8 +19,8 @@ from pipelines.engine import accumulation_steps, autocast, generators, make_acce
 from pipelines.log import MetricLog
 from pipelines.loop import Trainer, fit
 from pipelines.media import grid, write_preview
-from pipelines.run import export_folder, open_run, summary
-from pipelines.settings import Mode, Precision, check_clip, open_clips, open_vae
+from pipelines.run import export_folder, open_run, refuse_inside, summary
+from pipelines.settings import Mode, Precision, check_clip, normalization, open_clips, open_vae
 from pipelines.train_latte import TrainLatteConfig
 from pipelines.video_pipeline import LatentVideoPipeline
 
@@ -89,6 +89,8 @@ class OnlineLatents:
 
 class LatteTrainer(Trainer):
     """Everything a step touches, built once, by name."""
+
+    must_not_change = ("class_names", "normalization")
 
     def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: Latte, vae: Any, encode: Any):
         super().__init__(config, accelerator)
@@ -238,6 +240,7 @@ def train(config: TrainLatteConfig) -> Path:
     torch.manual_seed(config.seed)
     latte = build_latte(config, vae, len(class_names) or None)
     run_dir = Path(config.run_dir)
+    refuse_inside(run_dir, "pipeline", config.vae.path, "vae.path")
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
     if accelerator.is_main_process:
         open_run(run_dir, config, "train_latte")
@@ -256,7 +259,7 @@ def train(config: TrainLatteConfig) -> Path:
             write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
         accelerator.wait_for_everyone()
 
-    fit(
+    made = fit(
         trainer,
         stream,
         run_dir,
@@ -267,11 +270,12 @@ def train(config: TrainLatteConfig) -> Path:
             "vae": config.vae.name,
             "ema_decay": config.ema_decay,
             "class_names": class_names,
+            "normalization": normalization(vae),
         },
         look=look,
         look_every=config.samples.every,
     )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (made or not (run_dir / "pipeline").is_dir()):
         export_folder(run_dir / "pipeline", pipeline.save_pretrained)
         log.info("pipeline (EMA weights): %s", run_dir / "pipeline")
     accelerator.wait_for_everyone()

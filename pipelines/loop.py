@@ -1,5 +1,6 @@
 """The one training loop of both stages: step, log, look, save, stop; and what every trainer keeps between steps."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +28,8 @@ class Trainer:
 
     A subclass defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
     """
+
+    must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
 
     def __init__(self, config: Any, accelerator: Any):
         self.config, self.accelerator = config, accelerator
@@ -100,19 +104,57 @@ def fit(
     look: Callable[[MetricLog], None],
     look_every: int,
     look_at_start: bool = False,
-) -> None:
-    """Resume from the newest good checkpoint, then train to config.steps.
+) -> int:
+    """Resume from the newest good checkpoint, then train to config.steps; returns the number of steps made.
+
+    One process (group) at a time trains in a run folder: a second one gets a ValueError.
 
     stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed records. info: goes into each
     checkpoint's manifest. look(metrics): validation or samples, every look_every steps (0: never) and at the end.
     """
+    lock = FileLock(run_dir / ".lock")
+    if trainer.accelerator.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"run_dir={run_dir}: another process is training here; wait for it or stop it"
+            ) from None
+    try:
+        return _fit(trainer, stream, run_dir, program, mode, info, look, look_every, look_at_start)
+    finally:
+        lock.release()
+
+
+def _fit(
+    trainer: Any,
+    stream: Any,
+    run_dir: Path,
+    program: str,
+    mode: str,
+    info: dict[str, Any],
+    look: Callable[[MetricLog], None],
+    look_every: int,
+    look_at_start: bool,
+) -> int:
     config, accelerator = trainer.config, trainer.accelerator
     main = accelerator.is_main_process
     checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
     saved = same_everywhere(accelerator, checkpoints.latest() if main else None)
     if saved is not None:
+        before = json.loads((checkpoints.path(saved) / "manifest.json").read_text())
+        if before.get("data") != info.get("data"):
+            log.warning(
+                "the data are not those of the checkpoint: %s, now %s", before.get("data"), info.get("data")
+            )
+        for key in trainer.must_not_change:
+            if before.get(key) != info[key]:
+                raise ValueError(
+                    f"run_dir={run_dir} was trained with {key}={before.get(key)}, now {info[key]}"
+                )
         trainer.load(checkpoints.path(saved))
         log.info("resuming %s at step %d", run_dir, saved)
+    began = trainer.step
     metrics = MetricLog(run_dir, trainer.step, main)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = StepBatches(trainer.step, config.global_batch, config.micro_batch, rank, world)
@@ -167,8 +209,10 @@ def fit(
     bar.close()
     metrics.close()
     speed = meter.summary()
-    if main:
+    # a finished run called again keeps the figures that it measured
+    if main and (speed["timed_steps"] or not (run_dir / "efficiency.json").is_file()):
         write_json(
             run_dir / "efficiency.json", {"program": program, "global_batch": config.global_batch, **speed}
         )
         log.info("TSpeed (%s): %s it/s; TMem: %s", mode, speed["tspeed"], speed["tmem"])
+    return trainer.step - began

@@ -61,12 +61,17 @@ def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
         old = flatten_yaml(OmegaConf.to_container(OmegaConf.load(saved)))
         new = flatten_yaml(OmegaConf.to_container(OmegaConf.create(dump(config))))
         free = free_keys(config)
-        differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in free)
+        # a key that the old run did not know has its default there
+        differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k] and k not in free)
         if differing:
             text = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:5])
             raise ValueError(
                 f"run_dir={folder} holds a run with other settings ({text}); choose another run_dir"
             )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"run_dir={folder} is not empty and holds no run (no config.yaml); choose another run_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(saved, dump(config))
     env_file = folder / "env.json"
@@ -76,6 +81,15 @@ def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
     )
     write_json(env_file, {"program": program, "versions": versions(), "starts": starts})
     return folder
+
+
+def refuse_inside(run_dir: str | Path, export: str, given: str, key: str) -> None:
+    """ValueError when an input lies where the run will put its export, which replaces that folder as a whole."""
+    target = (Path(run_dir) / export).resolve()
+    if given and Path(given).resolve().is_relative_to(target):
+        raise ValueError(
+            f"{key}={given}: this run exports to {target} and would replace it; choose another run_dir"
+        )
 
 
 def flatten_yaml(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -137,7 +151,8 @@ class Checkpoints:
                 shutil.rmtree(target)
             os.replace(temporary, target)
             fsync(self.folder)
-            for old in self.steps()[: -self.keep]:
+            # Those with a higher number are damaged, or the run would have begun there: they do not count.
+            for old in [s for s in self.steps() if s < step][: 1 - self.keep]:
                 shutil.rmtree(self.path(old))
         accelerator.wait_for_everyone()
         return target
@@ -168,13 +183,21 @@ class Checkpoints:
         return ""
 
     def latest(self) -> int | None:
-        """Step of the newest undamaged checkpoint; each damaged one on the way is named in the log and left in place."""
-        for step in reversed(self.steps()):
+        """Step of the newest undamaged checkpoint, None when there are none; each damaged one is named in the log.
+
+        Raises ValueError when there are checkpoints and all are damaged: to begin anew is the user's decision.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
             damage = self.damage(step)
             if not damage:
                 return step
             log.warning(
                 "checkpoint %s is damaged (%s): falling back to an older one", self.path(step), damage
+            )
+        if steps:
+            raise ValueError(
+                f"all checkpoints in {self.folder} are damaged; restore one, or choose another run_dir to begin anew"
             )
         return None
 

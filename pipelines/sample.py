@@ -50,8 +50,11 @@ def file_name(index: int) -> str:
     return f"{index:06d}.mkv"
 
 
-def begin_manifest(config: SampleConfig, digest: str) -> None:
-    """Write manifest.json, or re-enter a folder made with the same settings. ValueError for a folder of other samples."""
+def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
+    """Write manifest.json, or re-enter a folder made with the same settings and weights, else ValueError.
+
+    made_by: digests of denoiser and VAE, and what else of them decides the videos.
+    """
     from data.files import write_json
     from pipelines.run import versions
 
@@ -60,10 +63,13 @@ def begin_manifest(config: SampleConfig, digest: str) -> None:
         for k, v in asdict(config).items()
         if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
     }
-    decisive |= {"precision": config.precision.value, "weights_sha256": digest}
+    decisive |= {"precision": config.precision.value, **made_by}
     file = config.folder / "manifest.json"
     if file.is_file():
-        old = json.loads(file.read_text())["settings"]
+        try:
+            old = json.loads(file.read_text())["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
         differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
         if differing:
             raise ValueError(
@@ -72,9 +78,12 @@ def begin_manifest(config: SampleConfig, digest: str) -> None:
     elif config.folder.is_dir() and any(config.folder.iterdir()):
         raise ValueError(f"out={config.folder} is not empty and has no manifest.json; choose another out=")
     config.folder.mkdir(parents=True, exist_ok=True)
-    content = {"num_videos": config.num_videos, "complete": False, "settings": decisive, "lossless": True}
+    # videos beyond num_videos that are there already stay part of the set
+    made = [int(p.stem) + 1 for p in config.folder.glob("*.mkv") if p.stem.isdigit()]
+    count = max([config.num_videos, *made])
+    content = {"num_videos": count, "complete": False, "settings": decisive, "lossless": True}
     content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
-    content["files"] = [file_name(i) for i in range(config.num_videos)]
+    content["files"] = [file_name(i) for i in range(count)]
     write_json(file, content)
 
 
@@ -89,6 +98,9 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
     ):
         if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
             raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
+        wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
+        if folder and json.loads((Path(folder) / marker).read_text()).get("_class_name") != wanted:
+            raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
     parts = {"transformer": Latte.from_pretrained(config.transformer)} if config.transformer else {}
     pipe = LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
     pipe.vae.eval()
@@ -107,13 +119,14 @@ def sample(config: SampleConfig) -> Path:
     from data.video import read_frames
     from pipelines.engine import autocast, draw_seed, make_accelerator
     from pipelines.media import grid
-    from pipelines.settings import weights_digest
+    from pipelines.settings import normalization, weights_digest
 
     accelerator = make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
-    digest = weights_digest(pipe.transformer)
     if accelerator.is_main_process:
-        begin_manifest(config, digest)
+        made_by = {"weights_sha256": weights_digest(pipe.transformer), "vae_sha256": weights_digest(pipe.vae)}
+        made_by |= {"normalization": normalization(pipe.vae), "class_names": list(pipe.config.class_names)}
+        begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [i for i in range(config.num_videos) if not (config.folder / file_name(i)).is_file()]
@@ -148,7 +161,8 @@ def sample(config: SampleConfig) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())
-        write_json(config.folder / "manifest.json", {**content, "complete": True})
+        complete = all((config.folder / name).is_file() for name in content["files"])
+        write_json(config.folder / "manifest.json", {**content, "complete": complete})
         frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
         first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
         preview = config.folder.with_name(config.folder.name + "-preview.mp4")

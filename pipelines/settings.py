@@ -43,7 +43,7 @@ class SourceConfig:
     """Which videos. Damaged ones are found by one scan, listed and left out; the scan is cached in index_dir."""
 
     name: str = option("folder", "ucf101|sky_timelapse|folder|demo")
-    root: str = option("", "folder of the data set")
+    root: str = option("", "folder of the data set", free=True)
     split: str = option("train", "train|test, for sources that have splits")
     list_file: str = option("", "ucfTrainTestlist file: only the videos named there")
     labels: str = option("none", "source folder: none, or folder (class = name of the first sub-folder)")
@@ -60,6 +60,10 @@ def open_clips(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool =
     from data.dataset import VideoClips
     from data.sources import open_source
 
+    if config.name == "sky_timelapse" and config.split == "test" and held_out:
+        raise ValueError(
+            "source.split=test: its clips are those that validate; use split=train or source.val_fraction=0"
+        )
     source = open_source(
         config.name,
         root=config.root or None,
@@ -85,7 +89,7 @@ class VAEConfig:
     name: str = option(
         "odvae", "odvae|sd2_1|svd|cvvae|ops (discrete vqgan and tats cannot feed a diffusion model)"
     )
-    path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>")
+    path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
 
 
 def open_vae(config: VAEConfig) -> Any:
@@ -108,6 +112,11 @@ def check_clip(vae: Any, clip: ClipConfig) -> None:
         raise ValueError(
             f"clip.size={clip.size}: must be a multiple of {s}, e.g. {max(1, round(clip.size / s)) * s}"
         )
+
+
+def normalization(vae: Any) -> dict[str, Any]:
+    """How the latents are scaled: decides what the denoiser learned, and belongs to its checkpoint."""
+    return {key: vae.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
 
 
 def weights_digest(model: Any) -> str:

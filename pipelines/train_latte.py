@@ -7,10 +7,11 @@ Both programs read the same settings. The same command again resumes. Several GP
 accelerate launch --config_file configs/accelerate/FILE.yaml -m pipelines.train_latte ...
 """
 
+import math
 from dataclasses import dataclass
 
 from data.cli import run
-from pipelines.config import option, parse
+from pipelines.config import at_least, option, parse
 from pipelines.settings import ClipConfig, Mode, Precision, SourceConfig, VAEConfig
 
 
@@ -77,11 +78,22 @@ class TrainLatteConfig:
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "micro_batch", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.cache.crops < 1 or self.cache.shard_size < 1 or self.cache.batch < 1:
-            raise ValueError("cache.crops, cache.shard_size and cache.batch must be at least 1")
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "save_every", "max_skipped")
+        at_least(self, 1, "cache.crops", "cache.shard_size", "cache.batch", "samples.num_videos")
+        at_least(
+            self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay", "workers", "weight_decay"
+        )
+        at_least(self, 0, "samples.every", "source.val_fraction")
+        if self.ema_decay >= 1 or self.source.val_fraction >= 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.mode is Mode.cached and self.clip.flip:
+            raise ValueError(
+                "clip.flip=true draws anew in every step; with a cache say cache.flips=true, or mode=online"
+            )
         if not 0 <= self.denoiser.label_dropout < 1:
             raise ValueError(f"denoiser.label_dropout={self.denoiser.label_dropout}: must be in [0, 1)")
         if self.cache.dtype not in ("float32", "float16", "bfloat16"):

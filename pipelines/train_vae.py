@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from data.cli import run
-from pipelines.config import option, parse
+from pipelines.config import at_least, option, parse
 from pipelines.settings import ClipConfig, Precision, SourceConfig
 
 
@@ -85,9 +85,28 @@ class TrainVAEConfig:
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "micro_batch", "log_every", "val_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        at_least(
+            self,
+            1,
+            "steps",
+            "global_batch",
+            "micro_batch",
+            "log_every",
+            "val_every",
+            "val_videos",
+            "save_every",
+        )
+        at_least(self, 1, "max_skipped", "model.layers_per_block", "model.norm_num_groups")
+        at_least(self, 0, "seed", "grad_clip", "warmup_steps", "ema_decay", "workers", "loss.gan_start")
+        at_least(
+            self, 0, "loss.kl_weight", "loss.gan_weight", "loss.perceptual_weight", "source.val_fraction"
+        )
+        if self.ema_decay >= 1 or self.source.val_fraction >= 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
+            )
+        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
+            raise ValueError(f"adam_betas={list(self.adam_betas)}: two numbers in [0, 1), e.g. [0.9, 0.999]")
         if not (0 < self.learning_rate < math.inf):
             raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
         if self.model.variant not in (1, 2, 3, 4):

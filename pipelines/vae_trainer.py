@@ -24,7 +24,7 @@ from pipelines.engine import (
 from pipelines.log import MetricLog
 from pipelines.loop import Trainer, fit
 from pipelines.media import comparison, write_preview
-from pipelines.run import Checkpoints, export_folder, open_run, summary
+from pipelines.run import Checkpoints, export_folder, open_run, refuse_inside, summary
 from pipelines.settings import check_clip, open_clips
 from pipelines.train_vae import GANSchedule, Init, TrainVAEConfig
 from vae.discriminator import PatchDiscriminator3D
@@ -277,6 +277,7 @@ def train(config: TrainVAEConfig) -> Path:
             still = config.clip.spec(crop="center", flip=False, position="center")
             held_out = open_clips(config.source, still, 0, held_out=True)
     run_dir = Path(config.run_dir)
+    refuse_inside(run_dir, "vae", config.model.init_from, "model.init_from")
     if not Checkpoints(run_dir, config.keep_checkpoints).steps():
         initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae)
@@ -300,7 +301,7 @@ def train(config: TrainVAEConfig) -> Path:
             )
         accelerator.wait_for_everyone()
 
-    fit(
+    made = fit(
         trainer,
         clips,
         run_dir,
@@ -311,7 +312,8 @@ def train(config: TrainVAEConfig) -> Path:
         look_every=config.val_every,
         look_at_start=True,
     )
-    if accelerator.is_main_process:
+    # A finished run called again leaves the export alone: cache_latents may have stored statistics in it.
+    if accelerator.is_main_process and (made or not (run_dir / "vae").is_dir()):
         export_folder(run_dir / "vae", trainer.ema.module.save_pretrained)
         log.info("EMA weights: %s", run_dir / "vae")
     accelerator.wait_for_everyone()

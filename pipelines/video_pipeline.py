@@ -61,7 +61,7 @@ class LatentVideoPipeline(DiffusionPipeline):
                         f"label {label!r}: the classes are {', '.join(names) or 'unnamed, use ids'}"
                     )
                 label = names.index(label)
-            if not 0 <= int(label) <= (classes if self.transformer.null_label is not None else classes - 1):
+            if not 0 <= int(label) < classes:
                 raise ValueError(f"label {label}: this model has classes 0 .. {classes - 1}")
             ids.append(int(label))
         return torch.tensor(ids, dtype=torch.int64)

@@ -1,8 +1,9 @@
 # Sourced by the scripts: where the repository is and how a program is started. Works from any directory.
-# The environment that is active is used; without one, .venv of this repository, made by scripts/setup.sh.
+# An active environment that has the packages is used; else .venv of this repository, made by scripts/setup.sh.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+needed='import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))'
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "$needed" torch diffusers accelerate omegaconf av; then
     python=python
 else
     bash "$root/scripts/setup.sh"

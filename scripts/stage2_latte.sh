@@ -4,7 +4,7 @@
 # mode=online trains without a cache. LAUNCH="accelerate launch --config_file FILE" for several GPUs or DeepSpeed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-dataset=ucf101 online=false dry=false config=
+dataset=ucf101 dry=false config=
 for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
     case ${!i} in
@@ -12,9 +12,8 @@ for ((i = 1; i <= $#; i++)); do
         --dataset=*) dataset=${!i#*=} ;;
         --config | --config=*) config=given ;;
         --dry-run) dry=true ;;
-        mode=online) online=true ;;
     esac
 done
 [ -n "$config" ] || set -- --config "$root/configs/stage2/$dataset.yaml" "$@"
-if ! $online && ! $dry; then program cache_latents "$@"; fi
+if ! $dry; then program cache_latents "$@"; fi
 program train_latte "$@"

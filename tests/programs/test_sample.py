@@ -110,3 +110,29 @@ def test_pipeline_survives_saving_and_loading(pipeline):
     assert torch.equal(*videos)
     assert videos[0].shape == (1, 3, 9, 16, 16)
     assert videos[0].abs().max() <= 1
+
+
+def test_samples_of_another_vae_are_not_mixed_in(sample, pipeline):
+    sample("run", "num_videos=1")
+    pipe = LatentVideoPipeline.from_pretrained(pipeline)
+    pipe.vae.set_latent_statistics([0.0] * 4, [3.0] * 4)
+    pipe.save_pretrained(pipeline)
+    with pytest.raises(ValueError, match=r"holds other samples \(normalization"):
+        sample("run", "num_videos=2")
+
+
+def test_fewer_videos_do_not_shrink_a_finished_set(sample, tmp_path):
+    sample("run", "num_videos=3")
+    sample("run", "num_videos=1")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["num_videos"] == 3
+    assert manifest["complete"]
+
+
+def test_folders_of_another_kind_are_refused(sample, pipeline, tmp_path):
+    with pytest.raises(ValueError, match="is not that of a Latte"):
+        sample("run", f"transformer={pipeline / 'vae'}")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="no manifest of samples"):
+        sample("odd", "num_videos=1")

@@ -231,3 +231,19 @@ def test_bf16_and_checkpointing_train_near_plain_fp32(stage_two, setting):
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
     if "bf16" in setting:
         assert curves[1] != curves[0]
+
+
+def test_a_run_goes_on_with_its_own_normalization_and_classes_only(stage_two, own_vae):
+    stage_two("run", "steps=1", "save_every=1")
+    config = own_vae / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"latents_std": [50.0] * 4}))
+    with pytest.raises(ValueError, match="was trained with normalization="):
+        stage_two("run", "steps=2", cache=False)
+    config.write_text(json.dumps(content))
+    stage_two("run", "steps=2", cache=False)
+
+
+def test_drawn_flips_have_no_place_in_a_cache(stage_two):
+    with pytest.raises(ValueError, match="cache.flips=true"):
+        stage_two("run", "steps=1", "clip.flip=true")

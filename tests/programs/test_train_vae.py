@@ -199,3 +199,46 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_weights(train):
     assert bf16 != fp32
     assert bf16 == pytest.approx(fp32, rel=0.05)
     assert all(v.dtype == torch.float32 for v in weights(runs[1], 3).values())
+
+
+def test_a_folder_of_other_things_is_no_run_dir(train, tmp_path):
+    (tmp_path / "mine" / "vae").mkdir(parents=True)
+    (tmp_path / "mine" / "vae" / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        train("mine", "steps=1")
+    assert (tmp_path / "mine" / "vae" / "precious.txt").read_text() == "x"
+
+
+def test_a_finished_run_called_again_leaves_its_export_alone(train):
+    run = train("run", "steps=2")
+    config = run / "vae" / "config.json"
+    measured = json.loads(config.read_text()) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    config.write_text(json.dumps(measured))
+    train("run", "steps=2")
+    assert json.loads(config.read_text()) == measured
+
+
+def test_two_trainings_in_one_folder_are_refused(train, tmp_path):
+    from filelock import FileLock
+
+    run = train("run", "steps=1")
+    with FileLock(run / ".lock"), pytest.raises(ValueError, match="another process is training here"):
+        train("run", "steps=2")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "grad_clip=-1",
+        "ema_decay=2",
+        "loss.kl_weight=-1",
+        "warmup_steps=-5",
+        "val_videos=0",
+        "adam_betas=[0.9]",
+        "seed=-1",
+        "max_skipped=0",
+    ],
+)
+def test_values_that_would_wreck_the_training_are_refused_by_name(train, setting):
+    with pytest.raises(ValueError, match=setting.split("=")[0]):
+        train("wrong", "steps=1", setting)

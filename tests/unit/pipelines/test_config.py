@@ -53,6 +53,18 @@ def test_an_empty_value_is_an_empty_text():
     assert load(Named, None, ["name="]) == Named("")
 
 
+@pytest.mark.parametrize("text", ["001", "1e3", "2024_01", "null", "[a]", "a=b"])
+def test_a_text_is_taken_as_it_stands(text):
+    assert load(Named, None, [f"name={text}"]) == Named(text)
+
+
+@pytest.mark.parametrize(("text", "message"), [("steps: [", "not valid YAML"), ("- 1", "not a list")])
+def test_a_file_that_holds_no_settings_is_named(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(Settings, tmp_path / "x.yaml")
+
+
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing.yaml: no such file"):
         load(Settings, tmp_path / "nothing.yaml")

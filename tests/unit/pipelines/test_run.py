@@ -8,7 +8,7 @@ import torch
 
 from pipelines.engine import accumulation_steps, draw_seed, generators, normal
 from pipelines.log import MetricLog, read_metrics
-from pipelines.run import Checkpoints, export_folder, stop_on_signal
+from pipelines.run import Checkpoints, export_folder, refuse_inside, stop_on_signal
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -144,3 +144,28 @@ def test_accumulation_is_derived_or_refused_with_a_batch_that_fits():
     assert accumulation_steps(16, 2, 4) == 2
     with pytest.raises(ValueError, match="choose e.g. global_batch=12"):
         accumulation_steps(10, 3, 2)
+
+
+def test_the_checkpoint_just_written_survives_damaged_ones_of_higher_steps(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (4, 6):
+        save(checkpoints, step)
+        (checkpoints.path(step) / "a.txt").write_text("damaged")
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [2, 3, 4, 6]
+    assert checkpoints.latest() == 3
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_begin_anew_by_itself(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    (checkpoints.path(1) / "a.txt").write_text("damaged")
+    with pytest.raises(ValueError, match="all checkpoints .* are damaged; restore one"):
+        checkpoints.latest()
+
+
+def test_an_input_inside_the_export_is_refused(tmp_path):
+    refuse_inside(tmp_path, "vae", str(tmp_path / "other"), "model.init_from")
+    with pytest.raises(ValueError, match=r"model.init_from=.* would replace it"):
+        refuse_inside(tmp_path, "vae", str(tmp_path / "vae"), "model.init_from")
