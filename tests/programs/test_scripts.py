@@ -31,12 +31,8 @@ def test_stage_one_plans_the_paper_s_run_from_any_directory(tmp_path):
 def test_a_wrong_key_is_one_line_and_exit_code_2(tmp_path):
     done = bash("stage1_vae.sh", "--dry-run", "stepz=1", cwd=tmp_path)
     assert done.returncode == 2
-    assert (
-        done.stderr.strip()
-        == "error: config: unknown key 'stepz'; did you mean 'steps'? (--help lists all keys)".replace(
-            "?", ""
-        )
-    )
+    line = "error: config: unknown key 'stepz'; did you mean 'steps'? (--help lists all keys)"
+    assert done.stderr.strip() == line
 
 
 def test_stage_two_without_weights_names_the_way_out(tmp_path):
