@@ -1,14 +1,15 @@
 """Encode and decode a source with a VAE and measure the loss: PSNR, SSIM, LPIPS in memory (paper, Table 1).
 
-    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /videos clip.num_frames=25
-    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films stream=true
+    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /videos --num-frames 25
+    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films --stream
 
-Posterior means, no codec in between, rounded to uint8. stream=true takes whole videos of any length in constant memory.
+Posterior means, no codec in between, rounded to uint8. --stream takes whole videos of any length in constant memory.
 """
 
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,11 +179,20 @@ def row(summary: dict[str, Any]) -> str:
     )
 
 
-FLAGS = {"--vae": "vae.name", "--vae-path": "vae.path", "--data": "source.root", "--dataset": "source.name"}
+FLAGS = {
+    "--vae": "vae.name",
+    "--vae-path": "vae.path",
+    "--data": "source.root",
+    "--dataset": "source.name",
+    "--num-frames": "clip.num_frames",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(ReconstructConfig, argv, "reconstruct", __doc__, FLAGS)
+    words = [
+        "stream=true" if word == "--stream" else word for word in (sys.argv[1:] if argv is None else argv)
+    ]
+    config, args = parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
     from pipelines.log import console
 
     console()

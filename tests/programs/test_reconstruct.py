@@ -52,10 +52,10 @@ def test_records_and_summary_agree_with_the_videos_themselves(measure, own_vae, 
 
 
 def test_streaming_measures_whole_videos_as_one_clip_does(measure):
-    streamed, _ = measure("stream", "stream=true")
+    streamed, _ = measure("stream", "--stream")
     assert [r["frames"] for r in streamed] == [9, 13, 21]  # the largest 4k + 1
     for n, frames in ((0, 9), (2, 21)):
-        whole, _ = measure(f"whole{frames}", f"clip.num_frames={frames}", "clip.position=start")
+        whole, _ = measure(f"whole{frames}", "--num-frames", str(frames), "clip.position=start")
         same = next(r for r in whole if r["video"] == f"{n}.mkv")
         assert streamed[n]["psnr"] == pytest.approx(same["psnr"], abs=1e-9)
 

@@ -247,3 +247,17 @@ def test_a_run_goes_on_with_its_own_normalization_and_classes_only(stage_two, ow
 def test_drawn_flips_have_no_place_in_a_cache(stage_two):
     with pytest.raises(ValueError, match="cache.flips=true"):
         stage_two("run", "steps=1", "clip.flip=true")
+
+
+@pytest.mark.parametrize("name", ["sd2_1", "svd", "cvvae", "ops"])
+def test_every_continuous_vae_of_the_paper_feeds_stage_two_and_sampling(name, latte_settings, tmp_path):
+    from pipelines import sample
+    from tests.unit.vae.test_baselines import tiny
+
+    tiny(name).save_pretrained(tmp_path / "vae")
+    common = [f"vae.name={name}", f"vae.path={tmp_path / 'vae'}", f"cache.dir={tmp_path / 'cache'}"]
+    settings = [*latte_settings, *common, f"run_dir={tmp_path / 'run'}", "steps=1", "cache.crops=1"]
+    cache_latents.main(settings)
+    train_latte.main(settings)
+    sample.main([f"pipeline={tmp_path / 'run' / 'pipeline'}", "num_videos=1", "num_steps=2"])
+    assert (tmp_path / "run" / "samples" / "000000.mkv").stat().st_size > 0

@@ -7,6 +7,7 @@ The network is diffusers' AutoencoderKLTemporalDecoder; its folder opens as it i
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - a pipeline looks here for what can load it
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
