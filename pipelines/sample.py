@@ -129,7 +129,12 @@ def sample(config: SampleConfig) -> Path:
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
     rank, world = accelerator.process_index, accelerator.num_processes
-    missing = [i for i in range(config.num_videos) if not (config.folder / file_name(i)).is_file()]
+
+    def made(index: int) -> bool:
+        file = config.folder / file_name(index)
+        return file.is_file() and file.stat().st_size > 0
+
+    missing = [i for i in range(config.num_videos) if not made(i)]
     mine = missing[rank::world]
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
     names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]

@@ -58,6 +58,7 @@ def test_the_same_command_again_makes_only_what_is_missing(sample, tmp_path):
     kept = tmp_path / "run" / "000000.mkv"
     before = kept.stat().st_mtime_ns
     (tmp_path / "run" / "000001.mkv").unlink()
+    (tmp_path / "run" / "000002.mkv").write_bytes(b"")
     again = sample("run", "num_videos=5")
     assert kept.stat().st_mtime_ns == before
     assert close({k: again[k] for k in first}, first)
