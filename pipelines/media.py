@@ -29,12 +29,6 @@ def grid(videos: Sequence[np.ndarray], columns: int | None = None, gap: int = 2)
     return sheet
 
 
-def enlarge(video: np.ndarray, least: int) -> np.ndarray:
-    """Whole-number nearest enlargement so that the short side has at least `least` pixels."""
-    factor = max(1, -(-least // min(video.shape[1:3])))
-    return video.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def write_preview(path: Path, video: np.ndarray, fps: float = 8) -> None:
     """An mp4 to look at; a full disk costs the preview, not the training."""
     try:
