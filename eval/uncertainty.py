@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 
-from eval.inception_score import inception_score_from_logits
+from eval.inception import inception_score_from_logits
 
 RESAMPLES = 200
 LEVEL = 0.95

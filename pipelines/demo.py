@@ -149,7 +149,7 @@ def score(real: list[Any], fake: list[Any], untrained: list[Any]) -> dict[str, d
     """FVD and KVD of both sets by a random I3D, IS by a random C3D: smoke scores, labelled as such by their names."""
     from eval.features import c3d_extractor, extract_features, i3d_extractor
     from eval.fvd import distances
-    from eval.inception_score import inception_score_from_logits
+    from eval.inception import inception_score_from_logits
 
     i3d, c3d = i3d_extractor("random:0"), c3d_extractor("random:0")
     features = {

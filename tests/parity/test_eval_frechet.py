@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.frechet import frechet_distance, kernel_distance
-from eval.inception_score import inception_score, inception_score_from_logits
+from eval.inception import inception_score, inception_score_from_logits
 
 
 @pytest.fixture

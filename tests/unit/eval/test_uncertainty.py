@@ -5,7 +5,7 @@ import pytest
 
 from eval.frechet import frechet_distance, kernel_distance
 from eval.fvd import distances
-from eval.inception_score import inception_score_from_logits
+from eval.inception import inception_score_from_logits
 from eval.uncertainty import (
     _counts,
     _frechet,
