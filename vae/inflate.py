@@ -10,8 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vae.reading import read_checkpoint
 
 METHODS = ("tail", "average", "random")
 
@@ -113,9 +114,12 @@ def compvis_name(key: str, levels: int = 4) -> str:
 def image_vae_tensors(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
     """An image VAE's tensors under CompVis names; the rest of a whole Stable Diffusion checkpoint is left out."""
     tensors = source if isinstance(source, dict) else _read(Path(source))
-    prefix = "first_stage_model."
-    if any(key.startswith(prefix) for key in tensors):
-        tensors = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+    for prefix in (
+        "first_stage_model.",
+        "autoencoder.",
+    ):  # a whole Stable Diffusion checkpoint, a saved SDVAE
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     tensors = {compvis_name(key): v for key, v in tensors.items() if isinstance(v, Tensor)}
     tensors = dict(_on_single_frames(key, tensors) for key in tensors)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -140,7 +144,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give an SD-VAE's diffusers folder or CompVis checkpoint")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = read_checkpoint(path)
     return loaded.get("state_dict", loaded)

@@ -50,8 +50,9 @@ class VideoGaussian:
 class VideoVAE:
     """Mixin of every video VAE; the model's `config` may hold scaling_factor, latents_mean, latents_std.
 
-    Class attributes say what the model is; subclasses set them. `frame_rule` names the clip lengths it takes:
-    "any", "4n+1" (a first frame alone, then groups of four) or "4n".
+    Class attributes say what the model is; subclasses set them. `causal`: no latent and no decoded frame depends on
+    later frames. `frame_rule` names the clip lengths it takes: "any", "4n+1" (a first frame alone, then groups of
+    four) or "4n".
     """
 
     spatial_compression_ratio: int = 8
@@ -94,6 +95,8 @@ class VideoVAE:
             raise ValueError(
                 f"video of shape {tuple(x.shape)}: needs (B, 3, T, H, W); an image is T = 1, e.g. x[:, :, None]"
             )
+        if x.shape[0] < 1:
+            raise ValueError(f"video of shape {tuple(x.shape)}: B = 0, a batch needs at least one clip")
         if not x.is_floating_point():
             raise ValueError(f"video of dtype {x.dtype}: needs float in [-1, 1], e.g. x.float() / 127.5 - 1")
         self.check_frames(x.shape[2])
@@ -102,6 +105,32 @@ class VideoVAE:
             near = tuple(max(1, n // s) * s for n in (H, W))
             raise ValueError(
                 f"H={H}, W={W}: sides must be multiples of {s}, e.g. crop to {near[0]} x {near[1]}"
+            )
+        self._check_dtype(x, "video")
+
+    def check_latents(self, z: Tensor, num_frames: int | None = None) -> int:
+        """Frames that z decodes to; ValueError unless z is (B, C, t, h, w) and agrees with `num_frames`, if given."""
+        C = self.config["latent_channels"]
+        if z.ndim != 5 or z.shape[1] != C or min(z.shape) < 1:
+            raise ValueError(
+                f"latents of shape {tuple(z.shape)}: {type(self).__name__} needs (B, {C}, t, h, w), each at least 1"
+            )
+        self._check_dtype(z, "latents")
+        t = z.shape[2]
+        if num_frames is None:
+            return self.pixel_frames(t)
+        if self.latent_frames(num_frames) != t:
+            raise ValueError(
+                f"num_frames={num_frames} is {self.latent_frames(num_frames)} latent frames, but z has {t}"
+            )
+        return num_frames
+
+    def _check_dtype(self, x: Tensor, what: str) -> None:
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{what} of dtype {x.dtype}, weights of {dtype}: they must agree, e.g. x.to({dtype}), "
+                f"or load_vae(..., dtype={x.dtype})"
             )
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:

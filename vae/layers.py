@@ -5,39 +5,13 @@ training path. With a `StreamState` it sees the next few frames of a stream, the
 must remember is in that object, never in the module: several streams can share one model.
 """
 
-from collections.abc import Iterable, Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.stream import StreamState
 
-class StreamState:
-    """What one stream remembers between steps, keyed by module.
-
-    frames: the trailing input frames a module needs again. weights: kernels derived from a module's weights,
-    made once per stream. `first` is True while the first frame (which comes alone) is on its way.
-    """
-
-    def __init__(self):
-        self.first = True
-        self.frames: dict[nn.Module, Tensor] = {}
-        self.weights: dict[nn.Module, tuple[Tensor, ...]] = {}
-
-
-def regroup(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Cut a stream of (B, C, n, H, W), whatever its chunks, into steps of 1, size, size, ... frames.
-
-    Steps are fresh copies in channels-last order, so that the same frames give the same bits. Frames after the
-    last whole step are dropped; the caller checks the length.
-    """
-    rest, wanted = None, 1
-    for chunk in chunks:
-        rest = chunk if rest is None or rest.shape[2] == 0 else torch.cat((rest, chunk), dim=2)
-        while rest.shape[2] >= wanted:
-            yield rest[:, :, :wanted].clone(memory_format=torch.channels_last_3d)
-            rest, wanted = rest[:, :, wanted:], size
-        rest = rest.clone()  # the caller may reuse its buffer
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -61,9 +35,10 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stride=(1, 1, 1), padding=(0
     """F.conv3d, which on CPU sends a batch of one with C T H <= 20480 to an im2col several times slower than oneDNN.
 
     At inference that rule is skipped. Pointwise kernels stay where they are: there im2col is a plain product.
+    A compiled graph keeps F.conv3d: the compiler knows no shapes for the other.
     """
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if onednn and not torch.is_grad_enabled() and weight.shape[-1] > 1:
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.shape[-1] == 1
+    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
         x = x.contiguous(memory_format=torch.channels_last_3d)
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)

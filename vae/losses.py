@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.interface import VideoGaussian
+from vae.reading import read_checkpoint
 
 
 @dataclass
@@ -105,7 +106,7 @@ class LPIPSLoss(nn.Module):
         import lpips
 
         self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        load_backbone(self.lpips.net, torch.load(path, map_location="cpu", weights_only=True))
+        load_backbone(self.lpips.net, read_checkpoint(path))
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPSLoss":

@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vae.interface import VideoGaussian, VideoVAE
@@ -20,12 +21,11 @@ from vae.layers import (
     FrameAttention,
     FrameConv2d,
     ResBlock,
-    StreamState,
     VideoGroupNorm,
     conv3x3,
-    regroup,
 )
 from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, SpatialUpsample
+from vae.stream import StreamState, regroup
 from vae.tiling import over_groups, over_tiles
 from vae.variants import PRESETS, Layout, find_layout
 
@@ -130,8 +130,7 @@ class Decoder(_Chain):
                 level.time_upsample = TIME_UP[layout.time_up[i]](before)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        final_scope = "frame" if layout.conv_out == "2d" else scope
-        self.norm_out = VideoGroupNorm(groups, before, final_scope)
+        self.norm_out = VideoGroupNorm(groups, before, scope)  # also before a 2D conv_out, as upstream
         self.conv_out = conv3x3(layout.conv_out, before, out_channels)
 
     def _blocks(self) -> Iterator[nn.Module]:
@@ -231,6 +230,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
     # ---- encode and decode -------------------------------------------------------------------------------
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[VideoGaussian]:
         """x: (B, 3, T, H, W) in [-1, 1], T = 4k + 1, H and W multiples of 8 -> posterior of (B, C, k + 1, h, w).
 
@@ -241,9 +241,15 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         posterior = VideoGaussian(torch.cat([self._encode_tiled(s) for s in samples]))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """z: (B, C, t, h, w), not normalised -> (B, 3, 4 (t - 1) + 1, 8 h, 8 w), about [-1, 1], not clamped."""
-        self._check_latents(z)
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, num_frames: int | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """z: (B, C, t, h, w), not normalised -> (B, 3, 4 (t - 1) + 1, 8 h, 8 w), about [-1, 1], not clamped.
+
+        num_frames, if given, must agree with t. Raises ValueError for latents of another shape or dtype.
+        """
+        self.check_latents(z, num_frames)
         samples = z.split(1) if self.use_slicing else (z,)
         sample = torch.cat([self._decode_tiled(s) for s in samples])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -251,19 +257,14 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     def forward(
         self,
         sample: Tensor,
-        sample_posterior: bool = True,
+        sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode, draw (or take the mean of) the posterior, decode. sample: (B, 3, T, H, W) in [-1, 1]."""
+        """Encode, take the mean of the posterior (or draw from it), decode. sample: (B, 3, T, H, W) in [-1, 1]."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
-
-    def _check_latents(self, z: Tensor) -> None:
-        C = self.config.latent_channels
-        if z.ndim != 5 or z.shape[1] != C or min(z.shape) < 1:
-            raise ValueError(f"latents of shape {tuple(z.shape)}: needs (B, {C}, t, h, w)")
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
         fn = self._moments
@@ -312,6 +313,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             yield self.decoder(self.post_quant_conv(step, state), state)
             state.first = False
 
+    @apply_forward_hook
     @torch.no_grad()
     def stream_encode(self, frames: Iterable[Tensor]) -> Iterator[VideoGaussian]:
         """Encode a clip that arrives in pieces, in constant memory, to the bit as `encode` does at once.
@@ -334,6 +336,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             yield VideoGaussian(moments.contiguous())
         self.check_frames(seen)
 
+    @apply_forward_hook
     @torch.no_grad()
     def stream_decode(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode latents that arrive in pieces, in constant memory, to the bit as `decode` does at once.
@@ -345,7 +348,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
         def checked():
             for chunk in latents:
-                self._check_latents(chunk)
+                self.check_latents(chunk)
                 yield chunk
 
         for frames in self._decode_steps(checked()):
@@ -383,13 +386,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         """
         side = size // self.spatial_compression_ratio
         step = int(side * (1 - overlap))
-        if (
-            size % self.spatial_compression_ratio
-            or side < 2
-            or not 0 <= overlap < 1
-            or step < 1
-            or side > 2 * step
-        ):
+        if size % self.spatial_compression_ratio or side < 2 or not 0 <= overlap < 1 or side > 2 * step:
             raise ValueError(
                 f"size={size}, overlap={overlap}: needs a multiple of 8 from 16 on, and overlap in [0, 0.5]"
             )

@@ -4,15 +4,13 @@ The config must be read: weights of one release do not fit another's default (Op
 """
 
 import json
-import pickle
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vae.baselines.reading import Release, find_file, load_strict
 from vae.odvae import ODVAE
+from vae.reading import Release, find_file, load_strict, read_checkpoint, read_config
 from vae.variants import LAYOUTS, RELEASED, Layout
 
 _BLOCK = {"2d": "ResnetBlock2D", "3d": "ResnetBlock3D", "23d": "ResnetBlock23D"}
@@ -145,20 +143,13 @@ def from_release(source: str | Path) -> ODVAE:
     Raises ValueError listing missing, extra and misshapen tensors, or the field of config.json that does not fit.
     """
     file = find_file(Path(source))
-    config_file = file.parent / "config.json"
-    if not config_file.is_file():
+    upstream = read_config(file)
+    if not upstream:
         raise ValueError(
-            f"{config_file}: missing; Open-Sora-Plan's config.json must stand beside the weights"
+            f"{file.parent / 'config.json'}: missing; Open-Sora-Plan's config.json must stand beside the weights"
         )
-    config = config_from_upstream(json.loads(config_file.read_text()))
-    if file.suffix == ".safetensors":
-        checkpoint = load_file(file)
-    else:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file}: cannot be read as weights without running code: {error}") from error
-    tensors = vae_tensors(checkpoint)
+    config = config_from_upstream(upstream)
+    tensors = vae_tensors(read_checkpoint(file))
     return load_strict(lambda: ODVAE(**config), Release(str(file), tensors), tensors)
 
 

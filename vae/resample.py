@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.layers import CausalConv3d, FrameConv2d, StreamState, conv3d, fold_time, unfold_time
+from vae.layers import CausalConv3d, FrameConv2d, conv3d, fold_time, unfold_time
+from vae.stream import StreamState
 
 
 class Downsample(nn.Module):
@@ -73,6 +74,27 @@ def interleave(x: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, frames_per_
     return out
 
 
+MOST = 2**31 - 1  # elements of a tensor that torch's interpolation on a GPU makes at once
+
+
+def enlarge(x: Tensor, mode: str) -> Tensor:
+    """x2 in H and W, frame by frame. x: (B, C, T, H, W); mode: "nearest" or "trilinear" (bilinear within a frame).
+
+    In parts of at most MOST elements; a clip of 129 frames of 256 x 256 pixels would have more.
+    """
+
+    def part(x: Tensor) -> Tensor:
+        if mode == "nearest":
+            return F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
+        frames = F.interpolate(fold_time(x), scale_factor=2, mode="bilinear", align_corners=False)
+        return unfold_time(frames, x.shape[0])
+
+    most = max(1, MOST // (4 * x[:, :, 0].numel()))
+    if x.shape[2] <= most:
+        return part(x)
+    return torch.cat([part(frames) for frames in x.split(most, dim=2)], dim=2)
+
+
 class SpatialUpsample(nn.Module):
     """Nearest x2 in H and W, then a 3x3 convolution. kind: "2d" per frame or "1x3x3" the same as a 3D kernel."""
 
@@ -84,13 +106,15 @@ class SpatialUpsample(nn.Module):
             self.conv = CausalConv3d(channels, channels, (1, 3, 3), padding=1)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        if state is None:
-            return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
+        if state is None and torch.is_grad_enabled():
+            return self.conv(enlarge(x, "nearest"))
         conv = self.conv if isinstance(self.conv, FrameConv2d) else self.conv.conv
-        if self not in state.weights:
-            weight = conv.weight.unsqueeze(2) if conv.weight.ndim == 4 else conv.weight
-            state.weights[self] = spatial_phases(weight)
-        return interleave(x, state.weights[self], conv.bias)
+        kernels = None if state is None else state.weights.get(self)
+        if kernels is None:
+            kernels = spatial_phases(conv.weight.unsqueeze(2) if conv.weight.ndim == 4 else conv.weight)
+        if state is not None:
+            state.weights[self] = kernels
+        return interleave(x, kernels, conv.bias)
 
 
 class SpaceTimeUpsample(nn.Module):
@@ -108,18 +132,12 @@ class SpaceTimeUpsample(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         if state is None:
-            return self.conv(self._enlarge(double_frames(x, self.temporal)))
+            return self.conv(enlarge(double_frames(x, self.temporal), self.spatial))
         if self.spatial != "nearest":
             if not state.first:
                 x = x.repeat_interleave(2, dim=2)
-            return self.conv(self._enlarge(x), state)
+            return self.conv(enlarge(x, self.spatial), state)
         return self._phases(x, state)
-
-    def _enlarge(self, x: Tensor) -> Tensor:
-        if self.spatial == "nearest":
-            return F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
-        frames = F.interpolate(fold_time(x), scale_factor=2, mode="bilinear", align_corners=False)
-        return unfold_time(frames, x.shape[0])
 
     def _phases(self, x: Tensor, state: StreamState) -> Tensor:
         weight, bias = self.conv.conv.weight, self.conv.conv.bias

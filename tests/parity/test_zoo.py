@@ -14,8 +14,8 @@ import torch
 from tests.parity.rule import draw
 from vae import CVVAE, TATSVQGAN, build_vae
 from vae.baselines.ops import TemporalVAE
-from vae.baselines.reading import Release
 from vae.baselines.release import convert_vqgan
+from vae.reading import Release
 
 
 def weights(info: dict) -> dict:

@@ -53,22 +53,6 @@ class Baseline(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
     enable_slicing = enable_spatial_tiling = enable_tiling
 
-    def _check_latents(self, z: Tensor, num_frames: int | None) -> int:
-        """Number of frames that decode must return; ValueError unless z is (B, C, t, h, w) and agrees with it."""
-        if z.ndim != 5 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents of shape {tuple(z.shape)}: {type(self).__name__} needs "
-                f"(B, {self.config.latent_channels}, t, h, w)"
-            )
-        t = z.shape[2]
-        if num_frames is None:
-            return self.pixel_frames(t)
-        if self.latent_frames(num_frames) != t:
-            raise ValueError(
-                f"num_frames={num_frames} is {self.latent_frames(num_frames)} latent frames, but z has {t}"
-            )
-        return num_frames
-
 
 def fold(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B T, C, H, W)."""

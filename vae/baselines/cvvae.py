@@ -254,7 +254,7 @@ class CVVAE(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, 4, t, h, w) -> DecoderOutput of (B, 3, 4(t - 1) + 1, 8h, 8w)."""
-        self._check_latents(z, num_frames)
+        self.check_latents(z, num_frames)
         frames, size = self.config.frames_at_a_time, self.config.tile_spatial_size
         group = frames and frames // self.temporal_compression_ratio
         latent_size = size and size // self.spatial_compression_ratio

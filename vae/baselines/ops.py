@@ -148,7 +148,6 @@ class OPSVAE(Baseline):
     """
 
     temporal_compression_ratio = 4
-    causal = True
     _tiling_refusal = "its own chunking is config.micro_frame_size, e.g. 17"
 
     @register_to_config
@@ -235,7 +234,7 @@ class OPSVAE(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, 4, t, h, w), not normalised -> DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
-        left = self._check_latents(z, num_frames)
+        left = self.check_latents(z, num_frames)
         micro = self.config.micro_frame_size
         parts = []
         for part in z.split(-(-(micro or left) // self.temporal_compression_ratio), dim=2):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vae.baselines.cvvae import CVVAE
 from vae.baselines.ops import OPSVAE
-from vae.baselines.reading import Release, load_strict, read_release
 from vae.baselines.tats import TATSVQGAN
 from vae.baselines.vqgan import GumbelVQGAN
+from vae.reading import Release, load_strict, read_release
 
 _PARTS = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
@@ -100,6 +100,10 @@ def convert_tats(release: Release) -> TATSVQGAN:
 
     The factor in time leaves no trace in the shapes: it comes from the stored training arguments, else it is 4.
     """
+    if release.arguments.get("padding_type", "replicate") != "replicate":
+        raise ValueError(
+            f"{release.source}: padding_type={release.arguments['padding_type']!r}, TATSVQGAN pads with 'replicate'"
+        )
     release.keep((), ("image_discriminator.", "video_discriminator.", "perceptual_model."))
     space = 2 ** release.count(r"encoder\.conv_blocks\.(\d+)\.")
     codes, channels = release.shape("codebook.embeddings")

@@ -26,6 +26,7 @@ class SDVAE(Baseline):
     made of their concatenated moments, so a draw does not depend on frame_batch.
     """
 
+    causal = True
     _tiling_refusal = "frames are independent; config.frame_batch bounds the memory"
 
     @register_to_config
@@ -90,7 +91,7 @@ class SDVAE(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, C, T, h, w) -> DecoderOutput of (B, 3, T, 8h, 8w)."""
-        self._check_latents(z, num_frames)
+        self.check_latents(z, num_frames)
         decode = self.autoencoder._decode
         return decoder_output(
             map_frames(lambda part: decode(part).sample, z, self.config.frame_batch), return_dict

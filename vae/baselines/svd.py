@@ -93,7 +93,7 @@ class SVDVAE(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, 4, T, h, w) -> DecoderOutput of (B, 3, T, 8h, 8w)."""
-        T = self._check_latents(z, num_frames)
+        T = self.check_latents(z, num_frames)
         parts = [
             unfold(self.autoencoder.decode(fold(part), num_frames=part.shape[2]).sample, part.shape[0])
             for part in z.split(self.config.decode_chunk_size or T, dim=2)

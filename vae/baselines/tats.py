@@ -210,7 +210,7 @@ class TATSVQGAN(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, C, t, h, w), codebook entries -> DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
-        T = self._check_latents(z, num_frames)
+        T = self.check_latents(z, num_frames)
         return decoder_output(2.0 * self.decoder(self.post_vq_conv(z))[:, :, :T], return_dict)
 
 

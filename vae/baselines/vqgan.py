@@ -43,6 +43,7 @@ class GumbelVQGAN(Baseline):
     network at a time.
     """
 
+    causal = True
     discrete = True
     _tiling_refusal = "frames are independent; config.frame_batch bounds the memory"
 
@@ -111,6 +112,6 @@ class GumbelVQGAN(Baseline):
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
         """z (B, C, T, h, w), codebook entries -> DecoderOutput of (B, 3, T, 8h, 8w)."""
-        self._check_latents(z, num_frames)
+        self.check_latents(z, num_frames)
         frames = map_frames(lambda part: self.decoder(self.post_quant_conv(part)), z, self.config.frame_batch)
         return decoder_output(frames, return_dict)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
+from tests.unit.vae.tiny import four_tiles
 from vae import build_vae, load_vae
 from vae.baselines.cvvae import _tile_starts, _tiled
 
@@ -92,6 +93,18 @@ def test_clips_of_a_batch_do_not_see_each_other(name):
     x = clip(B=2, T=valid_T(model), dtype=torch.float64)
     both = model(x).sample
     torch.testing.assert_close(both[1:], model(x[1:]).sample, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@torch.no_grad()
+def test_a_vae_is_causal_if_and_only_if_the_last_latent_changes_no_frame_before_it(name):
+    model = tiny(name).double()
+    z = torch.randn(1, model.config.latent_channels, 2, 4, 4, dtype=torch.float64)
+    changed = torch.cat([z[:, :, :1], -z[:, :, 1:]], dim=2)
+    before = model.pixel_frames(1)
+    frames, others = (model.decode(v).sample for v in (z, changed))
+    assert not torch.allclose(frames[:, :, before:], others[:, :, before:])
+    assert torch.allclose(frames[:, :, :before], others[:, :, :before]) == model.causal
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -283,8 +296,19 @@ def test_cvvae_tiles_cover_the_frame_and_blend_linearly():
     ]
     ramp = torch.arange(16) / 16  # upstream's weights j / overlap
     assert torch.equal(row, torch.cat([torch.zeros(48), ramp, torch.ones(48)]).double())
-    model = tiny("cvvae", tile_spatial_size=64, tile_overlap_ratio=0.25)
-    assert model(clip(T=1, size=96)).sample.shape == (1, 3, 1, 96, 96)
+
+
+@torch.no_grad()
+def test_cvvae_s_tiles_of_a_larger_frame_are_worked_on_apart_and_joined_as_upstream():
+    model = tiny("cvvae", tile_spatial_size=64, tile_overlap_ratio=0.25).double()
+    x = clip(T=5, size=96, dtype=torch.float64)
+    z = model.encode(x).latent_dist.mean
+    frames = model.decode(z).sample
+
+    torch.testing.assert_close(z, four_tiles(lambda v: model.encoder(v)[:, :4], x, 64, 48, 2))
+    torch.testing.assert_close(frames, four_tiles(model.decoder, z, 8, 6, 16))
+    model.register_to_config(tile_spatial_size=None)
+    assert (model.encode(x).latent_dist.mean - z).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -343,7 +367,15 @@ def test_wrong_inputs_are_value_errors_that_name_the_rule(name):
         model.encode(torch.zeros(3, T, 32, 32))
     with pytest.raises(ValueError, match="latents of shape"):
         model.decode(torch.zeros(1, 5, 2, 4, 4))
+    with pytest.raises(ValueError, match="B = 0"):
+        model.encode(torch.zeros(0, 3, T, 32, 32))
+    with pytest.raises(ValueError, match="video of dtype torch.float16, weights of torch.float32"):
+        model.encode(torch.zeros(1, 3, T, 32, 32).half())
     channels = model.config.latent_channels
+    with pytest.raises(ValueError, match="latents of dtype torch.int64"):
+        model.decode(torch.zeros(1, channels, 2, 4, 4).long())
+    with pytest.raises(ValueError, match="each at least 1"):
+        model.decode(torch.zeros(0, channels, 2, 4, 4))
     with pytest.raises(ValueError, match="num_frames"):
         model.decode(torch.zeros(1, channels, 2, 4, 4), num_frames=12 if name == "tats" else 13)
     with pytest.raises(ValueError, match="tiling cannot be switched on"):

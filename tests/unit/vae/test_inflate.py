@@ -88,9 +88,10 @@ def test_every_source_gives_the_same_model(image_vae, tmp_path):
         for k, v in state.items()
     }
     old = {k.replace("to_out.0", "proj_attn"): v for k, v in old.items()}
+    ours = {f"autoencoder.{k}": v for k, v in state.items()}  # a saved SDVAE, as scripts/convert.py writes
     want = tiny()
     inflate(want, state)
-    for source in (tmp_path / "folder", tmp_path / "sd.ckpt", str(tmp_path / "sd.safetensors"), old):
+    for source in (tmp_path / "folder", ours, tmp_path / "sd.ckpt", str(tmp_path / "sd.safetensors"), old):
         model = tiny()
         inflate(model, source)
         for key, value in want.state_dict().items():

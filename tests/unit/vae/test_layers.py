@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae.layers import FrameAttention, StreamState, VideoGroupNorm
-from vae.resample import SpaceTimeUpsample, SpatialUpsample, double_frames, halve_frames
+from vae.layers import FrameAttention, VideoGroupNorm
+from vae.resample import SpaceTimeUpsample, SpatialUpsample, double_frames, enlarge, halve_frames
+from vae.stream import StreamState
 
 
 @torch.no_grad()
@@ -52,6 +53,26 @@ def test_phases_equal_upsampling_then_convolving_in_space_and_time(spatial):
     layer, x = SpaceTimeUpsample(6, spatial, "nearest").double(), torch.randn(2, 6, 4, 5, 4).double()
     assert layer(x).shape == (2, 6, 7, 10, 8)
     torch.testing.assert_close(run(layer, x), layer(x), atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "trilinear"])
+def test_frames_are_enlarged_in_parts_below_2_31_elements(mode, monkeypatch):
+    made = []
+    whole = F.interpolate
+
+    def watched(x, **options):
+        made.append(whole(x, **options))
+        return made[-1]
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    y = enlarge(torch.empty(1, 256, 259, 128, 128, device="meta"), mode)
+    assert y.shape == (1, 256, 259, 256, 256)
+    assert len(made) == 3
+    assert all(part.numel() < 2**31 for part in made)
+    x = torch.randn(2, 3, 4, 5, 6)
+    monkeypatch.setattr("vae.resample.MOST", 400)
+    torch.testing.assert_close(enlarge(x, mode), whole(x, scale_factor=(1, 2, 2), mode=mode))
+    assert len(made) == 3 + 4
 
 
 def test_linear_doubling_is_trilinear_interpolation_of_all_but_the_first_frame():

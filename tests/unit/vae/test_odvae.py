@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.unit.vae import reference
 from tests.unit.vae.tiny import LiveBytes, clip, moments, tiny
@@ -47,6 +49,24 @@ def test_training_and_inference_paths_equal_the_plain_network(variant):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(moments(model, x), want, atol=1e-12, rtol=1e-12)
             torch.testing.assert_close(model.decode(z).sample, frames, atol=1e-12, rtol=1e-12)
+
+
+RELEASED = [("osp_v1_2", variant) for variant in (1, 2, 3, 4)]
+RELEASED += [("osp_v1_1", "osp_v1_1"), ("osp_v1_0", "osp_v1_0")]
+
+
+@pytest.mark.parametrize(("preset", "variant"), RELEASED)
+def test_layouts_with_released_norms_and_upsampling_equal_the_plain_network(preset, variant):
+    model = tiny(preset, variant=variant)
+    for T in (1, 9):
+        x = clip(T, B=2)
+        want = reference.encode(model, x)
+        z = want.detach().chunk(2, dim=1)[0]
+        frames = reference.decode(model, z)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(moments(model, x), want, atol=1e-12, rtol=1e-12)
+                torch.testing.assert_close(model.decode(z).sample, frames, atol=1e-12, rtol=1e-12)
 
 
 def gradients(model, loss):
@@ -116,6 +136,52 @@ def test_the_released_layout_does_look_ahead():
     with torch.no_grad():
         assert (moments(model, x) - moments(model, y))[:, :, 0].abs().max() > 1e-4
     assert not model.causal
+
+
+SLOW = pytest.mark.slow
+COMPILED = [("odvae", torch.no_grad, "eager")]
+COMPILED += [
+    pytest.param(preset, mode, "aot_eager", marks=SLOW)
+    for preset in PRESETS
+    for mode in (torch.no_grad, torch.enable_grad)
+]
+
+
+@pytest.mark.parametrize(("preset", "mode", "backend"), COMPILED)
+def test_a_compiled_model_is_one_graph(preset, mode, backend):
+    model = tiny(preset, dtype=torch.float32, layers_per_block=1)
+    x = clip(5, 16, 16, dtype=torch.float32)
+    torch.compiler.reset()
+    encode = torch.compile(lambda x: model.encode(x).latent_dist.mode(), fullgraph=True, backend=backend)
+    decode = torch.compile(lambda z: model.decode(z).sample, fullgraph=True, backend=backend)
+    with mode():
+        z = model.encode(x).latent_dist.mode()
+        torch.testing.assert_close(encode(x), z, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decode(z), model.decode(z).sample, atol=1e-4, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor made inside the context; on the meta device it costs nothing."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+def test_beyond_the_papers_125_frames_of_256_pixels_no_tensor_reaches_2_31_elements():
+    with torch.device("meta"):
+        model, z = ODVAE(), torch.empty(1, 4, 34, 32, 32)
+        with LargestTensor() as seen:
+            frames = model.decode(z).sample
+    assert frames.shape == (1, 3, 133, 256, 256)
+    assert seen.largest < 2**28
+    assert 256 * 133 * 256 * 256 >= 2**31  # what the plain network's upsampling makes
 
 
 def test_slicing_a_batch_changes_nothing():
@@ -217,6 +283,26 @@ def test_posterior_sums_kl_over_time_and_samples_with_a_generator():
     assert abs(many.sample().std().item() - 1) < 0.01
     with pytest.raises(ValueError, match="2C channels"):
         VideoGaussian(torch.zeros(1, 3, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_forward_decodes_the_mean_unless_a_draw_is_asked_for():
+    model, x = tiny(dtype=torch.float32), clip(5, dtype=torch.float32)
+    posterior = model.encode(x).latent_dist
+    assert torch.equal(model(x).sample, model.decode(posterior.mode()).sample)
+    draws = [model(x, True, generator=torch.Generator().manual_seed(s)).sample for s in (1, 1, 2)]
+    z = posterior.sample(torch.Generator().manual_seed(1))
+    assert torch.equal(draws[0], model.decode(z).sample)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@torch.no_grad()
+def test_decode_takes_the_number_of_frames_as_every_vae_does():
+    model, z = tiny(), torch.randn(1, 4, 2, 2, 2).double()
+    assert torch.equal(model.decode(z, num_frames=5).sample, model.decode(z, return_dict=False)[0])
+    with pytest.raises(ValueError, match="num_frames=9 is 3 latent frames, but z has 2"):
+        model.decode(z, num_frames=9)
 
 
 def test_last_decoder_layer_is_the_weight_of_conv_out():

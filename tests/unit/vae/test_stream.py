@@ -106,6 +106,18 @@ def test_models_that_look_ahead_refuse_to_stream_and_say_why():
         next(model.stream_decode([torch.randn(1, 4, 1, 2, 3).double()]))
 
 
+def test_pieces_that_do_not_belong_together_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="only the number of frames may differ"):
+        list(model.stream_encode([clip(1), clip(4, 24, 24)]))
+    with pytest.raises(ValueError, match="only the number of frames may differ"):
+        list(model.stream_decode([torch.randn(B, 4, 1, 2, 3).double() for B in (1, 2)]))
+    with pytest.raises(ValueError, match="video of dtype torch.float32, weights of torch.float64"):
+        list(model.stream_encode([clip(1), clip(4, dtype=torch.float32)]))
+    with pytest.raises(ValueError, match="latents of dtype torch.float32"):
+        list(model.stream_decode([torch.randn(1, 4, 1, 2, 3)]))
+
+
 def test_a_stream_that_ends_between_latent_frames_is_an_error():
     model = tiny()
     with pytest.raises(ValueError, match=r"T=7: ODVAE needs T = 4k \+ 1 frames, e.g. 9"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.vae.tiny import clip, moments, tiny
+from tests.unit.vae.tiny import clip, four_tiles, moments, tiny
 from vae.tiling import over_groups, over_tiles, temporal_groups, tile_starts
 
 
@@ -102,6 +102,18 @@ def test_spatial_tiles_equal_the_whole_away_from_edges_when_nothing_crosses_them
     x = torch.randn(1, 1, 1, 24, 40, dtype=torch.float64)
     shrink = lambda v: torch.nn.functional.avg_pool3d(v, (1, 8, 8))  # noqa: E731
     torch.testing.assert_close(over_tiles(shrink, x, 16, 8, 2, 1), shrink(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["odvae", "osp_v1_2"])
+def test_spatial_tiles_are_joined_as_upstream_joins_them(preset):
+    model, x = tiny(preset), clip(5, 96, 96)
+    z = torch.randn(1, 4, 2, 12, 12).double()
+    want = four_tiles(lambda v: moments(model, v), x, 64, 48, 2)
+    frames = four_tiles(lambda v: model.decode(v).sample, z, 8, 6, 16)
+    model.enable_spatial_tiling(64, overlap=0.25)
+    torch.testing.assert_close(moments(model, x), want)
+    torch.testing.assert_close(model.decode(z).sample, frames)
 
 
 def test_impossible_groups_and_tiles_are_refused():

@@ -108,30 +108,47 @@ def _torch_load(file: Path):
         raise ValueError(f"{file}: cannot be read as weights without running code: {error}") from error
 
 
-def read_release(source: str | Path) -> Release:
-    """Tensors of a .safetensors or torch file (or of a folder with one), its `state_dict` entry if it has one."""
-    source = Path(source)
-    file = find_file(source)
-    arguments: dict = {}
+def read_checkpoint(file: Path) -> dict:
+    """What a .safetensors or torch file holds: tensors by name, in a torch file perhaps in dicts of dicts.
+
+    Raises ValueError if the file is damaged, or is no dict.
+    """
     if file.suffix == ".safetensors":
         try:
-            content = load_file(file)
+            return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged safetensors file: {error}") from error
-    else:
-        content = _torch_load(file)
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            given = content.get("hyper_parameters") or {}
-            given = given.get("args", given) if isinstance(given, dict) else given
-            arguments = vars(given) if isinstance(given, argparse.Namespace) else dict(given)
-            content = content["state_dict"]
+    content = _torch_load(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def read_config(file: Path) -> dict:
+    """The config.json beside a weight file, {} if there is none. Raises ValueError if it is no JSON object."""
+    path = file.parent / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an object")
+    return config
+
+
+def read_release(source: str | Path) -> Release:
+    """Tensors of a .safetensors or torch file (or of a folder with one), its `state_dict` entry if it has one."""
+    file = find_file(Path(source))
+    content, arguments = read_checkpoint(file), {}
+    if isinstance(content.get("state_dict"), dict):
+        given = content.get("hyper_parameters") or {}
+        given = given.get("args", given) if isinstance(given, dict) else given
+        arguments = vars(given) if isinstance(given, argparse.Namespace) else dict(given)
+        content = content["state_dict"]
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    config = {}
-    if (file.parent / "config.json").is_file():
-        config = json.loads((file.parent / "config.json").read_text())
-    return Release(str(file), state, config, arguments)
+    return Release(str(file), state, read_config(file), arguments)
 
 
 def load_strict(build: Callable[[], nn.Module], release: Release, state: dict[str, Tensor]) -> nn.Module:
