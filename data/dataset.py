@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
 
 from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span, to_float
-from data.sources import Source, Video
+from data.sources import Source
+from data.table import VideoTable
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +21,22 @@ class VideoClips:
     order drawn from (seed, pass) when train is set, else in order; start frame, crop and mirroring are drawn from
     (seed, n). Each sample is a dict:
     video float32 (3, T, size, size) in [-1, 1]; number int64, n itself; label int64, -1 when unconditional; index int64, which video;
-    failed int64, how many videos were passed over because they could not be read any more.
+    failed int64, how many videos were passed over because they could not be read any more; passed_over, a JSON
+    object {source/name: reason} of these, "" when there are none.
     """
 
     def __init__(self, source: Source, spec: ClipSpec, seed: int = 0, train: bool = True):
         """Videos shorter than a clip are left out under short="skip" and listed in `short`."""
         self.source, self.spec, self.seed, self.train = source, spec, seed, train
         least = span(spec) if spec.short == "skip" else 1
-        self.videos: list[Video] = [v for v in source.videos if v.record.num_frames >= least]
-        self.short: list[Video] = [v for v in source.videos if v.record.num_frames < least]
+        lengths = source.videos.column("num_frames")
+        self.videos: VideoTable = source.videos.select(lengths >= least)
+        self.short: VideoTable = source.videos.select(lengths < least)
         self.failed: dict[str, str] = {}  # name -> reason, of this process
-        if self.short:
+        if len(self.short):
             logger.info("%s: %d videos are shorter than %d frames", source.name, len(self.short), least)
-        if not self.videos:
-            longest = max((v.record.num_frames for v in self.short), default=0)
+        if not len(self.videos):
+            longest = max(lengths, default=0)
             raise ValueError(
                 f"{source.name}: no usable video ({len(source.videos) + len(source.damaged)} found, "
                 f"{len(source.damaged)} damaged, {len(self.short)} shorter than {least} frames, the longest "
@@ -51,11 +55,11 @@ class VideoClips:
 
     def name(self, video_index: int) -> str:
         """A video's path below the root of its source."""
-        return self.videos[video_index].name
+        return self.videos.name(video_index)
 
     def label(self, video_index: int) -> int:
         """A video's class, -1 when unconditional."""
-        return self.videos[video_index].label
+        return self.videos.label(video_index)
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
         """A clip of one video: uint8 (T, size, size, 3). Raises ValueError or OSError if it cannot be read."""
@@ -69,17 +73,19 @@ class VideoClips:
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
         epoch, place = divmod(int(n), len(self))
-        order = self._pass(epoch)
+        order, passed_over = self._pass(epoch), {}
         for failed in range(len(self)):
             video_index = int(order[(place + failed) % len(self)])
             try:
                 clip = self.clip_uint8(video_index, np.random.default_rng((self.seed, int(n))))
             except (ValueError, OSError) as error:
                 self._report(video_index, error)
+                passed_over[f"{self.source.name}/{self.name(video_index)}"] = str(error)
                 continue
             label = self.label(video_index)
             numbers = {"number": n, "label": label, "index": video_index, "failed": failed}
-            return {"video": to_float(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
+            sample = {"video": to_float(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
+            return sample | {"passed_over": json.dumps(passed_over) if passed_over else ""}
         raise ValueError(
             f"{self.source.name}: none of the {len(self)} videos can be read; the last: {self.name(video_index)}: "
             f"{self.failed[self.name(video_index)]}"

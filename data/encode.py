@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.files import fsync, temporary_name
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name in the same folder (made if missing); it becomes `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = temporary_name(path, path.suffix)
     try:
         yield temporary
+        fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,14 +40,18 @@ def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format
     import av
 
     _check_frames(frames, fps)
-    with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixel_format
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format=pixel_format)))
-        container.mux(stream.encode())
+    try:
+        with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = pixel_format
+            for picture in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format=pixel_format)))
+            container.mux(stream.encode())
+    except OSError as error:
+        most = f"at most {frames.nbytes:,} bytes"
+        raise OSError(error.errno, f"cannot write {path} ({most}): {error.strerror}") from error
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:

@@ -1,4 +1,4 @@
-"""The latent cache: posterior moments of clips, written once, read at random; a folder of safetensors shards.
+"""The latent cache: posterior moments of clips, written once (latent_writer.py), read at random; safetensors shards.
 
     index.json             fingerprint (VAE weights, ClipSpec, source, draws, dtype), statistics, complete: true
     latents-00003.safetensors   mean, logvar (N, C, t, h, w); label, video, draw (N,) int64
@@ -10,8 +10,6 @@ encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from data.files import fsync, sha256_of, write_json
+from data.files import sha256_of
 
-log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,127 +40,60 @@ def differences(have: dict[str, Any], want: dict[str, Any], prefix: str = "") ->
     return lines
 
 
-class LatentCacheWriter:
-    """Writes a cache shard by shard. Shards are independent, so any number of processes may share the work.
-
-    num_entries: videos x draws; shard_size: entries a shard. A folder with another fingerprint is refused.
-    """
-
-    def __init__(
-        self, folder: str | Path, fingerprint: dict[str, Any], num_entries: int, shard_size: int = 256
-    ):
-        self.folder, self.num_entries, self.shard_size = Path(folder), num_entries, shard_size
-        self.folder.mkdir(parents=True, exist_ok=True)
-        index_file = self.folder / "index.json"
-        header = {
-            "fingerprint": fingerprint,
-            "num_entries": num_entries,
-            "shard_size": shard_size,
-            "complete": False,
-        }
-        if index_file.is_file():
-            old = _read_index(self.folder)
-            _refuse_other(self.folder, old["fingerprint"], fingerprint)
-            if (old["num_entries"], old["shard_size"]) != (num_entries, shard_size):
-                raise ValueError(
-                    f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
-                    f"now {num_entries} in shards of {shard_size}; choose another cache folder"
-                )
-        else:
-            write_json(index_file, header)
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_entries // self.shard_size)
-
-    def entries(self, shard: int) -> range:
-        """Entry numbers of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_entries))
-
-    def missing(self) -> list[int]:
-        """Shards not yet complete (a shard without its .json was interrupted, or is being written by another process)."""
-        files = [(_shard(self.folder, s), _sidecar(self.folder, s)) for s in range(self.num_shards)]
-        return [s for s, pair in enumerate(files) if not all(file.is_file() for file in pair)]
-
-    def write(self, shard: int, tensors: dict[str, torch.Tensor], failed: list[dict[str, Any]]) -> None:
-        """tensors: mean, logvar, label, video, draw with one row per encoded clip; failed: {entry, video, reason}."""
-        path = _shard(self.folder, shard)
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            size = sum(v.numel() * v.element_size() for v in tensors.values())
-            raise OSError(f"cannot write {path} ({size:,} bytes): {error}") from error
-        fsync(temporary)
-        record = {"sha256": sha256_of(temporary), "rows": len(tensors["label"]), "failed": failed}
-        os.replace(temporary, path)
-        write_json(_sidecar(self.folder, shard), record)
-
-    def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Seal a cache whose shards are all there: statistics per channel, counts, complete: true."""
-        if self.missing():
-            raise ValueError(
-                f"cache {self.folder}: {len(self.missing())} of {self.num_shards} shards are missing"
-            )
-        index = _read_index(self.folder)
-        if index["complete"]:
-            return index
-        records = [json.loads(_sidecar(self.folder, s).read_text()) for s in range(self.num_shards)]
-        failed = [f for r in records for f in r["failed"]]
-        if not sum(r["rows"] for r in records):
-            raise ValueError(
-                f"cache {self.folder}: every clip failed, first: {failed[0]['reason'] if failed else '?'}"
-            )
-        index |= {"complete": True, "failed": failed, "rows": [r["rows"] for r in records]}
-        index |= {"statistics": latent_statistics(self.folder, self.num_shards), **extra}
-        write_json(self.folder / "index.json", index)
-        return index
-
-
-def _shard(folder: Path, shard: int) -> Path:
+def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"latents-{shard:05d}.safetensors"
 
 
-def _sidecar(folder: Path, shard: int) -> Path:
+def sidecar_file(folder: Path, shard: int) -> Path:
     return folder / f"latents-{shard:05d}.json"
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_sidecar(folder: Path, shard: int) -> dict[str, Any]:
+    """sha256, rows and failed clips of a shard; ValueError when its record is missing or damaged."""
+    path = sidecar_file(folder, shard)
     try:
-        return json.loads((folder / "index.json").read_text())
+        record = json.loads(path.read_text())
+        return {
+            "sha256": str(record["sha256"]),
+            "rows": int(record["rows"]),
+            "failed": list(record["failed"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error!r}); {_way_out(folder, shard)}") from error
+
+
+def _way_out(folder: Path, shard: int) -> str:
+    name = shard_file(folder, shard).name
+    return f"delete {name} and its .json and run the same cache_latents command again: it makes them anew"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json; ValueError when it is missing or damaged."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        lacking = {"fingerprint", "num_entries", "shard_size", "complete"} - index.keys()
+        if index.get("complete"):
+            lacking |= {"rows", "failed", "statistics"} - index.keys()
+        if lacking:
+            raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is no latent cache (no index.json); make one: python -m pipelines.cache_latents"
         ) from None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{folder}/index.json is damaged ({error}); remove the folder and cache again"
         ) from error
+    return index
 
 
-def _refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+def refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """ValueError with the differences when two fingerprints are not the same."""
     lines = differences(have, want)
     if lines:
         raise ValueError(
             f"cache {folder} was made otherwise ({'; '.join(lines[:4])}); choose another cache folder"
         )
-
-
-def latent_statistics(folder: Path, num_shards: int) -> dict[str, list[float]]:
-    """Mean and standard deviation per channel of posterior samples: E[z] = E[mean], E[z^2] = E[mean^2 + var], float64."""
-    count, first, second = 0, 0.0, 0.0
-    for shard in range(num_shards):
-        with safe_open(_shard(folder, shard), "pt") as file:
-            mean, logvar = file.get_tensor("mean").double(), file.get_tensor("logvar").double()
-        if not len(mean):
-            continue
-        axes = [d for d in range(mean.ndim) if d != 1]
-        count += mean.numel() // mean.shape[1]
-        first = first + mean.sum(axes)
-        second = second + (mean.square() + logvar.exp()).sum(axes)
-    mean, std = first / count, (second / count - (first / count).square()).clamp_min(0).sqrt()
-    return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 class LatentCache:
@@ -176,9 +105,9 @@ class LatentCache:
 
     def __init__(self, folder: str | Path, expect: dict[str, Any] | None = None):
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self.index = read_index(self.folder)
         if expect is not None:
-            _refuse_other(self.folder, self.index["fingerprint"], expect)
+            refuse_other(self.folder, self.index["fingerprint"], expect)
         if not self.index["complete"]:
             raise ValueError(
                 f"cache {self.folder} is not complete; run the same cache_latents command again to go on"
@@ -194,31 +123,53 @@ class LatentCache:
         return self.index["fingerprint"]
 
     def verify(self) -> Iterator[str]:
-        """One line for every damaged or missing shard; nothing when all are as written."""
+        """One line for every damaged or missing shard and every clip that is not there once; nothing when all is well."""
+        size, total = self.index["shard_size"], self.index["num_entries"]
         for shard in range(len(self.ends)):
             try:
-                self._check(shard)
+                record = self._check(shard)
+                slices = self._slices(shard)
+                entries = slices["video"][:].numpy() * self.draws + slices["draw"][:].numpy()
+                entries = np.append(entries, [f["entry"] for f in record["failed"]]).astype(np.int64)
             except ValueError as error:
                 yield str(error)
+                continue
+            wanted = range(shard * size, min((shard + 1) * size, total))
+            if sorted(entries) != list(wanted):
+                yield f"latent shard {shard_file(self.folder, shard)}: clips missing or double; {_way_out(self.folder, shard)}"
 
-    def _check(self, shard: int) -> None:
-        path = _shard(self.folder, shard)
+    @property
+    def draws(self) -> int:
+        """Entries of one video."""
+        drawn = self.fingerprint["draws"]
+        return drawn["crops"] * (2 if drawn["flips"] else 1)
+
+    def _check(self, shard: int) -> dict[str, Any]:
+        """The shard's record; ValueError that names the shard and the way out when it is damaged or missing."""
+        path, record = shard_file(self.folder, shard), read_sidecar(self.folder, shard)
         try:
-            intact = sha256_of(path) == json.loads(_sidecar(self.folder, shard).read_text())["sha256"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"latent shard {path}: {error}") from error
+            intact = sha256_of(path) == record["sha256"]
+        except OSError as error:
+            raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         if not intact:
+            raise ValueError(f"latent shard {path} is damaged (sha256); {_way_out(self.folder, shard)}")
+        if record["rows"] != self.index["rows"][shard]:
             raise ValueError(
-                f"latent shard {path} is damaged (sha256); delete it and its .json and cache again"
+                f"latent shard {path} has {record['rows']} rows, index.json says {self.index['rows'][shard]}; run the same "
+                "cache_latents command again: an earlier one did not end"
             )
+        return record
 
     def _slices(self, shard: int) -> dict[str, Any]:
         if shard not in self._open:
             self._check(shard)
-            file = safe_open(_shard(self.folder, shard), "pt")
-            self._open[shard] = {
-                name: file.get_slice(name) for name in ("mean", "logvar", "label", "video", "draw")
-            }
+            path = shard_file(self.folder, shard)
+            try:
+                file = safe_open(path, "pt")
+                names = ("mean", "logvar", "label", "video", "draw")
+                self._open[shard] = {name: file.get_slice(name) for name in names}
+            except SafetensorError as error:
+                raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,34 +7,33 @@ Each file is decoded once, in a process of its own kind: a crash or a hang of th
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import multiprocessing
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from PIL import Image
 
-from data.files import write_atomic
-from data.video import IMAGE_SUFFIXES, av_errors, best_stream, list_frames
+from data.cut import pack_times
+from data.video import av_errors, best_stream, list_frames
 
 logger = logging.getLogger(__name__)
 
-_CACHE_VERSION = 1
 _MISSING_ALLOWED = 2  # frames: headers of intact AVI files with dropped frames are off by one or two
 _MEMORY_BYTES = 4 << 30  # what one worker may allocate
-_SAVE_EVERY_S = 30.0
 _START_S = 300.0  # for a process to import what it needs
 
 
 @dataclass(frozen=True)
 class ScanRecord:
-    """What the scan saw of one file or folder of frames; damaged is "" or the reason in a few words."""
+    """What the scan saw of one file or folder of frames; damaged is "" or the reason in a few words.
+
+    times: presentation times of the frames as data/cut.py packs them, b"" when unknown.
+    """
 
     path: str
     num_frames: int = 0
@@ -42,14 +41,7 @@ class ScanRecord:
     height: int = 0
     fps: float = 0.0
     damaged: str = ""
-
-
-@dataclass(frozen=True)
-class Index:
-    """The scan of a set of files, in the order asked."""
-
-    good: list[ScanRecord]
-    damaged: list[ScanRecord]
+    times: bytes = field(default=b"", repr=False, compare=False)
 
 
 def scan_file(path: str | Path) -> ScanRecord:
@@ -71,7 +63,7 @@ def scan_file(path: str | Path) -> ScanRecord:
 def _scan_video(path: Path) -> ScanRecord:
     import av
 
-    sizes, count, corrupt, dropped = set(), 0, 0, 0
+    sizes, ticks, corrupt, dropped = set(), [], 0, 0
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else a file is not told what a file before it was
@@ -80,17 +72,18 @@ def _scan_video(path: Path) -> ScanRecord:
             stream = best_stream(container, path)
             if container.format.name.endswith("_pipe"):
                 return ScanRecord(str(path), damaged=f"a picture ({container.format.name}), not a video")
-            fps, expected = float(stream.average_rate or 0), stream.frames
+            fps, expected, tick = float(stream.average_rate or 0), stream.frames, stream.time_base
             for packet in container.demux(stream):
                 dropped += packet.is_discard  # cut away by the file's own edit list
                 for frame in packet.decode():
-                    count += 1
+                    ticks.append(frame.pts)
                     corrupt += frame.is_corrupt
                     turned = frame.rotation % 180 != 0
                     sizes.add((frame.height, frame.width) if turned else (frame.width, frame.height))
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
+    count = len(ticks)
     missing = expected - dropped - count
     reason = ""
     if not count:
@@ -104,7 +97,8 @@ def _scan_video(path: Path) -> ScanRecord:
     elif messages:
         reason = f"decoder error: {' '.join(messages[0][2].split())[:100]}"
     width, height = min(sizes, default=(0, 0))
-    return ScanRecord(str(path), count, width, height, fps, reason)
+    times = pack_times(ticks, *tick.as_integer_ratio()) if tick else b""
+    return ScanRecord(str(path), count, width, height, fps, reason, times)
 
 
 def _scan_folder(path: Path) -> ScanRecord:
@@ -132,69 +126,6 @@ def _scan_folder(path: Path) -> ScanRecord:
             reason = f"frames missing between {frames[at].name} and {frames[at + 1].name}"
     width, height = min(sizes)
     return ScanRecord(str(path), len(frames), width, height, 0.0, reason)
-
-
-def build_index(
-    paths: Sequence[str | Path],
-    cache_file: str | Path | None = None,
-    workers: int = 2,
-    timeout_s: float = 120.0,
-) -> Index:
-    """Scan files and folders of frames; those unchanged since the last scan (size, time) come from the cache.
-
-    cache_file: JSON, written now and then and at the end; it should not lie among the data. None: nothing is kept.
-    workers: processes. timeout_s: seconds for one file, after which it counts as damaged.
-    """
-    if workers < 1:
-        raise ValueError(f"workers={workers}: the scan needs at least one process")
-    names = [str(path) for path in paths]
-    stamps = {name: _stamp(Path(name)) for name in names}
-    cache = _load_cache(cache_file)
-    todo = [name for name in stamps if cache.get(name, {}).get("stamp") != stamps[name]]
-    if todo:
-        logger.info("scanning %d of %d videos for damage", len(todo), len(stamps))
-        saved = time.monotonic()
-        try:
-            for record in _scan_all(todo, min(workers, len(todo)), timeout_s):
-                cache[record.path] = {"stamp": stamps[record.path], "record": asdict(record)}
-                if cache_file and time.monotonic() - saved > _SAVE_EVERY_S:
-                    _save_cache(cache_file, cache)
-                    saved = time.monotonic()
-        finally:
-            if cache_file:
-                _save_cache(cache_file, cache)
-    records = [ScanRecord(**cache[name]["record"]) for name in stamps]
-    return Index([r for r in records if not r.damaged], [r for r in records if r.damaged])
-
-
-def _stamp(path: Path) -> list[int]:
-    """[files, bytes, newest change in ns]: differs when a file, or any frame of a folder, was changed."""
-    if not path.exists():
-        return [0, 0, 0]  # a dangling link: the scan will say so
-    if not path.is_dir():
-        status = path.stat()
-        return [1, status.st_size, status.st_mtime_ns]
-    with os.scandir(path) as entries:
-        frames = [entry.stat() for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    newest = max((status.st_mtime_ns for status in frames), default=0)
-    return [len(frames), sum(status.st_size for status in frames), newest]
-
-
-def _load_cache(cache_file: str | Path | None) -> dict:
-    if cache_file is None or not Path(cache_file).exists():
-        return {}
-    try:
-        cache = json.loads(Path(cache_file).read_text())
-        if cache["version"] == _CACHE_VERSION:
-            return cache["files"]
-        logger.warning("%s: written by another version; scanning again", cache_file)
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: not a scan index (%s); scanning again", cache_file, error)
-    return {}
-
-
-def _save_cache(cache_file: str | Path, cache: dict) -> None:
-    write_atomic(cache_file, json.dumps({"version": _CACHE_VERSION, "files": cache}))
 
 
 def _worker(connection) -> None:
@@ -251,7 +182,7 @@ class _Process:
         self.process.join()
 
 
-def _scan_all(names: Sequence[str], workers: int, timeout_s: float) -> Iterator[ScanRecord]:
+def scan_all(names: Sequence[str], workers: int, timeout_s: float) -> Iterator[ScanRecord]:
     """Records in the order they are done; a process that dies or takes too long is replaced."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the parent's threads
     waiting = list(reversed(names))

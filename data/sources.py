@@ -1,33 +1,30 @@
-"""The data sets by name: where their videos lie, which class each has, which are held out, which are damaged."""
+"""The data sets by name: their usable videos after the scan, which are held out, which are damaged."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data import layouts, lists
+from data.cut import frames_between, read_cut
 from data.demo import DemoVideos
 from data.files import write_atomic
-from data.scan import ScanRecord, build_index
-from data.video import list_videos, read_frames
+from data.index import Scans, scan_paths
+from data.layouts import Found
+from data.scan import ScanRecord
+from data.table import Video, VideoTable
+from data.video import read_frames
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("ucf101", "sky_timelapse", "folder", "demo")
-
-
-@dataclass(frozen=True)
-class Video:
-    """One usable video: name (path below the root), scan record, label (-1 when unconditional)."""
-
-    name: str
-    record: ScanRecord
-    label: int = -1
+SOURCES = ("ucf101", "sky_timelapse", "kinetics400", "webvid", "panda70m", "folder", "demo")
+_SPLITS = {"kinetics400": ("train", "val", "test")}
+_LISTS = ("ucf101", "kinetics400", "webvid", "panda70m")
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Source:
 
     name: str
     root: str
-    videos: list[Video]
+    videos: Sequence[Video]
     class_names: list[str] = field(default_factory=list)
     damaged: list[ScanRecord] = field(default_factory=list)
     demo: DemoVideos | None = None
@@ -45,17 +42,9 @@ class Source:
         """Frames of a video: uint8 (len(indices), H, W, 3). The demo draws them at `size`, files keep their own."""
         if self.demo is not None:
             return self.demo.frames(int(video.name), indices, size)
+        if video.tick is not None:
+            return read_cut(video.record.path, video.first, video.tick, indices)
         return read_frames(video.record.path, indices)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A video before the scan. Videos of one group stay on one side of a held-out split."""
-
-    path: Path
-    name: str
-    group: str
-    label: int = -1
 
 
 def open_source(
@@ -76,19 +65,23 @@ def open_source(
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
-    name: "ucf101", "sky_timelapse", "folder" (any tree of videos) or "demo" (no files at all).
-    split: "train" or "test", the folder of sky_timelapse. list_file: for ucf101, lines `Class/v_x.avi [label]`.
+    name: one of SOURCES; "folder" is any tree of videos, "demo" needs no files.
+    split: "train" or "test" (kinetics400: also "val"), a folder of sky_timelapse and kinetics400.
+    list_file: the list as published: webvid needs its csv, panda70m cuts clips by its csv, kinetics400 takes labels
+    from its csv, ucf101 has lines `Class/v_x.avi [label]`. What it names and the disk lacks is left out and told.
     labels: for folder, "none" or "folder" (class = first folder below the root).
-    index_dir: where scans are kept and `<name>-quarantine.tsv` is written; not below root. None: no file is written.
-    val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class) is held out, and whether to
-    open that part or the rest. The choice depends on names only. Held out of sky_timelapse is sky_test; of demo,
-    another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
+    index_dir: where scans, `<name>-quarantine.tsv` and `<name>-missing.txt` are kept; not below root. None: no file
+    is written.
+    val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
+    out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
+    sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
     Raises ValueError if the name or a folder is unknown, or no video is left.
     """
     if name not in SOURCES:
         raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r}: choose train or test")
+    splits = _SPLITS.get(name, ("train", "test"))
+    if split not in splits:
+        raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
     if name == "demo":
         return _demo(num_videos, num_classes, size, num_frames, 2 * seed + held_out)
     if not root or not Path(root).is_dir():
@@ -98,99 +91,62 @@ def open_source(
     root = Path(root).absolute()
     if index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"index_dir={index_dir}: lies inside the data; choose a folder outside {root}")
-    if list_file and name != "ucf101":
-        raise ValueError(f"list_file={list_file}: only ucf101 has list files; leave it empty for {name}")
-    if name == "ucf101":
-        found, class_names = _find_ucf101(root, list_file)
-    elif name == "sky_timelapse":
-        found, class_names = _find_sky(root, "test" if held_out else split), []
+    if list_file and name not in _LISTS:
+        raise ValueError(
+            f"list_file={list_file}: {', '.join(_LISTS)} have list files; leave it empty for {name}"
+        )
+    if name == "sky_timelapse":
+        found = layouts.find_sky(root, "test" if held_out else split)
     else:
-        found, class_names = _find_folder(root, labels)
+        found = _find(name, root, split, Path(list_file) if list_file else None, labels)
+    _tell_missing(name, found, index_dir)
     if not found:
         raise ValueError(f"{name}: no videos in {root}; see docs/datasets.md for the layout")
     if name != "sky_timelapse":
         found = _hold_out(found, val_fraction, held_out)
-    return _scanned(name, root, found, class_names, index_dir, workers)
+    return _scanned(name, root, found, index_dir, workers)
 
 
 def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: int) -> Source:
     demo = DemoVideos(num_videos, num_classes, size, num_frames, seed)
-    videos = [
-        Video(str(n), ScanRecord(f"demo:{seed}:{n}", num_frames, size, size, 8.0), demo.label(n))
-        for n in range(num_videos)
-    ]
+    columns = {key: np.full(num_videos, size) for key in ("width", "height")}
+    columns |= {"num_frames": np.full(num_videos, num_frames), "fps": np.full(num_videos, 8.0)}
+    columns["label"] = np.array([demo.label(n) for n in range(num_videos)])
+    videos = VideoTable(f"demo:{seed}", [str(n) for n in range(num_videos)], columns)
     return Source("demo", "", videos, demo.class_names, demo=demo)
 
 
-def _find_ucf101(root: Path, list_file: str | Path | None) -> tuple[list[_Found], list[str]]:
-    """Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
+def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
+    if name == "ucf101":
+        found = layouts.find_ucf101(root)
+        return lists.listed_ucf101(found, list_file) if list_file else found
+    if name == "kinetics400":
+        if list_file:
+            return lists.find_kinetics400_list(root, split, list_file)
+        return layouts.find_kinetics400(root, split)
+    if name == "panda70m":
+        return lists.find_panda70m_list(root, list_file) if list_file else layouts.find_panda70m(root)
+    if name == "webvid":
+        if list_file is None:
+            raise ValueError(
+                "webvid: give its csv, list_file=.../results_10M_val.csv; without one use source folder"
+            )
+        return lists.find_webvid(root, list_file)
+    return layouts.find_folder(root, labels)
 
-    Not the order of classInd.txt (Hammering/HammerThrow and JumpingJack/JumpRope change places), and not the file
-    name (v_HandStandPushups_* lies in HandstandPushups/).
-    """
-    base = root / "UCF-101" if (root / "UCF-101").is_dir() else root
-    files = {
-        folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() == ".avi")
-        for folder in base.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".")
-    }
-    # A class may be empty, ucfTrainTestlist/ is none.
-    class_names = sorted(name for name, videos in files.items() if videos or not any((base / name).iterdir()))
-    if class_names and len(class_names) != 101:
+
+def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None:
+    if index_dir is not None and name in _LISTS:
+        write_atomic(Path(index_dir, f"{name}-missing.txt"), "".join(f"{m}\n" for m in found.missing))
+    if found.missing:
+        where = f"; all: {Path(index_dir, f'{name}-missing.txt')}" if index_dir is not None else ""
+        first = ", ".join(found.missing[:3])
         logger.warning(
-            "%s: %d classes, UCF101 has 101; class ids follow these folders", base, len(class_names)
+            "%s: %d videos of the list are not on disk, e.g. %s%s", name, len(found.missing), first, where
         )
-    found = []
-    for label, class_name in enumerate(class_names):
-        for path in files[class_name]:
-            group = re.search(r"_(g[0-9]+)_", path.name)
-            name = f"{class_name}/{path.name}"
-            found.append(_Found(path, name, f"{class_name}/{group.group(1) if group else path.name}", label))
-    if list_file:
-        found = _listed(found, Path(list_file))
-    return found, class_names
 
 
-def _listed(found: list[_Found], list_file: Path) -> list[_Found]:
-    """The videos a ucfTrainTestlist file names. Labels in it are not used; letters' case in a name is no matter."""
-    if not list_file.is_file():
-        raise ValueError(f"list_file={list_file}: no such file")
-    by_name = {video.name.lower(): video for video in found}
-    lines = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
-    missing = [line for line in lines if line.lower() not in by_name]
-    if missing:
-        raise ValueError(
-            f"{list_file}: {len(missing)} of {len(lines)} videos are not on disk, e.g. {missing[0]}; "
-            "is root the folder that holds the class folders?"
-        )
-    return list({line.lower(): by_name[line.lower()] for line in lines}.values())
-
-
-def _find_sky(root: Path, split: str) -> list[_Found]:
-    for folder in (root / f"sky_{split}", root / "sky_timelapse" / f"sky_{split}"):
-        if folder.is_dir():
-            names = [(path, path.relative_to(folder).as_posix()) for path in list_videos(folder)]
-            return [_Found(path, name, name) for path, name in names]
-    raise ValueError(f"sky_timelapse: no sky_{split}/ in {root}; see docs/datasets.md for the layout")
-
-
-def _find_folder(root: Path, labels: str) -> tuple[list[_Found], list[str]]:
-    if labels not in ("none", "folder"):
-        raise ValueError(f"labels={labels!r}: choose none or folder")
-    names = [(path, path.relative_to(root).as_posix()) for path in list_videos(root)]
-    if labels == "none":
-        return [_Found(path, name, name) for path, name in names], []
-    bare = [name for _, name in names if "/" not in name]
-    if bare:
-        raise ValueError(
-            f"labels=folder: {bare[0]} lies in no class folder of {root}; use labels=none or move it"
-        )
-    class_names = sorted({name.split("/")[0] for _, name in names})
-    label = {class_name: n for n, class_name in enumerate(class_names)}
-    return [_Found(path, name, name, label[name.split("/")[0]]) for path, name in names], class_names
-
-
-def _hold_out(found: list[_Found], val_fraction: float, held_out: bool) -> list[_Found]:
+def _hold_out(found: Found, val_fraction: float, held_out: bool) -> Found:
     """The held-out part or the rest: whole groups, at least one on each side, chosen by a hash of their names."""
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must lie in [0, 1)")
@@ -198,37 +154,65 @@ def _hold_out(found: list[_Found], val_fraction: float, held_out: bool) -> list[
         if held_out:
             raise ValueError("val_fraction=0: no videos are held out; use e.g. val_fraction=0.05")
         return found
-    groups = sorted(
-        {video.group for video in found}, key=lambda group: hashlib.sha256(group.encode()).digest()
-    )
+    of_video = found.groups or found.names
+    groups = sorted(set(of_video), key=lambda group: hashlib.sha256(_bytes(group)).digest())
     if len(groups) < 2:
         raise ValueError(
             f"val_fraction={val_fraction}: {len(groups)} group of videos cannot be split; use val_fraction=0"
         )
     count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
     chosen = set(groups[:count])
-    return [video for video in found if (video.group in chosen) == held_out]
+    return found.choose(n for n, group in enumerate(of_video) if (group in chosen) == held_out)
 
 
-def _scanned(name, root: Path, found: list[_Found], class_names, index_dir, workers: int) -> Source:
-    cache_file = Path(index_dir, f"{name}-index.json") if index_dir is not None else None
-    index = build_index([video.path for video in found], cache_file, workers)
-    quarantine = Path(index_dir, f"{name}-quarantine.tsv") if index_dir is not None else None
-    for record in index.damaged:
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, workers: int) -> Source:
+    files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
+    paths = [f"{found.base}/{file}" for file in files]
+    cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
+    scans = scan_paths(paths, cache_file, workers, times=bool(found.cuts))
+    damaged = [ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()]
+    for record in damaged:
         logger.warning("damaged, left out: %s: %s", record.path, record.damaged)
-    if quarantine:
-        _write_quarantine(quarantine, {str(video.path) for video in found}, index.damaged)
-    if not index.good:
+    if index_dir is not None:
+        _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), damaged)
+    if len(damaged) == len(paths):
         raise ValueError(
-            f"{name}: all videos of {root} are damaged ({len(found)} found, {len(index.damaged)} damaged); "
-            f"the first: {Path(index.damaged[0].path).name}: {index.damaged[0].damaged}"
+            f"{name}: all videos of {root} are damaged ({len(paths)} found, {len(damaged)} damaged); "
+            f"the first: {Path(damaged[0].path).name}: {damaged[0].damaged}"
         )
-    logger.info("%s: %d videos found, %d damaged", name, len(found), len(index.damaged))
-    good = {record.path: record for record in index.good}
-    videos = [
-        Video(video.name, good[str(video.path)], video.label) for video in found if str(video.path) in good
+    logger.info("%s: %d videos found, %d damaged", name, len(paths), len(damaged))
+    rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
+    columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
+    good = ~np.isin(rows, list(scans.damaged))
+    if found.labels:
+        columns["label"] = np.array(found.labels, np.int32)
+    if found.cuts:
+        good &= _cut(name, found, scans, rows, columns)
+    videos = VideoTable(found.base, found.names, columns)
+    return Source(name, str(root), videos.select(good), found.class_names, damaged)
+
+
+def _cut(
+    name: str, found: Found, scans: Scans, rows: np.ndarray, columns: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Put first frame and number of frames of each clip into the columns; returns which clips have any."""
+    spans = [
+        frames_between(scans.times[row], *cut) if scans.times[row] else (0, 0, 0)
+        for row, cut in zip(rows, found.cuts, strict=True)
     ]
-    return Source(name, str(root), videos, class_names, index.damaged)
+    first, stop, tick = np.array(spans, np.int64).T
+    columns |= {"first": first, "tick": tick, "num_frames": stop - first, "cut": np.array(found.cuts)}
+    timeless = sum(not scans.times[n] and n not in scans.damaged for n in set(rows.tolist()))
+    if timeless:
+        logger.warning("%s: %d videos have no rising time stamps and cannot be cut by time", name, timeless)
+    empty = int(((stop == first) & ~np.isin(rows, list(scans.damaged))).sum())
+    if empty:
+        logger.warning("%s: %d clips of the list hold no frame of their video and are left out", name, empty)
+    return stop > first
 
 
 def _write_quarantine(path: Path, scanned: set[str], damaged: list[ScanRecord]) -> None:

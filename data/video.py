@@ -67,15 +67,20 @@ def list_frames(folder: str | Path) -> list[Path]:
 
 
 def list_videos(root: str | Path) -> list[Path]:
-    """All videos below a folder at any depth, in natural order.
+    """`video_names` as paths."""
+    return [Path(root, name) for name in video_names(root)]
+
+
+def video_names(root: str | Path) -> list[str]:
+    """All videos below a folder at any depth, as paths below it, in natural order.
 
     A video is a file with a video suffix, or a folder of images with no video in or below it. Hidden files and
     folders are left out. Raises ValueError if the folder does not exist.
     """
-    root = Path(root)
-    if not root.is_dir():
+    root = str(root)
+    if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder")
-    found, image_folders, seen = [], [], set()
+    found, image_folders, above, seen = [], [], set(), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up the tree
@@ -83,16 +88,27 @@ def list_videos(root: str | Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        below = "" if folder == root else f"{os.path.relpath(folder, root)}/"
         names = [name for name in files if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+        videos = [below + name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+        found += videos
+        if videos:
+            above.update(_with_parents(below))
         if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
-            image_folders.append(Path(folder))
-    above = {parent for path in found for parent in path.parents}
-    for folder in sorted(image_folders, key=lambda path: len(path.parts), reverse=True):
+            image_folders.append(below)
+    for folder in sorted(image_folders, key=lambda path: path.count("/"), reverse=True):
         if folder not in above:
-            found.append(folder)
-            above.update(folder.parents)
-    return sorted(found, key=lambda path: natural_key(path.relative_to(root).as_posix()))
+            found.append(folder.rstrip("/") or ".")
+            above.update(_with_parents(folder))
+    return sorted(found, key=natural_key)
+
+
+def _with_parents(folder: str) -> Iterator[str]:
+    """ "a/b/", then "a/", then ""."""
+    while folder:
+        yield folder
+        folder = folder[: folder.rstrip("/").rfind("/") + 1]
+    yield ""
 
 
 def av_errors() -> tuple[type[Exception], ...]:
@@ -111,7 +127,7 @@ def best_stream(container, path: Path):
     return stream
 
 
-def _upright(frame) -> np.ndarray:
+def upright(frame) -> np.ndarray:
     """RGB uint8 (H, W, 3) of a PyAV frame, turned as the file says (decord does that by itself)."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
@@ -226,7 +242,7 @@ def _read_av(path: Path, indices: list[int]) -> np.ndarray:
         with av.open(str(path)) as container:
             for frame in container.decode(best_stream(container, path)):
                 if count in wanted:
-                    kept[count] = _upright(frame)
+                    kept[count] = upright(frame)
                 count += 1
                 if len(kept) == len(wanted):
                     break
@@ -252,7 +268,7 @@ def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(best_stream(container, path)):
-                yield _upright(frame)
+                yield upright(frame)
     except av_errors() as error:
         raise ValueError(f"{path}: cannot decode ({error}); run the scan of docs/datasets.md") from error
 

@@ -30,7 +30,7 @@ def cache_folder(argument: str | None, *roots: str | Path) -> Path:
 def scan_file(folder: Path, root: str | Path) -> Path:
     """The file that keeps the scan of one folder of videos."""
     name = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
-    return folder / "scans" / f"{name}.json"
+    return folder / "scans" / f"{name}.sqlite"
 
 
 class FeatureCache:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.clip import ClipSpec, frame_indices, span
-from data.scan import build_index
+from data.index import build_index
 from eval.manifest import list_folder
 from eval.videos import ARRAY_SUFFIXES, Video, content_digest, refuse_deep_pictures, shape_of, storage_of
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data import scan
-from data.scan import build_index, scan_file
+from data.index import build_index
+from data.scan import scan_file
 from data.video import list_videos
 
 # In the folder of damaged clips, but only odd: few frames, a small or an odd size.
@@ -96,29 +96,6 @@ def test_folders_of_frames_are_checked_for_gaps_sizes_and_unreadable_images(tmp_
     assert "clip_frames_00000002.jpg" in scan_file(torn).damaged
     (tmp_path / "none").mkdir()
     assert scan_file(tmp_path / "none").damaged
-
-
-def test_only_what_changed_is_scanned_again(tmp_path, scene, encode, monkeypatch):
-    paths = [encode(tmp_path / "data" / f"{n}.avi", scene[:5], "mpeg4") for n in range(3)]
-    cache = tmp_path / "index" / "x.json"
-    asked = []
-
-    def scan_all(names, workers, timeout_s):
-        asked.append([Path(name).name for name in names])
-        return map(scan_file, names)
-
-    monkeypatch.setattr(scan, "_scan_all", scan_all)
-    assert len(build_index(paths, cache).good) == 3
-    build_index(paths, cache)
-    paths[1].write_bytes(paths[1].read_bytes()[:900])
-    paths.append(encode(tmp_path / "data" / "3.avi", scene[:5], "mpeg4"))
-    index = build_index(paths, cache)
-    assert asked == [["0.avi", "1.avi", "2.avi"], ["1.avi", "3.avi"]]
-    assert [Path(r.path).name for r in index.damaged] == ["1.avi"]
-    cache.write_text("{ not json")
-    assert len(build_index(paths, cache).good) == 3
-    assert json.loads(cache.read_text())["version"] == 1
-    assert [p.name for p in cache.parent.iterdir()] == ["x.json"]
 
 
 BAD_WORKER = """

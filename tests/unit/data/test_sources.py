@@ -5,18 +5,14 @@ import logging
 import pytest
 from PIL import Image
 
-from data import sources
-from data.scan import Index, scan_file
+from data import index as index_module
+from data.scan import scan_file
 from data.sources import open_source
 
 
 @pytest.fixture(autouse=True)
 def _scan_in_this_process(monkeypatch):
-    def build_index(paths, cache_file, workers):
-        records = [scan_file(path) for path in paths]
-        return Index([r for r in records if not r.damaged], [r for r in records if r.damaged])
-
-    monkeypatch.setattr(sources, "build_index", build_index)
+    monkeypatch.setattr(index_module, "scan_all", lambda names, workers, timeout_s: map(scan_file, names))
 
 
 @pytest.fixture
@@ -169,11 +165,11 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path, scene, encode, caplog)
         (("folder", bad), {}, r"2 found, 2 damaged.*1\.avi: cannot be decoded"),
         (("folder", tmp_path / "absent"), {}, "absent' is no folder"),
         (("folder", None), {}, "root='' is no folder"),
-        (("webvid", one), {}, "source 'webvid': choose one of ucf101"),
+        (("imagenet", one), {}, "source 'imagenet': choose one of ucf101"),
         (("folder", one), {"split": "val"}, "split='val': choose train or test"),
         (("folder", one), {"labels": "names"}, "labels='names'"),
         (("folder", one), {"index_dir": one / "index"}, "lies inside the data"),
-        (("folder", one), {"list_file": one / "x.txt"}, "only ucf101 has list files"),
+        (("folder", one), {"list_file": one / "x.txt"}, "leave it empty for folder"),
         (("folder", one), {"val_fraction": 0.5}, "1 group of videos cannot be split"),
         (("folder", one), {"val_fraction": 1.5}, r"must lie in \[0, 1\)"),
     ]

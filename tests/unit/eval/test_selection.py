@@ -121,10 +121,10 @@ def test_the_record_tells_content_apart_and_not_places(folder, tmp_path_factory)
 
 def test_the_scan_is_kept_outside_and_not_repeated(tmp_path, monkeypatch):
     write_ffv1(tmp_path / "videos" / "a.mkv", frames(0), 8)
-    kept = tmp_path / "cache" / "scan.json"
+    kept = tmp_path / "cache" / "scan.sqlite"
     assert len(Selection(tmp_path / "videos", 9, scan_file=kept).take(1)) == 1
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["a.mkv"]
-    monkeypatch.setattr("data.scan._scan_all", None)  # a second scan would fail
+    monkeypatch.setattr("data.index.scan_all", None)  # a second scan would fail
     assert len(Selection(tmp_path / "videos", 9, scan_file=kept).take(1)) == 1
 
 

@@ -1,0 +1,208 @@
+"""The scans of a data set, kept in one SQLite file: a scan that is stopped goes on where it was.
+
+A row is committed soon after its file was scanned, so a kill costs seconds of work, not the 440k videos before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.scan import ScanRecord, scan_all
+from data.video import IMAGE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 2
+_NUMBERS = {"num_frames": np.int32, "width": np.int32, "height": np.int32, "fps": np.float64}
+_COMMIT_EVERY_S = 5.0
+_TELL_EVERY_S = 60.0
+_TABLE = """CREATE TABLE IF NOT EXISTS scans (path BLOB PRIMARY KEY, files INT, bytes INT, changed INT,
+ num_frames INT, width INT, height INT, fps REAL, damaged TEXT, times BLOB) WITHOUT ROWID"""
+_FIND = """SELECT n, num_frames, width, height, fps, damaged, {}, files, bytes, changed
+ FROM asked CROSS JOIN scans USING (path)"""  # CROSS: in the order of asked
+_STORE = "INSERT OR REPLACE INTO scans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+@dataclass(frozen=True)
+class Index:
+    """The scan of a set of files, in the order asked."""
+
+    good: list[ScanRecord]
+    damaged: list[ScanRecord]
+
+
+@dataclass(frozen=True)
+class Scans:
+    """The scan of n files in columns, in the order asked: num_frames, width, height int32 (n,), fps float64 (n,).
+
+    damaged: number of the file -> reason. times: as data/cut.py packs them, [] unless asked for.
+    """
+
+    num_frames: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    fps: np.ndarray
+    damaged: dict[int, str]
+    times: list[bytes]
+
+
+def build_index(
+    paths: Sequence[str | Path],
+    cache_file: str | Path | None = None,
+    workers: int = 2,
+    timeout_s: float = 120.0,
+) -> Index:
+    """`scan_paths` as records, for some thousands of files."""
+    names = list(dict.fromkeys(str(path) for path in paths))
+    scans = scan_paths(names, cache_file, workers, timeout_s)
+    records = [
+        ScanRecord(
+            name,
+            int(scans.num_frames[n]),
+            int(scans.width[n]),
+            int(scans.height[n]),
+            float(scans.fps[n]),
+            scans.damaged.get(n, ""),
+        )
+        for n, name in enumerate(names)
+    ]
+    return Index([r for r in records if not r.damaged], [r for r in records if r.damaged])
+
+
+def scan_paths(
+    paths: Sequence[str],
+    cache_file: str | Path | None = None,
+    workers: int = 2,
+    timeout_s: float = 120.0,
+    times: bool = False,
+) -> Scans:
+    """Scan files and folders of frames; those unchanged since the last scan (size, time) come from the cache.
+
+    paths: each once. cache_file: SQLite, should not lie among the data; None: nothing is kept.
+    workers: processes. timeout_s: seconds for one file, after which it counts as damaged.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers}: the scan needs at least one process")
+    columns = {name: np.zeros(len(paths), dtype) for name, dtype in _NUMBERS.items()}
+    damaged: dict[int, str] = {}
+    packed = [b""] * (len(paths) if times else 0)
+
+    def keep(rows: list[tuple]) -> None:
+        """rows: number of the file, num_frames, width, height, fps, damaged, times (or None)."""
+        numbers = [row[0] for row in rows]
+        for at, name in enumerate(columns, 1):
+            columns[name][numbers] = [row[at] for row in rows]
+        for n, *_, reason, packed_times in rows:
+            if reason:
+                damaged[n] = reason
+            if times:
+                packed[n] = packed_times
+
+    todo = dict.fromkeys(range(len(paths)))
+    with _store(cache_file) as store:
+        for rows in _stored(store, paths, times):
+            same = [row for row in rows if row[7:] == _stamp(paths[row[0]])]
+            keep([row[:7] for row in same])
+            for row in same:
+                del todo[row[0]]
+        if todo:
+            logger.info("scanning %d of %d videos for damage", len(todo), len(paths))
+            for n, record in _scan_and_store(store, paths, todo, workers, timeout_s):
+                keep([(n, *_values(record))])
+    return Scans(**columns, damaged=dict(sorted(damaged.items())), times=packed)
+
+
+def _stored(store: sqlite3.Connection, paths: Sequence[str], times: bool) -> Iterator[list[tuple]]:
+    """Rows (number of the file, its numbers, damaged, times, stamp) of those of the files that are in the table."""
+    store.execute("CREATE TEMP TABLE asked (path BLOB, n INT)")
+    order = sorted(range(len(paths)), key=paths.__getitem__)  # as the table is, so that pages are read once
+    store.executemany("INSERT INTO asked VALUES (?, ?)", ((os.fsencode(paths[n]), n) for n in order))
+    store.commit()
+    found = store.execute(_FIND.format("times" if times else "NULL"))
+    while rows := found.fetchmany(10_000):
+        yield rows
+
+
+def _values(record: ScanRecord) -> tuple:
+    return record.num_frames, record.width, record.height, record.fps, record.damaged, record.times
+
+
+def _scan_and_store(
+    store: sqlite3.Connection, paths: Sequence[str], todo: Iterable[int], workers: int, timeout_s: float
+) -> Iterator[tuple[int, ScanRecord]]:
+    committed = told = time.monotonic()
+    stamps = {paths[n]: (n, _stamp(paths[n])) for n in todo}  # before the scan: a file may change meanwhile
+    try:
+        for done, record in enumerate(scan_all(list(stamps), min(workers, len(stamps)), timeout_s), 1):
+            n, stamp = stamps[record.path]
+            key = os.fsencode(record.path)
+            store.execute(_STORE, (key, *stamp, *_values(record)))
+            now = time.monotonic()
+            if now - committed > _COMMIT_EVERY_S:
+                store.commit()
+                committed = now
+            if now - told > _TELL_EVERY_S:
+                logger.info("%d of %d videos scanned", done, len(stamps))
+                told = now
+            yield n, record
+    finally:
+        store.commit()
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    """(files, bytes, newest change in ns): differs when a file, or any frame of a folder, was changed."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0, 0  # a dangling link: the scan will say so
+    if not stat.S_ISDIR(status.st_mode):
+        return 1, status.st_size, status.st_mtime_ns
+    with os.scandir(path) as entries:
+        frames = [entry.stat() for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    newest = max((status.st_mtime_ns for status in frames), default=0)
+    return len(frames), sum(status.st_size for status in frames), newest
+
+
+@contextmanager
+def _store(cache_file: str | Path | None) -> Iterator[sqlite3.Connection]:
+    """The table, made if there is none; a file that is none of ours is set aside as .old and not used."""
+    if cache_file is not None:
+        Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(_connect(cache_file)) as store:
+            yield store
+    except sqlite3.OperationalError as error:
+        raise OSError(f"{cache_file}: the index of scans cannot be read or written: {error}") from error
+
+
+def _connect(cache_file: str | Path | None) -> sqlite3.Connection:
+    store = sqlite3.connect(cache_file or ":memory:", timeout=120)
+    try:
+        version = store.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            store.execute(_TABLE)
+            store.execute(f"PRAGMA user_version = {_VERSION}")
+            version = _VERSION
+        reason = "" if version == _VERSION else f"written by version {version}"
+    except sqlite3.OperationalError:
+        store.close()
+        raise
+    except sqlite3.DatabaseError as error:
+        reason = str(error)
+    if not reason:
+        return store
+    store.close()
+    old = f"{cache_file}.old"
+    os.replace(cache_file, old)
+    logger.warning("%s: not an index of this version (%s); now %s; scanning again", cache_file, reason, old)
+    return _connect(cache_file)

@@ -1,0 +1,104 @@
+"""A million videos in columns: about 100 bytes each, and processes that fork share them instead of copying them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.cut import show_time
+from data.scan import ScanRecord
+
+
+@dataclass(frozen=True)
+class Video:
+    """One usable video: name (path below the root), scan record, label (-1 when unconditional).
+
+    first, tick: where it begins in its file, in frames and as a presentation time; record.num_frames counts from
+    there. tick is None unless a list cuts clips out of longer videos.
+    """
+
+    name: str
+    record: ScanRecord
+    label: int = -1
+    first: int = 0
+    tick: int | None = None
+
+
+class Texts(Sequence):
+    """Strings in one buffer; any file name is kept as it is."""
+
+    def __init__(self, texts: Sequence[str]):
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index}: there are {len(self)}")
+        piece = self.bytes[self.ends[index] : self.ends[index + 1]]
+        return piece.tobytes().decode("utf-8", "surrogateescape")
+
+
+class VideoTable(Sequence):
+    """A sequence of Video, made when asked for; `select` and slices share the columns."""
+
+    def __init__(self, base: str, files: Sequence[str], columns: dict[str, np.ndarray]):
+        """base: folder of the files. files: paths below it, one a video.
+
+        columns, each (len(files), ...): num_frames, width, height, fps; if there are any: label; first, tick, and
+        cut int64 (n, 2), begin and end of the clip in ms.
+        """
+        self.base, self.columns = base, columns
+        self.files = files if isinstance(files, Texts) else Texts(files)
+        self.rows = np.arange(len(files), dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """One number of each video, e.g. column("num_frames"): (len(self),)."""
+        return self.columns[name][self.rows]
+
+    def select(self, chosen: np.ndarray) -> VideoTable:
+        """The videos where `chosen`, bool (len(self),), is true, or those with the numbers `chosen`."""
+        part = object.__new__(VideoTable)
+        part.base, part.columns, part.files, part.rows = (
+            self.base,
+            self.columns,
+            self.files,
+            self.rows[chosen],
+        )
+        return part
+
+    def name(self, index: int) -> str:
+        """Path below the root; with begin and end where a list cuts clips out of the file."""
+        row = self._row(index)
+        if "cut" not in self.columns:
+            return self.files[row]
+        begin, end = (show_time(int(ms)) for ms in self.columns["cut"][row])
+        return f"{self.files[row]}[{begin}-{end}]"
+
+    def label(self, index: int) -> int:
+        """Class, -1 when unconditional."""
+        row = self._row(index)
+        return int(self.columns["label"][row]) if "label" in self.columns else -1
+
+    def __getitem__(self, index: int | slice) -> Video | VideoTable:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        row = self._row(index)
+        numbers = {key: int(self.columns[key][row]) for key in ("num_frames", "width", "height")}
+        path = f"{self.base}/{self.files[row]}"
+        record = ScanRecord(path, fps=float(self.columns["fps"][row]), **numbers)
+        where = [int(self.columns[key][row]) for key in ("first", "tick") if key in self.columns]
+        return Video(self.name(index), record, self.label(index), *where)
+
+    def _row(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"video {index}: there are {len(self)}")
+        return int(self.rows[index])

@@ -1,0 +1,111 @@
+"""The kept scans: only what changed is scanned again, a killed scan goes on, a strange file is set aside."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import index as index_module
+from data.index import build_index, scan_paths
+from data.scan import scan_file
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of the files of each scan, which runs in this process."""
+    asked = []
+
+    def scan_all(names, workers, timeout_s):
+        asked.append([Path(name).name for name in names])
+        return map(scan_file, names)
+
+    monkeypatch.setattr(index_module, "scan_all", scan_all)
+    return asked
+
+
+def test_only_what_changed_is_scanned_again(tmp_path, scene, encode, asked):
+    paths = [encode(tmp_path / "data" / f"{n}.avi", scene[:5], "mpeg4") for n in range(3)]
+    cache = tmp_path / "index" / "x.sqlite"
+    first = build_index(paths, cache)
+    assert first.good == [scan_file(path) for path in paths]
+    assert build_index(paths, cache) == first
+    paths[1].write_bytes(paths[1].read_bytes()[:900])
+    paths.append(encode(tmp_path / "data" / "3.avi", scene[:5], "mpeg4"))
+    index = build_index(paths, cache)
+    assert asked[0] == ["0.avi", "1.avi", "2.avi"]
+    assert [names for names in asked[1:] if names] == [["1.avi", "3.avi"]]
+    assert [Path(r.path).name for r in index.damaged] == ["1.avi"]
+    assert build_index(paths, cache) == index  # the reason is kept too
+
+
+def test_a_file_that_is_no_index_is_set_aside_and_the_scan_begins_anew(
+    tmp_path, scene, encode, asked, caplog
+):
+    path = encode(tmp_path / "data" / "a.avi", scene[:5], "mpeg4")
+    cache = tmp_path / "x.sqlite"
+    cache.write_text("{ not a table, and longer than the head of one would have to be }" * 20)
+    assert len(build_index([path], cache).good) == 1
+    assert "scanning again" in caplog.text
+    assert (tmp_path / "x.sqlite.old").read_text().startswith("{ not a table")
+    build_index([path], cache)
+    with sqlite3.connect(cache) as store:
+        store.execute("PRAGMA user_version = 99")
+    store.close()
+    build_index([path], cache)
+    assert [names for names in asked if names] == [["a.avi"]] * 2
+    (tmp_path / "folder.sqlite").mkdir()
+    with pytest.raises(OSError, match="cannot be read or written"):
+        build_index([path], tmp_path / "folder.sqlite")
+
+
+def test_the_order_and_the_names_asked_do_not_matter(tmp_path, scene, encode, asked):
+    data = tmp_path / "data"
+    paths = [
+        str(encode(data / name, scene[:3], "mpeg4")) for name in ("b.avi", "\udcff.avi", "\xe9 \u4e2d.avi")
+    ]
+    cache = tmp_path / "x.sqlite"
+    forth = scan_paths(paths, cache)
+    (data / "a.avi").write_bytes(b"RIFF")
+    back = scan_paths([*reversed(paths), str(data / "a.avi")], cache)
+    assert list(back.num_frames) == [3, 3, 3, 0]
+    assert list(forth.num_frames) == [3, 3, 3]
+    assert list(back.damaged) == [3]
+    assert [names for names in asked if names][1:] == [["a.avi"]]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from data import index
+from data.scan import scan_file
+
+def scan_all(names, workers, timeout_s):
+    for n, name in enumerate(names):
+        if n == 40:
+            print("forty", flush=True)
+            time.sleep(60)
+        yield scan_file(name)
+
+index._COMMIT_EVERY_S = 0
+index.scan_all = scan_all
+index.scan_paths(sorted(map(str, Path(sys.argv[1]).iterdir())), sys.argv[2])
+"""
+
+
+def test_a_killed_scan_goes_on_where_it_was(tmp_path, scene, encode, asked):
+    first = encode(tmp_path / "data" / "00.avi", scene[:2], "mpeg4")
+    for n in range(1, 50):
+        first.with_name(f"{n:02d}.avi").write_bytes(first.read_bytes())
+    cache = tmp_path / "x.sqlite"
+    command = [sys.executable, "-c", KILLED, str(first.parent), str(cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "forty\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    scans = scan_paths(sorted(map(str, first.parent.iterdir())), cache)
+    assert asked == [[f"{n}.avi" for n in range(40, 50)]]
+    assert list(scans.num_frames) == [2] * 50
