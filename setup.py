@@ -25,11 +25,13 @@ DEPENDENCIES = [
     "safetensors>=0.5",
     "filelock>=3.12",  # one training a run folder
     "omegaconf>=2.3",  # YAML + key=value merged strictly into dataclasses
+    "pyyaml>=6",  # plain reading of tables and run settings; omegaconf brings it
     "lpips>=0.1.4",
     "pillow>=10",
     "tqdm>=4.66",
     "matplotlib>=3.8",  # curves of the report
     "jinja2>=3.1",  # the report's page
+    "huggingface_hub>=0.30",  # export --push; diffusers brings it
 ]
 
 
