@@ -2,12 +2,15 @@
 
     python -m pipelines.cache_latents --config configs/stage2/ucf101.yaml --vae odvae
 
-Reads the settings of train_latte. The same command again goes on where it stopped; processes share the shards.
+Reads the settings of train_latte. The same command again goes on where it stopped, and tries again what could not be
+read; processes share the shards, also those of several launches at once. --verify checks a whole cache.
 """
 
 import dataclasses
 import hashlib
 import logging
+import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from pipelines.train_latte import FLAGS, TrainLatteConfig
 
 if TYPE_CHECKING:
     from data.dataset import VideoClips
+    from data.latent_writer import LatentCacheWriter
     from data.latents import LatentCache
 
 log = logging.getLogger(__name__)
@@ -57,52 +61,83 @@ def draws(config: TrainLatteConfig) -> int:
     return config.cache.crops * (2 if config.cache.flips else 1)
 
 
+def read_entry(config: TrainLatteConfig, clips: "VideoClips", entry: int) -> Any:
+    """Pixels of an entry: uint8 (T, size, size, 3). Raises ValueError or OSError if its video cannot be read."""
+    import numpy as np
+
+    video, draw = divmod(entry, draws(config))
+    crop, mirrored = (draw // 2, draw % 2) if config.cache.flips else (draw, 0)
+    pixels = clips.clip_uint8(video, np.random.default_rng((config.seed, video, crop)))
+    return pixels[:, :, ::-1].copy() if mirrored else pixels
+
+
 def encode_shard(
     config: TrainLatteConfig, vae: Any, clips: "VideoClips", entries: range, device: Any
 ) -> tuple[dict, list]:
     """Tensors (mean, logvar, label, video, draw) of the entries, and those whose video could not be read."""
-    import numpy as np
     import torch
 
     from data.clip import to_float
     from data.latents import DTYPES
 
-    per_video, rows, failed = draws(config), [], []
-    batch: list[tuple[int, int, Any]] = []
+    dtype, rows, failed = DTYPES[config.cache.dtype], [], []
+    batch: list[tuple[int, Any]] = []
 
     def encode() -> None:
         if not batch:
             return
-        x = torch.stack([pixels for _, _, pixels in batch]).to(device)
+        x = torch.stack([pixels for _, pixels in batch]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision.value == "bf16"):
             posterior = vae.encode(x).latent_dist
-        mean, logvar = (
-            v.float().cpu().to(DTYPES[config.cache.dtype]) for v in (posterior.mean, posterior.logvar)
-        )
-        rows.extend((m, s, video, draw) for m, s, (video, draw, _) in zip(mean, logvar, batch, strict=True))
+        mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
+        rows.extend((m, s, entry) for m, s, (entry, _) in zip(mean, logvar, batch, strict=True))
         batch.clear()
 
     for entry in entries:
-        video, draw = divmod(entry, per_video)
-        crop, mirrored = (draw // 2, draw % 2) if config.cache.flips else (draw, 0)
         try:
-            pixels = clips.clip_uint8(video, np.random.default_rng((config.seed, video, crop)))
+            pixels = read_entry(config, clips, entry)
         except (ValueError, OSError) as error:
-            failed.append({"entry": entry, "video": clips.name(video), "reason": str(error)})
-            log.warning("not cached: %s: %s", clips.name(video), error)
+            name = clips.name(entry // draws(config))
+            failed.append({"entry": entry, "video": name, "reason": str(error)})
+            log.warning("not cached: %s: %s", name, error)
             continue
-        batch.append((video, draw, to_float(pixels[:, :, ::-1].copy() if mirrored else pixels)))
+        batch.append((entry, to_float(pixels)))
         if len(batch) == config.cache.batch:
             encode()
     encode()
-    if not rows:
-        empty = torch.zeros(0, dtype=torch.int64)
-        nothing = torch.zeros((0, 1, 1, 1, 1), dtype=DTYPES[config.cache.dtype])
-        return {"mean": nothing, "logvar": nothing, "label": empty, "video": empty, "draw": empty}, failed
-    means, logvars, videos, numbers = zip(*rows, strict=True)
-    labels = torch.tensor([clips.label(v) for v in videos])
-    ids = {"label": labels, "video": torch.tensor(videos), "draw": torch.tensor(numbers)}
-    return {"mean": torch.stack(means), "logvar": torch.stack(logvars), **ids}, failed
+    videos, numbers = (
+        zip(*(divmod(entry, draws(config)) for _, _, entry in rows), strict=True) if rows else ((), ())
+    )
+    ids = {"video": videos, "draw": numbers, "label": [clips.label(v) for v in videos]}
+    moments = {"mean": [m for m, _, _ in rows], "logvar": [s for _, s, _ in rows]}
+    none = torch.zeros((0, 1, 1, 1, 1), dtype=dtype)
+    tensors = {k: torch.stack(v) if v else none for k, v in moments.items()}
+    return tensors | {k: torch.tensor(v, dtype=torch.int64) for k, v in ids.items()}, failed
+
+
+def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
+    """Shards that are missing, and those that lack a clip which can be read by now."""
+
+    def readable(entry: int) -> bool:
+        try:
+            read_entry(config, clips, entry)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    again = [s for s, failed in writer.failures().items() if any(readable(clip["entry"]) for clip in failed)]
+    if again:
+        log.info("%d shards lack clips that can be read now: they are made anew", len(again))
+    return sorted([*writer.missing(), *again])
+
+
+def my_share(todo: list[int], rank: int, world: int) -> list[int]:
+    """This process's shards. It begins at a place of its own, so that two launches at once meet as late as possible."""
+    mine = todo[rank::world]
+    start = int(hashlib.sha256(f"{platform.node()}-{os.getpid()}".encode()).hexdigest(), 16) % max(
+        1, len(mine)
+    )
+    return mine[start:] + mine[:start]
 
 
 def build_cache(config: TrainLatteConfig) -> "LatentCache":
@@ -113,44 +148,64 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     import torch
     from tqdm import tqdm
 
-    from data.latents import LatentCache, LatentCacheWriter
-    from pipelines.engine import make_accelerator
+    from data.latent_writer import LatentCacheWriter
+    from data.latents import LatentCache
+    from pipelines.engine import make_accelerator, same_everywhere
 
     accelerator = make_accelerator()
-    vae = open_vae(config.vae)
-    check_clip(vae, config.clip)
-    with accelerator.main_process_first():
-        clips = cached_clips(config)
-    fingerprint = cache_fingerprint(config, vae, clips)
-    folder = cache_folder(config, fingerprint)
+    main = accelerator.is_main_process
+    vae, clips, fingerprint, folder = open_parts(config, accelerator)
     with accelerator.main_process_first():
         writer = LatentCacheWriter(folder, fingerprint, len(clips) * draws(config), config.cache.shard_size)
     vae.to(accelerator.device)
-    todo = [s for s in writer.missing() if s % accelerator.num_processes == accelerator.process_index]
-    log.info(
-        "%s: %d videos x %d draws; %d of %d shards to encode",
-        folder,
-        len(clips),
-        draws(config),
-        len(todo),
-        writer.num_shards,
-    )
+    todo = same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
+    log.info("%s: %d videos x %d draws", folder, len(clips), draws(config))
+    log.info("%d of %d shards to encode", len(todo), writer.num_shards)
+    again = [s for s in todo if writer.is_written(s)]
+    mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
     with torch.inference_mode():
-        for shard in tqdm(todo, desc="cache", unit="shard", disable=not accelerator.is_main_process or None):
-            tensors, failed = encode_shard(config, vae, clips, writer.entries(shard), accelerator.device)
-            writer.write(shard, tensors, failed)
+        for shard in tqdm(mine, desc="cache", unit="shard", disable=not main or None):
+            if shard in again or not writer.is_written(shard):  # else another launch was quicker
+                tensors, failed = encode_shard(config, vae, clips, writer.entries(shard), accelerator.device)
+                writer.write(shard, tensors, failed)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if main:
         index = writer.finish({"class_names": clips.source.class_names})
         if index["failed"]:
             log.warning(
-                "%d clips could not be read and are not in the cache; index.json lists them",
+                "%d clips could not be read and are not in the cache; index.json lists them, the same command tries again",
                 len(index["failed"]),
             )
         log.info("latent mean %s, std %s", *(_short(index["statistics"][k]) for k in ("mean", "std")))
         _store_statistics(config, vae, index["statistics"])
     accelerator.wait_for_everyone()
     return LatentCache(folder, expect=fingerprint)
+
+
+def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoClips", dict[str, Any], Path]:
+    """(VAE, clips, fingerprint, folder) of a cache."""
+    vae = open_vae(config.vae)
+    check_clip(vae, config.clip)
+    with accelerator.main_process_first():
+        clips = cached_clips(config)
+    fingerprint = cache_fingerprint(config, vae, clips)
+    return vae, clips, fingerprint, cache_folder(config, fingerprint)
+
+
+def verify_cache(config: TrainLatteConfig) -> int:
+    """Check every byte of a cache and that each clip is there once; prints the summary, returns how many shards are bad."""
+    from data.latents import LatentCache
+    from pipelines.engine import make_accelerator
+
+    _, _, fingerprint, folder = open_parts(config, make_accelerator())
+    cache = LatentCache(folder, expect=fingerprint)
+    damage = list(cache.verify())
+    print("\n".join(damage), end="\n" if damage else "")
+    print(
+        f"{folder}: {len(cache)} clips in {len(cache.ends)} shards, {len(cache.index['failed'])} clips could not be read, "
+        f"{len(damage)} shards damaged"
+    )
+    return len(damage)
 
 
 def _short(values: list[float]) -> str:
@@ -173,7 +228,8 @@ def _store_statistics(config: TrainLatteConfig, vae: Any, statistics: dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS)
+    verify = "check every shard of the cache, write nothing; exit code 1 if one is damaged"
+    config, args = parse(TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, {"--verify": verify})
     from pipelines.log import console
 
     console()
@@ -185,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.mode is Mode.online:
         log.info("mode=online: nothing to cache")
         return 0
+    if args.verify:
+        return 1 if verify_cache(config) else 0
     build_cache(config)
     return 0
 

@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, text: str, free: bool = False) -> Any:
-    """A dataclass field with its help text. `free`: may differ when a run is resumed (it does not change the result)."""
-    metadata = {"help": text, "free": free}
+def option(default: Any, text: str, free: bool = False, of: type | None = None) -> Any:
+    """A dataclass field with its help text. `free`: may differ when a run is resumed (it does not change the result).
+
+    of: the field maps names to dataclasses of this type, set by `key.NAME.setting=value`; its default is `dict`.
+    """
+    metadata = {"help": text, "free": free, "of": of}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     if callable(default):
@@ -29,23 +32,33 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{field.name}."))
-        else:
+        inner = _inner(value, prefix + field.name)
+        for name, part in inner.items():
+            flat.update(flatten(part, name + "."))
+        if not inner:
             flat[prefix + field.name] = value.value if isinstance(value, enum.Enum) else value
     return flat
+
+
+def _inner(value: Any, name: str) -> dict[str, Any]:
+    """{dotted name: dataclass} of a setting that holds one dataclass or a mapping of them; else {}."""
+    if dataclasses.is_dataclass(value):
+        return {name: value}
+    if isinstance(value, dict):
+        return {f"{name}.{key}": part for key, part in value.items() if dataclasses.is_dataclass(part)}
+    return {}
 
 
 def free_keys(config: Any, prefix: str = "") -> set[str]:
     """Keys whose change does not change the result of a run."""
     keys: set[str] = set()
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        name = prefix + field.name
-        inner = free_keys(value, name + ".") if dataclasses.is_dataclass(value) else set()
-        if field.metadata.get("free"):
-            inner = set(flatten(value, name + ".")) if dataclasses.is_dataclass(value) else {name}
-        keys |= inner
+        name, free = prefix + field.name, field.metadata.get("free")
+        inner = _inner(getattr(config, field.name), name)
+        for key, part in inner.items():
+            keys |= set(flatten(part, key + ".")) if free else free_keys(part, key + ".")
+        if free and not inner:
+            keys.add(name)
     return keys
 
 
@@ -89,12 +102,18 @@ def _read_yaml(path: Path) -> Any:
 
 def _is_text(cls: type, item: str) -> bool:
     """Whether `key=value` sets a field of type str."""
-    names = item.partition("=")[0].split(".")
-    for name in names[:-1]:
-        cls = type(getattr(cls(), name, None))
+    *names, last = item.partition("=")[0].split(".")
+    while names:
+        name = names.pop(0)
+        field = {f.name: f for f in dataclasses.fields(cls)}.get(name)
+        if field is not None and field.metadata.get("of") and names:
+            names.pop(0)  # the key in a mapping
+            cls = field.metadata["of"]
+        else:
+            cls = type(getattr(cls(), name, None))
         if not dataclasses.is_dataclass(cls):
             return False
-    return {f.name: f.type for f in dataclasses.fields(cls)}.get(names[-1]) is str
+    return {f.name: f.type for f in dataclasses.fields(cls)}.get(last) is str
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
@@ -134,6 +153,10 @@ def _help_lines(cls: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value):
             lines += _help_lines(type(value), f"{prefix}{field.name}.")
             continue
+        if field.metadata.get("of"):
+            lines.append(f"  {prefix}{field.name}  {field.metadata['help']}")
+            lines += _help_lines(field.metadata["of"], f"{prefix}{field.name}.NAME.")
+            continue
         shown = value.value if isinstance(value, enum.Enum) else value
         choices = f" [{'|'.join(e.value for e in type(value))}]" if isinstance(value, enum.Enum) else ""
         lines.append(f"  {prefix + field.name}={shown!r}{choices}  {field.metadata.get('help', '')}".rstrip())
@@ -141,11 +164,16 @@ def _help_lines(cls: type, prefix: str = "") -> list[str]:
 
 
 def parse(
-    cls: type[T], argv: list[str] | None, program: str, about: str, flags: dict[str, str] | None = None
+    cls: type[T],
+    argv: list[str] | None,
+    program: str,
+    about: str,
+    flags: dict[str, str] | None = None,
+    switches: dict[str, str] | None = None,
 ) -> tuple[T, argparse.Namespace]:
     """Read a program's command line: `--config FILE`, `--dry-run`, the named flags, and `key=value` for the rest.
 
-    flags: {"--vae": "vae.name"}: a flag is another spelling of one key.
+    flags: {"--vae": "vae.name"}: a flag is another spelling of one key. switches: {"--verify": help}, true when given.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines.{program}",
@@ -159,6 +187,8 @@ def parse(
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
     )
+    for switch, text in (switches or {}).items():
+        parser.add_argument(switch, action="store_true", help=text)
     for flag, key in (flags or {}).items():
         parser.add_argument(
             flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."

@@ -2,11 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = timedelta(hours=2)  # of processes that wait while the main one scans videos or draws samples
 
 
 def make_accelerator(config: Any = None) -> Accelerator:
@@ -22,15 +27,15 @@ def make_accelerator(config: Any = None) -> Accelerator:
     ]
     deepspeed_launch = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    if cpus:
+    if "LOCAL_RANK" in os.environ:
         # Without an explicit backend accelerate believes in one process when DeepSpeed runs on CPUs.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        if deepspeed_launch:
-            import deepspeed.ops
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpus else "nccl", timeout=PATIENCE))
+    if deepspeed_launch:
+        _find_deepspeed_config()
+    if cpus and deepspeed_launch:
+        import deepspeed.ops
 
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-                False  # its build takes minutes and may hang
-            )
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build takes minutes and may hang
     accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=accumulation,
@@ -50,10 +55,21 @@ def make_accelerator(config: Any = None) -> Accelerator:
         settings["train_micro_batch_size_per_gpu"] = config.micro_batch
         settings["gradient_clipping"] = config.grad_clip
         if config.precision.value == "bf16":
-            safe = ["torch.nn.Linear", "torch.nn.Conv2d"]
-            autocast_settings = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": safe}
-            settings["torch_autocast"] = autocast_settings
+            # no module by name: their weights and gradients would travel, and be averaged, in bf16
+            settings["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
     return accelerator
+
+
+def _find_deepspeed_config() -> None:
+    """A relative deepspeed_config_file counts from the repository, so that a launch works from any folder."""
+    name = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+    file = os.environ.get(name, "")
+    if file and not Path(file).exists() and (ROOT / file).is_file():
+        os.environ[name] = str(ROOT / file)
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
@@ -63,6 +79,15 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
     """bf16 arithmetic where the config asks for it; weights and results that matter stay fp32."""
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision.value == "bf16")
+
+
+def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself; one that is not finite gets a NaN gradient, whatever its own would be.
+
+    So the guard on the gradient norm, which all processes share, sees it before the update and no process waits for
+    another's verdict.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:

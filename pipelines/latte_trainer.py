@@ -15,14 +15,32 @@ from data.latents import LatentCache, LatentStream
 from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
 from denoiser.latte import Latte
 from pipelines.cache_latents import cache_fingerprint, cache_folder, cached_clips, draws
-from pipelines.engine import accumulation_steps, autocast, generators, make_accelerator, uses_deepspeed
+from pipelines.checkpoints import export_folder
+from pipelines.engine import (
+    accumulation_steps,
+    autocast,
+    finite_or_nan,
+    generators,
+    make_accelerator,
+    uses_deepspeed,
+)
 from pipelines.log import MetricLog
-from pipelines.loop import Trainer, fit
+from pipelines.loop import fit
 from pipelines.media import grid, write_preview
-from pipelines.run import export_folder, open_run, refuse_inside, summary
-from pipelines.settings import Mode, Precision, check_clip, normalization, open_clips, open_vae
+from pipelines.run import open_run, refuse_inside, summary
+from pipelines.settings import (
+    Mode,
+    Precision,
+    check_clip,
+    normalization,
+    open_clips,
+    open_vae,
+    weights_digest,
+)
 from pipelines.train_latte import TrainLatteConfig
+from pipelines.trainer import Trainer
 from pipelines.video_pipeline import LatentVideoPipeline
+from pipelines.zero import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
 log = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -90,7 +108,7 @@ class OnlineLatents:
 class LatteTrainer(Trainer):
     """Everything a step touches, built once, by name."""
 
-    must_not_change = ("class_names", "normalization")
+    must_not_change = ("vae", "class_names", "normalization")
 
     def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: Latte, vae: Any, encode: Any):
         super().__init__(config, accelerator)
@@ -157,48 +175,41 @@ class LatteTrainer(Trainer):
         """One optimizer step over all micro-batches."""
         config, accelerator = self.config, self.accelerator
         self.set_learning_rate(self.optimizer)
+        largest = config.grad_clip if self.step >= config.clip_start else 0.0
+        if uses_deepspeed(accelerator):
+            self.model.optimizer.clip_grad = largest  # it clips inside its own step
         finite = True
         for _ in range(accelerator.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
                 loss, logged = self.loss(next(batches))
-                accelerator.backward(loss)
+                accelerator.backward(finite_or_nan(loss))
                 self.note(logged)
                 if accelerator.sync_gradients:
-                    largest = config.grad_clip if self.step >= config.clip_start else 0.0
                     finite = self.update(self.model, self.optimizer, largest, "grad_norm")
         if finite:
-            self.ema.update(accelerator.unwrap_model(self.model))
+            with whole_weights(self.latte):
+                self.ema.update(self.latte)
         self.finish_step(finite)
 
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
 
-        Under DeepSpeed each process holds a part of the optimizer and writes it to engine/.
+        The same files whatever the launch: one process, DDP or DeepSpeed, see pipelines/zero.py.
         """
-        if uses_deepspeed(self.accelerator):
-            self.accelerator.save_state(str(folder / "engine"))
-        if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder / "latte")
+        main = self.accelerator.is_main_process
+        state = self.counters() | {"optimizer": optimizer_state(self.accelerator, self.model, self.optimizer)}
+        with whole_weights(self.latte):
+            if main:
+                self.latte.save_pretrained(folder / "latte")
+        if main:
             self.ema.module.save_pretrained(folder / "latte_ema")
-            state = self.counters()
-            if not uses_deepspeed(self.accelerator):
-                state |= {"optimizer": self.optimizer.state_dict()}
             torch.save(state, folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
-        engine = (folder / "engine").is_dir()
-        if engine != uses_deepspeed(self.accelerator):
-            began = "with DeepSpeed" if engine else "without DeepSpeed"
-            raise ValueError(
-                f"{folder} was saved {began}: go on with the same kind of launch, or choose another run_dir"
-            )
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        load_weights(self.accelerator, self.model, load_file(folder / "latte" / WEIGHTS))
+        load_optimizer_state(self.accelerator, self.model, self.optimizer, state["optimizer"])
         self.ema.module.load_state_dict(load_file(folder / "latte_ema" / WEIGHTS))
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        if engine:
-            self.accelerator.load_state(str(folder / "engine"))
-        else:
-            self.latte.load_state_dict(load_file(folder / "latte" / WEIGHTS))
-            self.optimizer.load_state_dict(state["optimizer"])
         self.load_counters(state)
 
 
@@ -259,7 +270,7 @@ def train(config: TrainLatteConfig) -> Path:
             write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
         accelerator.wait_for_everyone()
 
-    made = fit(
+    fit(
         trainer,
         stream,
         run_dir,
@@ -267,7 +278,7 @@ def train(config: TrainLatteConfig) -> Path:
         mode=config.mode.value,
         info={
             "data": counts,
-            "vae": config.vae.name,
+            "vae": {"name": config.vae.name, "weights_sha256": weights_digest(vae)},
             "ema_decay": config.ema_decay,
             "class_names": class_names,
             "normalization": normalization(vae),
@@ -275,8 +286,9 @@ def train(config: TrainLatteConfig) -> Path:
         look=look,
         look_every=config.samples.every,
     )
-    if accelerator.is_main_process and (made or not (run_dir / "pipeline").is_dir()):
-        export_folder(run_dir / "pipeline", pipeline.save_pretrained)
+    if accelerator.is_main_process and export_folder(
+        run_dir / "pipeline", pipeline.save_pretrained, trainer.progress()
+    ):
         log.info("pipeline (EMA weights): %s", run_dir / "pipeline")
     accelerator.wait_for_everyone()
     return run_dir / "pipeline"

@@ -1,96 +1,26 @@
-"""The one training loop of both stages: step, log, look, save, stop; and what every trainer keeps between steps."""
+"""The one training loop of both stages: resume, step, log, look, save, stop."""
 
-import json
 import logging
-import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import write_json
 from data.loader import StepBatches, make_loader
 from eval.efficiency import Meter
+from eval.records import git_commit
+from pipelines.checkpoints import Checkpoints, recover
+from pipelines.config import flatten
 from pipelines.engine import any_process, same_everywhere
 from pipelines.log import MetricLog
-from pipelines.run import Checkpoints, stop_on_signal
+from pipelines.quarantine import Quarantine
+from pipelines.run import stop_on_signal
 
 log = logging.getLogger(__name__)
-
-
-class Trainer:
-    """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
-
-    A subclass defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
-    """
-
-    must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
-
-    def __init__(self, config: Any, accelerator: Any):
-        self.config, self.accelerator = config, accelerator
-        self.step = 0
-        self.skipped_in_row = 0
-        self.window: dict[str, list[Any]] = {}
-
-    def note(self, values: dict[str, Tensor]) -> None:
-        """Add tensors to the means of the current log window; nothing is copied from the GPU yet."""
-        for name, value in values.items():
-            total, count = self.window.get(name, [0.0, 0])
-            value = value.detach().double()
-            self.window[name] = [total + value.sum(), count + value.numel()]
-
-    def flush_window(self) -> dict[str, float]:
-        """Means since the last call, over all processes."""
-        tables = [{n: [float(total), count] for n, (total, count) in self.window.items()}]
-        if self.accelerator.num_processes > 1:
-            tables = gather_object(tables)
-        self.window, merged = {}, {}
-        for table in tables:
-            for name, (total, count) in table.items():
-                old = merged.get(name, (0.0, 0))
-                merged[name] = (old[0] + total, old[1] + count)
-        return {name: total / count for name, (total, count) in sorted(merged.items())}
-
-    def set_learning_rate(self, *optimizers: Any) -> None:
-        """Constant, after a linear warm-up."""
-        rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-    def update(self, module: nn.Module, optimizer: Any, largest: float, name: str) -> bool:
-        """Clip the gradient to norm `largest` (0: no limit) and step; False if it is not finite: then no step."""
-        norm = self.accelerator.clip_grad_norm_(module.parameters(), largest or math.inf)
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-        if finite:
-            optimizer.step()
-            if norm is not None:
-                self.note({name: torch.as_tensor(norm)})
-        optimizer.zero_grad()
-        return finite
-
-    def finish_step(self, finite: bool) -> None:
-        if finite:
-            self.skipped_in_row = 0
-        else:
-            self.skipped_in_row += 1
-            self.note({"skipped": torch.ones(())})
-            log.warning("step %d: loss or gradient is not finite, update left out", self.step)
-        self.step += 1
-
-    def counters(self) -> dict[str, Any]:
-        """What `save` stores of this class."""
-        window = {n: [float(total), count] for n, (total, count) in self.window.items()}
-        return {"step": self.step, "skipped_in_row": self.skipped_in_row, "window": window}
-
-    def load_counters(self, state: dict[str, Any]) -> None:
-        self.step, self.skipped_in_row = state["step"], state["skipped_in_row"]
-        self.window = {n: [torch.tensor(t, dtype=torch.float64), c] for n, (t, c) in state["window"].items()}
 
 
 def fit(
@@ -111,6 +41,7 @@ def fit(
 
     stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed records. info: goes into each
     checkpoint's manifest. look(metrics): validation or samples, every look_every steps (0: never) and at the end.
+    Raises ValueError when updates or videos fail too often, OSError when a checkpoint cannot be written.
     """
     lock = FileLock(run_dir / ".lock")
     if trainer.accelerator.is_main_process:
@@ -120,99 +51,151 @@ def fit(
             raise ValueError(
                 f"run_dir={run_dir}: another process is training here; wait for it or stop it"
             ) from None
+        recover(run_dir)
     try:
-        return _fit(trainer, stream, run_dir, program, mode, info, look, look_every, look_at_start)
+        details = {"program": program, "git": git_commit(), "config": flatten(trainer.config), **info}
+        loop = _Loop(trainer, run_dir, details, look, look_every)
+        began = trainer.step
+        loop.run(stream, mode, look_at_start)
+        return trainer.step - began
     finally:
         lock.release()
 
 
-def _fit(
-    trainer: Any,
-    stream: Any,
-    run_dir: Path,
-    program: str,
-    mode: str,
-    info: dict[str, Any],
-    look: Callable[[MetricLog], None],
-    look_every: int,
-    look_at_start: bool,
-) -> int:
-    config, accelerator = trainer.config, trainer.accelerator
-    main = accelerator.is_main_process
-    checkpoints = Checkpoints(run_dir, config.keep_checkpoints)
-    saved = same_everywhere(accelerator, checkpoints.latest() if main else None)
-    if saved is not None:
-        before = json.loads((checkpoints.path(saved) / "manifest.json").read_text())
-        if before.get("data") != info.get("data"):
-            log.warning(
-                "the data are not those of the checkpoint: %s, now %s", before.get("data"), info.get("data")
-            )
-        for key in trainer.must_not_change:
-            if before.get(key) != info[key]:
-                raise ValueError(
-                    f"run_dir={run_dir} was trained with {key}={before.get(key)}, now {info[key]}"
-                )
-        trainer.load(checkpoints.path(saved))
-        log.info("resuming %s at step %d", run_dir, saved)
-    began = trainer.step
-    metrics = MetricLog(run_dir, trainer.step, main)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(trainer.step, config.global_batch, config.micro_batch, rank, world)
-    loader = iter(make_loader(stream, batches, config.workers))
-    meter = Meter(accelerator.device, mode, config.global_batch)
+class _Loop:
+    """One call of `fit`."""
 
-    def next_batches() -> Iterator[Any]:
+    def __init__(
+        self,
+        trainer: Any,
+        run_dir: Path,
+        details: dict[str, Any],
+        look: Callable[[MetricLog], None],
+        look_every: int,
+    ):
+        self.trainer, self.run_dir, self.details = trainer, run_dir, details
+        self.look, self.look_every = look, look_every
+        self.config, self.accelerator = trainer.config, trainer.accelerator
+        self.main = self.accelerator.is_main_process
+        self.checkpoints = Checkpoints(run_dir, self.config.keep_checkpoints)
+        self.saved = self._resume()
+        # Before the first checkpoint nothing counts that an earlier, killed start has logged, not even step 0.
+        self.metrics = MetricLog(run_dir, trainer.step if self.saved is not None else -1, self.main)
+
+    def _resume(self) -> int | None:
+        """Load the newest undamaged checkpoint; its step, None when there is none."""
+        if self.main:
+            self.checkpoints.clean()
+        saved = same_everywhere(self.accelerator, self.checkpoints.latest() if self.main else None)
+        if saved is None:
+            return None
+        before, now, folder = self.checkpoints.manifest(saved), self.details, self.checkpoints.path(saved)
+        if before.get("data") != now.get("data"):
+            log.warning(
+                "the data are not those of the checkpoint: %s, now %s", before.get("data"), now.get("data")
+            )
+        for key in self.trainer.must_not_change:
+            if before.get(key) != now[key]:
+                raise ValueError(
+                    f"run_dir={self.run_dir} was trained with {key}={before.get(key)}, now {now[key]}"
+                )
+        try:
+            self.trainer.load(folder)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint {folder} holds more than tensors and numbers and was not loaded: {error}"
+            ) from error
+        log.info("resuming %s at step %d", self.run_dir, saved)
+        return saved
+
+    def run(self, stream: Any, mode: str, look_at_start: bool) -> None:
+        """Train to config.steps or until a signal; write the speed record."""
+        trainer, config = self.trainer, self.config
+        lost = Quarantine(self.run_dir, stream, config.source.max_failed_share, self.accelerator)
+        meter = Meter(self.accelerator.device, mode, config.global_batch)
+        incoming = self._batches(stream, lost, meter)
+        bar = tqdm(
+            total=config.steps,
+            initial=trainer.step,
+            desc=self.details["program"],
+            disable=not self.main or None,
+        )
+        try:
+            if look_at_start and trainer.step == 0:
+                self.look(self.metrics)
+            with stop_on_signal() as stopping:
+                while trainer.step < config.steps:
+                    trainer.train_step(incoming)
+                    meter.step()
+                    bar.update()
+                    self._stop_if_hopeless()
+                    self._record(lost, meter, bar)
+                    stop = any_process(self.accelerator, bool(stopping()))
+                    self._save_if_due(meter, stop)
+                    if stop:
+                        log.info(
+                            "stopped by %s after step %d; the same command goes on",
+                            stopping() or "another process",
+                            trainer.step,
+                        )
+                        break
+        finally:
+            bar.close()
+            self.metrics.close()
+        self._write_speed(meter, mode)
+
+    def _batches(self, stream: Any, lost: Quarantine, meter: Meter) -> Iterator[Any]:
+        config, accelerator = self.config, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        numbers = StepBatches(self.trainer.step, config.global_batch, config.micro_batch, rank, world)
+        loader = iter(make_loader(stream, numbers, config.workers))
         while True:
             with meter.data_wait():
                 batch = next(loader)
+            if "failed" in batch:
+                self.trainer.note({"data/substituted": (batch["failed"] > 0).double()})
+                lost.note(batch)
             yield batch
 
-    incoming = next_batches()
-    if look_at_start and trainer.step == 0:
-        look(metrics)
-    bar = tqdm(total=config.steps, initial=trainer.step, desc=program, disable=not main or None)
-    with stop_on_signal() as stopping:
-        while trainer.step < config.steps:
-            trainer.train_step(incoming)
-            meter.step()
-            bar.update()
-            step, last = trainer.step, trainer.step == config.steps
-            if trainer.skipped_in_row >= config.max_skipped:
-                good = checkpoints.path(saved) if saved is not None else "none yet"
-                raise ValueError(
-                    f"{config.max_skipped} steps in a row had a non-finite loss or gradient; last good checkpoint: {good}; "
-                    "lower learning_rate or use precision=fp32"
-                )
-            if step % config.log_every == 0 or last:
-                values = trainer.flush_window()
-                metrics.scalars(step, values)
-                metrics.scalars(step, meter.scalars(), timing=True)
-                bar.set_postfix(
-                    {n: f"{v:.4g}" for n, v in values.items() if n in ("loss", "loss/rec", "skipped")}
-                )
-            if look_every and (step % look_every == 0 or last):
-                meter.pause()
-                look(metrics)
-            stop = any_process(accelerator, bool(stopping()))
-            if step % config.save_every == 0 or last or stop:
-                meter.pause()
-                details = {"program": program, "samples": step * config.global_batch, **info}
-                checkpoints.save(step, trainer.save, details, accelerator)
-                saved = step
-            if stop:
-                log.info(
-                    "stopped by %s after step %d; the same command goes on",
-                    stopping() or "another process",
-                    step,
-                )
-                break
-    bar.close()
-    metrics.close()
-    speed = meter.summary()
-    # a finished run called again keeps the figures that it measured
-    if main and (speed["timed_steps"] or not (run_dir / "efficiency.json").is_file()):
-        write_json(
-            run_dir / "efficiency.json", {"program": program, "global_batch": config.global_batch, **speed}
-        )
+    def _stop_if_hopeless(self) -> None:
+        if self.trainer.skipped_in_row >= self.config.max_skipped:
+            good = self.checkpoints.path(self.saved) if self.saved is not None else "none yet"
+            raise ValueError(
+                f"{self.config.max_skipped} steps in a row had a non-finite loss or gradient; last good checkpoint: {good}; "
+                "lower learning_rate or use precision=fp32"
+            )
+
+    def _record(self, lost: Quarantine, meter: Meter, bar: tqdm) -> None:
+        """Numbers every log_every steps, a look every look_every, both at the end."""
+        step, last = self.trainer.step, self.trainer.step == self.config.steps
+        if step % self.config.log_every == 0 or last:
+            values = self.trainer.flush_window()
+            self.metrics.scalars(step, values)
+            self.metrics.scalars(step, meter.scalars(), timing=True)
+            shown = {n: f"{v:.4g}" for n, v in values.items() if n in ("loss", "loss/rec", "skipped")}
+            bar.set_postfix(shown)
+            lost.check()
+        if self.look_every and (step % self.look_every == 0 or last):
+            meter.pause()
+            self.look(self.metrics)
+
+    def _save_if_due(self, meter: Meter, stop: bool) -> None:
+        step = self.trainer.step
+        if step % self.config.save_every == 0 or step == self.config.steps or stop:
+            meter.pause()
+            self.metrics.sync()
+            details = {**self.trainer.progress(), **self.details}
+            self.checkpoints.save(step, self.trainer.save, details, self.accelerator)
+            self.saved = step
+
+    def _write_speed(self, meter: Meter, mode: str) -> None:
+        """A finished run called again keeps the figures that it measured."""
+        speed, file = meter.summary(), self.run_dir / "efficiency.json"
+        if not self.main or not (speed["timed_steps"] or not file.is_file()):
+            return
+        record = {"program": self.details["program"], "global_batch": self.config.global_batch, **speed}
+        try:
+            write_json(file, record)
+        except OSError as error:
+            log.warning("%s; the training itself is complete", error)
         log.info("TSpeed (%s): %s it/s; TMem: %s", mode, speed["tspeed"], speed["tmem"])
-    return trainer.step - began

@@ -55,7 +55,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
 
     made_by: digests of denoiser and VAE, and what else of them decides the videos.
     """
-    from data.files import write_json
+    from data.files import remove_leftovers, write_json
     from pipelines.run import versions
 
     decisive = {
@@ -75,9 +75,10 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
             raise ValueError(
                 f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="
             )
-    elif config.folder.is_dir() and any(config.folder.iterdir()):
+    elif config.folder.is_dir() and any(not p.name.startswith(".") for p in config.folder.iterdir()):
         raise ValueError(f"out={config.folder} is not empty and has no manifest.json; choose another out=")
     config.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(config.folder)
     # videos beyond num_videos that are there already stay part of the set
     made = [int(p.stem) + 1 for p in config.folder.glob("*.mkv") if p.stem.isdigit()]
     count = max([config.num_videos, *made])

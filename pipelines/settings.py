@@ -1,5 +1,6 @@
 """Settings that several programs share: where videos come from, how clips are cut, which VAE. No torch here."""
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from pipelines.config import option
 
 if TYPE_CHECKING:
     from data.dataset import VideoClips
+    from data.mixture import MixedClips
 
 
 class Precision(enum.Enum):
@@ -39,24 +41,56 @@ class ClipConfig:
 
 
 @dataclass
-class SourceConfig:
-    """Which videos. Damaged ones are found by one scan, listed and left out; the scan is cached in index_dir."""
+class PartConfig:
+    """One source of a mixture."""
 
-    name: str = option("folder", "ucf101|sky_timelapse|folder|demo")
+    name: str = option("", "as source.name; empty: NAME itself")
     root: str = option("", "folder of the data set", free=True)
     split: str = option("train", "train|test, for sources that have splits")
-    list_file: str = option("", "ucfTrainTestlist file: only the videos named there")
-    labels: str = option("none", "source folder: none, or folder (class = name of the first sub-folder)")
-    val_fraction: float = option(0.05, "share of videos (UCF101: groups of clips) held out for validation")
-    index_dir: str = option("runs/index", "where scans are cached and quarantine lists written", free=True)
-    scan_workers: int = option(4, "processes of the scan", free=True)
+    list_file: str = option("", "as source.list_file")
+    weight: float | None = option(None, "its share, in any unit; none given: as many as each has videos")
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")
 
 
-def open_clips(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool = False) -> "VideoClips":
+@dataclass
+class SourceConfig:
+    """Which videos. Damaged ones are found by one scan, listed and left out; the scan is cached in index_dir."""
+
+    name: str = option("folder", "ucf101|sky_timelapse|kinetics400|webvid|panda70m|folder|demo|mixture")
+    root: str = option("", "folder of the data set", free=True)
+    split: str = option("train", "train|test, of kinetics400 also val, for sources that have splits")
+    list_file: str = option(
+        "", "the list as published: webvid, panda70m and kinetics400 csv, ucfTrainTestlist"
+    )
+    labels: str = option("none", "source folder: none, or folder (class = name of the first sub-folder)")
+    parts: dict[str, PartConfig] = option(
+        dict, "source mixture: its sources by names of your choice", of=PartConfig
+    )
+    val_fraction: float = option(0.05, "share of videos (UCF101: groups of clips) held out for validation")
+    index_dir: str = option("runs/index", "where scans are cached and quarantine lists written", free=True)
+    scan_workers: int = option(4, "processes of the scan", free=True)
+    max_failed_share: float = option(
+        0.05, "share of the videos that may become unreadable in training before the run stops", free=True
+    )
+    demo_videos: int = option(256, "source demo: number of videos")
+    demo_classes: int = option(4, "source demo: number of classes (motions)")
+    demo_seed: int = option(0, "source demo: seed")
+
+    def __post_init__(self):
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"source.max_failed_share={self.max_failed_share}: must be in [0, 1]")
+
+
+def open_clips(
+    config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool = False
+) -> "VideoClips | MixedClips":
     """The clips of a source: its training part (endless, shuffled) or the held-out part (in order)."""
+    if config.name == "mixture":
+        return _open_mixture(config, spec, seed, held_out)
+    if config.parts:
+        raise ValueError(f"source.name={config.name} with source.parts: use source.name=mixture")
     from data.dataset import VideoClips
     from data.sources import open_source
 
@@ -80,6 +114,34 @@ def open_clips(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool =
         size=spec.size,
     )
     return VideoClips(source, spec, seed=seed, train=not held_out)
+
+
+def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool) -> "MixedClips":
+    """The parts go by the alphabet, so that the order in which they are written does not matter."""
+    from data.mixture import MixedClips, part_seed
+
+    if config.root or config.list_file:
+        raise ValueError(
+            f"source.root={config.root!r}, source.list_file={config.list_file!r}: a mixture has neither; "
+            "give source.parts.NAME.root=..."
+        )
+    if len(config.parts) < 2:
+        raise ValueError(
+            f"source.parts={sorted(config.parts)}: a mixture has two sources or more, e.g. "
+            "source.parts.web.name=folder source.parts.web.root=/videos source.parts.ucf101.root=/data/UCF-101"
+        )
+    weights = {name: config.parts[name].weight for name in sorted(config.parts)}
+    if None in weights.values() and any(w is not None for w in weights.values()):
+        raise ValueError(f"source.parts: weights {weights}: give one to every part or to none")
+    clips = {}
+    for name in weights:
+        part = {**vars(config.parts[name]), "name": config.parts[name].name or name}
+        if part["name"] == "mixture":
+            raise ValueError(f"source.parts.{name}.name=mixture: a mixture holds no other mixture")
+        del part["weight"]
+        one = dataclasses.replace(config, parts={}, labels="none", **part)
+        clips[name] = open_clips(one, spec, part_seed(seed, name), held_out)
+    return MixedClips(clips, None if None in weights.values() else list(weights.values()), seed, not held_out)
 
 
 @dataclass

@@ -48,7 +48,12 @@ class LossConfig:
     gan_weight: float = option(
         0.5, "factor on the adaptive weight of the adversarial term; 0: no discriminator"
     )
-    gan_start: int = option(2000, "step at which the adversarial term begins")
+    gan_start: int = option(
+        2000, "step at which D begins to train, and the adversarial term after gan_warmup"
+    )
+    gan_warmup: int = option(
+        0, "steps in which D alone learns before the VAE feels it; 0: as the paper's code"
+    )
     gan_schedule: GANSchedule = option(
         GANSchedule.alternate, "alternate: even steps train the VAE, odd ones D; both: each"
     )
@@ -98,6 +103,7 @@ class TrainVAEConfig:
         )
         at_least(self, 1, "max_skipped", "model.layers_per_block", "model.norm_num_groups")
         at_least(self, 0, "seed", "grad_clip", "warmup_steps", "ema_decay", "workers", "loss.gan_start")
+        at_least(self, 0, "loss.gan_warmup")
         at_least(
             self, 0, "loss.kl_weight", "loss.gan_weight", "loss.perceptual_weight", "source.val_fraction"
         )

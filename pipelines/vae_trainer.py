@@ -13,20 +13,23 @@ from torch import Tensor, nn
 
 from data.clip import to_uint8
 from eval.fidelity import psnr, ssim
+from pipelines.checkpoints import Checkpoints, export_folder
 from pipelines.engine import (
     accumulation_steps,
     autocast,
+    finite_or_nan,
     generators,
     make_accelerator,
     normal,
     uses_deepspeed,
 )
 from pipelines.log import MetricLog
-from pipelines.loop import Trainer, fit
+from pipelines.loop import fit
 from pipelines.media import comparison, write_preview
-from pipelines.run import Checkpoints, export_folder, open_run, refuse_inside, summary
+from pipelines.run import open_run, refuse_inside, summary
 from pipelines.settings import check_clip, open_clips
 from pipelines.train_vae import GANSchedule, Init, TrainVAEConfig
+from pipelines.trainer import Trainer
 from vae.discriminator import PatchDiscriminator3D
 from vae.inflate import inflate
 from vae.interface import VideoGaussian
@@ -130,6 +133,10 @@ class VAETrainer(Trainer):
     def gan_is_on(self) -> bool:
         return self.discriminator is not None and self.step >= self.config.loss.gan_start
 
+    @property
+    def vae_feels_d(self) -> bool:
+        return self.gan_is_on and self.step >= self.config.loss.gan_start + self.config.loss.gan_warmup
+
     def phases(self) -> tuple[bool, bool]:
         """(train the VAE, train D) in this step."""
         if not self.gan_is_on:
@@ -156,7 +163,7 @@ class VAETrainer(Trainer):
         if self.perceptual is not None:
             logged["loss/lpips"] = terms.perceptual
         total = terms.total
-        if self.gan_is_on:
+        if self.vae_feels_d:
             self.discriminator.requires_grad_(False)  # its own gradients come from its own step
             adversarial = generator_loss(self.discriminator(xhat))
             weight = loss.gan_weight * adaptive_weight(terms.nll, adversarial, self.vae.last_decoder_layer)
@@ -191,6 +198,9 @@ class VAETrainer(Trainer):
         train_vae, train_judge = self.phases()
         trained = ([self.autoencode] if train_vae else []) + ([self.judge] if train_judge else [])
         self.set_learning_rate(self.optimizer, *([self.judge_optimizer] if train_judge else []))
+        # D's running statistics see every clip: after a step that is left out they go back too
+        seen = list(self.discriminator.buffers()) if self.gan_is_on else []
+        before = [buffer.clone() for buffer in seen]
         for _ in range(accelerator.gradient_accumulation_steps):
             batch = next(batches)
             x = batch["video"].to(accelerator.device, non_blocking=True)
@@ -198,14 +208,14 @@ class VAETrainer(Trainer):
             with accelerator.accumulate(*trained), autocast(accelerator, self.config):
                 if train_vae:
                     total, xhat, logged = self.generator_loss(x, noise)
-                    accelerator.backward(total)
+                    accelerator.backward(finite_or_nan(total))
                     self.note(logged)
                 else:
                     with torch.no_grad():
                         xhat = self.autoencode(x, noise)[0].float()
                 if train_judge:
                     total, logged = self.discriminator_loss(x, xhat)
-                    accelerator.backward(total)
+                    accelerator.backward(finite_or_nan(total))
                     self.note(logged)
         finite = True
         if train_vae:
@@ -214,15 +224,55 @@ class VAETrainer(Trainer):
                 self.ema.update(self.vae)
         if train_judge:
             finite &= self.update(self.judge, self.judge_optimizer, largest, "grad_norm/discriminator")
+        if not finite:
+            for buffer, value in zip(seen, before, strict=True):
+                buffer.copy_(value)
         self.finish_step(finite)
+
+    def rehearse(self) -> None:
+        """The heaviest step there will be, on an empty clip, without an update: a lack of memory shows now, not at gan_start.
+
+        Weights, optimizers, D's statistics and random states are afterwards what they were; no process talks to another.
+        Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
+        """
+        config, loss, device = self.config, self.config.loss, self.accelerator.device
+        models = (self.autoencode, self.judge)
+        statistics = [b.clone() for b in self.discriminator.buffers()]
+        now, self.step = self.step, loss.gan_start + loss.gan_warmup
+        try:
+            # what Adam will hold from the first update on
+            moments = [torch.empty_like(p) for m in models for p in m.parameters() for _ in range(2)]
+            clip = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
+            x = torch.zeros(clip, device=device)
+            noise = self.latent_noise(x, range(config.micro_batch))
+            with self.accelerator.no_sync(models[0]), self.accelerator.no_sync(models[1]):
+                with autocast(self.accelerator, config):
+                    total, xhat, _ = self.generator_loss(x, noise)
+                    total.backward()
+                    if loss.gan_schedule is GANSchedule.alternate:
+                        self.autoencode.zero_grad()  # then D has a step of its own
+                    self.discriminator_loss(x, xhat)[0].backward()
+            del moments
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"a step with the discriminator does not fit on {device} ({str(error).split('. ')[0]}): "
+                "gradient_checkpointing=true, precision=bf16 or a smaller micro_batch, clip.num_frames or clip.size need less"
+            ) from error
+        finally:
+            self.step = now
+            for model in models:
+                model.zero_grad()
+            for buffer, value in zip(self.discriminator.buffers(), statistics, strict=True):
+                buffer.copy_(value)
 
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, the rest in trainer.pt; every process calls it, the main one writes."""
+        counters = self.counters()
         if not self.accelerator.is_main_process:
             return
         self.vae.save_pretrained(folder / "vae")
         self.ema.module.save_pretrained(folder / "vae_ema")
-        state = self.counters() | {"optimizer": self.optimizer.state_dict()}
+        state = counters | {"optimizer": self.optimizer.state_dict()}
         if self.discriminator is not None:
             state |= {"discriminator": self.discriminator.state_dict()}
             state |= {"judge_optimizer": self.judge_optimizer.state_dict()}
@@ -278,9 +328,12 @@ def train(config: TrainVAEConfig) -> Path:
             held_out = open_clips(config.source, still, 0, held_out=True)
     run_dir = Path(config.run_dir)
     refuse_inside(run_dir, "vae", config.model.init_from, "model.init_from")
-    if not Checkpoints(run_dir, config.keep_checkpoints).steps():
+    going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps())
+    if not going_on:
         initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae)
+    if trainer.discriminator is not None and accelerator.device.type == "cuda" and not going_on:
+        trainer.rehearse()
     if accelerator.is_main_process:
         open_run(run_dir, config, "train_vae")
     counts = {"videos": len(clips), "held_out": len(held_out)}
@@ -301,7 +354,7 @@ def train(config: TrainVAEConfig) -> Path:
             )
         accelerator.wait_for_everyone()
 
-    made = fit(
+    fit(
         trainer,
         clips,
         run_dir,
@@ -312,9 +365,9 @@ def train(config: TrainVAEConfig) -> Path:
         look_every=config.val_every,
         look_at_start=True,
     )
-    # A finished run called again leaves the export alone: cache_latents may have stored statistics in it.
-    if accelerator.is_main_process and (made or not (run_dir / "vae").is_dir()):
-        export_folder(run_dir / "vae", trainer.ema.module.save_pretrained)
+    if accelerator.is_main_process and export_folder(
+        run_dir / "vae", trainer.ema.module.save_pretrained, trainer.progress()
+    ):
         log.info("EMA weights: %s", run_dir / "vae")
     accelerator.wait_for_everyone()
     return run_dir / "vae"

@@ -4,8 +4,11 @@ pipe = LatentVideoPipeline.from_pretrained("runs/latte/pipeline")
 videos = pipe(labels=[0, 1], seeds=[0, 1], guidance_scale=4.0).videos   # (2, 3, T, H, W) in [-1, 1]
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -43,6 +46,18 @@ class LatentVideoPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer)
         self.register_to_config(class_names=list(class_names or []))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "LatentVideoPipeline":
+        """A saved pipeline. ValueError when model_index.json names other classes: diffusers would import any module."""
+        index = Path(folder) / "model_index.json"
+        if index.is_file():
+            named = json.loads(index.read_text())
+            allowed = {"transformer": [Latte], "vae": VAES}
+            for part, classes in allowed.items():
+                if named.get(part) not in [[c.__module__, c.__name__] for c in classes]:
+                    raise ValueError(f"{index}: {part} is {named.get(part)}, not a class of this project")
+        return super().from_pretrained(folder, **kwargs)
 
     def labels(self, wanted: Sequence[int | str] | None, count: int) -> Tensor | None:
         """Class ids or names as (N,) int64; None: every class in turn, or none for an unconditional model."""
@@ -101,7 +116,15 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Denoiser latents (N, C, t, h, w) to videos (N, 3, T, H, W) in [-1, 1], one at a time, on the CPU."""
+        """Denoiser latents (N, C, t, h, w) to videos (N, 3, T, H, W) in [-1, 1], one at a time, on the CPU.
+
+        An OD-VAE that can be streamed hands over four frames at a time: the device never holds a whole video.
+        """
         z = self.vae.denormalize(latents).to(self.vae.dtype)
-        frames = [self.vae.decode(one[None]).sample.float().clamp(-1, 1).cpu() for one in z]
-        return torch.cat(frames)
+        return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2) for one in z])
+
+    def _decoded(self, z: Tensor) -> Iterator[Tensor]:
+        """Frames of (1, C, t, h, w) in pieces (1, 3, n, H, W), in [-1, 1], on the CPU."""
+        streams = isinstance(self.vae, ODVAE) and self.vae.causal
+        for frames in self.vae.stream_decode([z]) if streams else [self.vae.decode(z).sample]:
+            yield frames.float().clamp(-1, 1).cpu()

@@ -113,6 +113,15 @@ def test_pipeline_survives_saving_and_loading(pipeline):
     assert videos[0].abs().max() <= 1
 
 
+@torch.no_grad()
+def test_videos_are_decoded_as_a_stream_and_equal_the_whole_clip_to_the_bit(pipeline, monkeypatch):
+    pipe = LatentVideoPipeline.from_pretrained(pipeline)
+    z = torch.randn(2, 4, 3, 2, 2)
+    want = torch.cat([pipe.vae.decode(one[None]).sample.clamp(-1, 1) for one in pipe.vae.denormalize(z)])
+    monkeypatch.setattr(type(pipe.vae), "decode", None)  # only the stream is left
+    assert torch.equal(pipe.decode_latents(z), want)
+
+
 def test_samples_of_another_vae_are_not_mixed_in(sample, pipeline):
     sample("run", "num_videos=1")
     pipe = LatentVideoPipeline.from_pretrained(pipeline)

@@ -1,4 +1,3 @@
-import json
 import signal
 from types import SimpleNamespace
 
@@ -6,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.checkpoints import Checkpoints, export_folder
 from pipelines.engine import accumulation_steps, draw_seed, generators, normal
 from pipelines.log import MetricLog, read_metrics
-from pipelines.run import Checkpoints, export_folder, refuse_inside, stop_on_signal
+from pipelines.run import refuse_inside, stop_on_signal
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -25,7 +25,9 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_no_half_one(tmp_path):
         (folder / "a.txt").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*step_00000002: No space left"):
+    with pytest.raises(
+        OSError, match=r"cannot write .*step_00000002: No space left .* needs about \d+ bytes"
+    ):
         checkpoints.save(2, fails, {}, ALONE)
     assert checkpoints.latest() == 1
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step_00000001"]
@@ -65,26 +67,17 @@ def test_any_damage_is_found_and_the_previous_checkpoint_used(tmp_path, damage):
     assert checkpoints.latest() == 1
 
 
-def test_a_manifest_that_points_outside_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 1)
-    manifest = checkpoints.path(1) / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["files"] = {"../../secret": "0"}
-    manifest.write_text(json.dumps(content))
-    assert "missing" in checkpoints.damage(1)
-
-
 def test_export_replaces_a_folder_as_a_whole(tmp_path):
     target = tmp_path / "vae"
-    for name in ("one", "two"):
+    for step, name in enumerate(("one", "two")):
 
         def write(folder, name=name):
             folder.mkdir()
             (folder / name).write_text(name)
 
-        export_folder(target, write)
-    assert [p.name for p in target.iterdir()] == ["two"]
+        assert export_folder(target, write, {"step": step})
+        assert not export_folder(target, write, {"step": step})
+    assert sorted(p.name for p in target.iterdir()) == ["export.json", "two"]
     assert [p.name for p in tmp_path.iterdir()] == ["vae"]
 
 

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Kills each program 50 times at random moments and compares its end with that of one never killed (25 minutes on two
+# CPU cores); writes docs/results/kills.json and kills.md. Arguments: see tests/faults/kills.py --help.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+exec "$python" "$root/tests/faults/kills.py" --kills 50 --out "$root/docs/results/kills.json" "$@"

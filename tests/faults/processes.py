@@ -1,0 +1,110 @@
+"""Programs in forked processes that are killed from outside, or by themselves before a file operation."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def start(program: str, settings: list[str], folder: Path, kill_before: int = 0) -> tuple[int, int]:
+    """Fork a child that runs the program; (its id, a pipe on which it tells of the file operations).
+
+    kill_before: the child kills itself before this one of its file operations; 0: it does not.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, reading
+    code = 1
+    try:
+        os.close(reading)
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        count_operations(folder, writing, kill_before)
+        from importlib import import_module
+
+        code = import_module(f"pipelines.{program}").main(settings) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def count_operations(folder: Path, pipe: int, kill_before: int) -> None:
+    """Tell the parent of each operation that changes files of the folder, before it is done."""
+    root, count = str(folder), 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event == "open":
+            path, mode, flags = arguments
+            if not ((isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & os.O_CREAT):
+                return
+        elif event not in CHANGES:
+            return
+        path = arguments[0]
+        name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+        # names that are not absolute are those of a folder which shutil.rmtree is deleting
+        if isinstance(name, str) and name and (name.startswith(root) or not name.startswith("/")):
+            count += 1
+            shown = re.sub(
+                r"\.tmp-[^/]*", ".tmp", name.removeprefix(root).lstrip("/")
+            )  # no names of machines
+            os.write(pipe, f"{event} {shown or '.'}\n".encode())
+            if count == kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def wait(child: int, pipe: int, kill: Callable[[], bool] = lambda: False) -> tuple[bool, list[str]]:
+    """Until the child ends; (was it killed, its file operations). kill(): asked every millisecond. Fails on an error."""
+    os.set_blocking(pipe, False)
+    said, done, status = b"", False, 0
+    while not done:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if not done and kill():
+            os.kill(child, signal.SIGKILL)
+            done, status = os.waitpid(child, 0)
+        while chunk := read(pipe):
+            said += chunk
+        if not done:
+            time.sleep(0.001)
+    os.close(pipe)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if not killed and status:
+        raise RuntimeError(f"a start ended with status {status}")
+    return killed, said.decode().splitlines()
+
+
+def in_child(function: Callable[[], list[str]]) -> list[str]:
+    """function() in a process of its own: this one stays free of tensor operations."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writing, json.dumps(function()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        return json.loads(pipe.read())
+
+
+def read(pipe: int) -> bytes:
+    try:
+        return os.read(pipe, 65536)
+    except BlockingIOError:
+        return b""

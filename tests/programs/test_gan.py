@@ -1,0 +1,168 @@
+"""The discriminator of stage one: when it begins, what its numbers are, and that its memory is known at the start."""
+
+import shutil
+
+import pytest
+import torch
+
+from pipelines import vae_trainer
+from pipelines.config import load
+from pipelines.engine import finite_or_nan, make_accelerator
+from pipelines.log import read_metrics
+from pipelines.train_vae import TrainVAEConfig, main
+
+
+@pytest.fixture
+def train(vae_settings, tmp_path):
+    def go(name, *more):
+        run = tmp_path / name
+        main([*vae_settings, f"run_dir={run}", f"source.index_dir={tmp_path / 'index'}", *more])
+        return run
+
+    return go
+
+
+@pytest.fixture
+def trainer(vae_settings):
+    def build(*more):
+        config = load(TrainVAEConfig, None, [*vae_settings, *more])
+        return vae_trainer.VAETrainer(config, make_accelerator(config), vae_trainer.build_vae_model(config))
+
+    return build
+
+
+def steps_with(run, name):
+    return [r["step"] - 1 for r in read_metrics(run) if name in r]
+
+
+def test_the_discriminator_learns_during_its_warmup_and_the_vae_feels_it_afterwards(train):
+    run = train("run", "steps=6", "loss.gan_schedule=both", "loss.gan_start=1", "loss.gan_warmup=3")
+    assert steps_with(run, "gan/discriminator") == [1, 2, 3, 4, 5]
+    assert steps_with(run, "gan/logits_real") == [1, 2, 3, 4, 5]
+    assert steps_with(run, "gan/weight") == steps_with(run, "gan/generator") == [4, 5]
+
+
+def test_the_vae_trains_in_the_warmup_as_without_a_discriminator(train):
+    runs = [
+        train("gan", "steps=3", "loss.gan_schedule=both", "loss.gan_start=0", "loss.gan_warmup=3"),
+        train("none", "steps=3", "loss.gan_weight=0"),
+    ]
+    losses = [[r["loss/nll"] for r in read_metrics(run) if "loss/nll" in r] for run in runs]
+    assert losses[0] == losses[1]
+
+
+def state(trainer):
+    parts = (trainer.vae, trainer.ema.module, trainer.discriminator)
+    tensors = [v.clone() for p in parts for v in p.state_dict().values()]
+    moments = [
+        v.clone()
+        for o in (trainer.optimizer, trainer.judge_optimizer)
+        for s in o.state_dict()["state"].values()
+        for v in s.values()
+    ]
+    return [*tensors, *moments, torch.get_rng_state(), torch.tensor(trainer.step)]
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "both"])
+def test_a_rehearsal_makes_the_heaviest_step_and_changes_nothing(schedule, trainer, monkeypatch):
+    rehearsed = trainer("loss.gan_start=100", "loss.gan_warmup=5", f"loss.gan_schedule={schedule}")
+    weighed, original = [], vae_trainer.adaptive_weight
+    monkeypatch.setattr(
+        vae_trainer, "adaptive_weight", lambda *a: weighed.append(original(*a)) or weighed[-1]
+    )
+    before = state(rehearsed)
+    rehearsed.rehearse()
+    assert len(weighed) == 1
+    assert weighed[0].isfinite()
+    after = state(rehearsed)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    parameters = [*rehearsed.vae.parameters(), *rehearsed.discriminator.parameters()]
+    assert all(p.grad is None and p.requires_grad for p in parameters)
+
+
+def test_a_rehearsed_run_is_the_same_run_to_the_bit(train, monkeypatch):
+    plain = train("plain", "steps=4")
+    built = vae_trainer.VAETrainer.__init__
+
+    def rehearsing(self, *arguments):
+        built(self, *arguments)
+        self.rehearse()
+
+    monkeypatch.setattr(vae_trainer.VAETrainer, "__init__", rehearsing)
+    rehearsed = train("rehearsed", "steps=4")
+    assert (plain / "metrics.jsonl").read_text() == (rehearsed / "metrics.jsonl").read_text()
+
+
+def test_memory_that_does_not_suffice_is_named_before_the_first_step_with_what_helps(trainer, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free")
+
+    rehearsed = trainer()
+    monkeypatch.setattr(rehearsed, "discriminator_loss", full)
+    before = state(rehearsed)
+    with pytest.raises(ValueError, match=r"Tried to allocate 2.00 GiB\): gradient_checkpointing=true"):
+        rehearsed.rehearse()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(rehearsed), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_gives_no_finite_gradient_whatever_its_own_is(value):
+    w = torch.ones(3, requires_grad=True)
+    finite_or_nan(w.sum() + value).backward()  # its own gradient is 1
+    assert w.grad.isnan().all()
+    w.grad = None
+    loss = w.square().sum()
+    assert torch.equal(finite_or_nan(loss), loss)
+    finite_or_nan(loss).backward()
+    assert torch.equal(w.grad, 2 * w.detach())
+
+
+def test_an_infinite_adversarial_weight_is_skipped_counted_and_ends_the_run_when_it_persists(
+    train, monkeypatch
+):
+    infinite = torch.tensor(float("inf"))
+    monkeypatch.setattr(vae_trainer, "adaptive_weight", lambda *_: infinite)
+    with pytest.raises(ValueError, match="2 steps in a row had a non-finite loss or gradient"):
+        train("run", "steps=9", "loss.gan_schedule=both", "max_skipped=2")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stops"),
+    [
+        ("both", [3]),
+        pytest.param("both", [1, 4, 5], marks=pytest.mark.slow),
+        pytest.param("alternate", [1, 3, 4, 5], marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_training_equals_uninterrupted_to_the_bit_in_every_phase_of_the_gan(
+    schedule, stops, train, tmp_path
+):
+    # checkpoints before D begins, in its warm-up, between a step of the VAE and one of D, and later
+    more = ["micro_batch=1", "steps=7", "save_every=1", "keep_checkpoints=9", "log_every=2"]
+    more += [f"loss.gan_schedule={schedule}", "loss.gan_start=2", "loss.gan_warmup=2"]
+    whole = train("whole", *more)
+    for step in stops:
+        parts = tmp_path / f"from{step}"
+        shutil.copytree(whole, parts)
+        for later in range(step + 1, 8):
+            shutil.rmtree(parts / "checkpoints" / f"step_{later:08d}")
+        train(parts.name, *more)
+        for name in ("vae/{}", "vae_ema/{}"):
+            file = "checkpoints/step_00000007/" + name.format("diffusion_pytorch_model.safetensors")
+            assert (whole / file).read_bytes() == (parts / file).read_bytes()
+        states = [
+            torch.load(r / "checkpoints/step_00000007/trainer.pt", weights_only=True) for r in (whole, parts)
+        ]
+        assert same(*states)
+        assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
