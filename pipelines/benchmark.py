@@ -49,7 +49,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     vae = ODVAE.preset(config.preset, variant=variant, block_out_channels=tuple(config.block_out_channels))
-    vae = vae.to(device, dtype).eval()
+    vae = (vae.bfloat16() if dtype is torch.bfloat16 else vae).to(device).eval()
     clip = (
         torch.rand(config.batch, 3, config.num_frames, config.size, config.size, device=device, dtype=dtype)
         * 2

@@ -33,6 +33,7 @@ class ReconstructConfig:
     stream: bool = option(
         False, "whole videos, frame by frame, instead of one clip of each (od-vae, exact design)"
     )
+    whole: bool = option(True, "stream=true: whole videos; false: the clip that is taken without stream")
     tiling_frames: int = option(0, "temporal tiling in groups of so many frames (paper 3.3: 33); 0: off")
     lpips: bool = option(True, "measure LPIPS too (AlexNet)")
     lpips_weights: str = option("", "AlexNet file; empty: $OMNILATTE_WEIGHTS or the torch hub cache")
@@ -56,12 +57,18 @@ def clip_pairs(
 ) -> Iterator[tuple[Any, Any]]:
     """One (original, reconstruction) of the clip of a video."""
     import numpy as np
+    import torch
 
     from data.clip import to_float, to_uint8
 
     original = clips.clip_uint8(index, np.random.default_rng((config.seed, index)))
     x = to_float(original)[None].to(device)
-    yield original, to_uint8(vae(x, sample_posterior=False).sample)[0]
+    if config.stream:
+        latents = (posterior.mode() for posterior in vae.stream_encode(x.split(STREAM_CHUNK, dim=2)))
+        decoded = torch.cat(list(vae.stream_decode(latents)), dim=2)
+    else:
+        decoded = vae(x, sample_posterior=False).sample
+    yield original, to_uint8(decoded)[0]
 
 
 def stream_pairs(
@@ -73,12 +80,12 @@ def stream_pairs(
     from data.clip import crop_resize_uint8, to_float, to_uint8
     from data.video import iterate_frames
 
-    record = clips.videos[index].record
-    total = (record.num_frames - 1) // 4 * 4 + 1
+    clip = clips.videos[index]
+    total = (clip.record.num_frames - 1) // 4 * 4 + 1
     waiting: list[Any] = []
 
     def incoming() -> Iterator[Any]:
-        frames = itertools.islice(iterate_frames(record.path), total)
+        frames = itertools.islice(iterate_frames(clip.record.path), clip.first, clip.first + total)
         while batch := list(itertools.islice(frames, STREAM_CHUNK)):
             pixels = crop_resize_uint8(np.stack(batch), clips.spec, np.random.default_rng(0))
             waiting.extend(pixels)
@@ -110,19 +117,22 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     accelerator = make_accelerator()
     vae = load_vae(config.vae.name, config.vae.path or None).requires_grad_(False).to(accelerator.device)
     prepare(config, vae)
-    network = load_lpips(config.lpips_weights or None, accelerator.device) if config.lpips else None
-    if not config.stream:
+    network, judge = (
+        load_lpips(config.lpips_weights or None, accelerator.device) if config.lpips else (None, None)
+    )
+    whole = config.stream and config.whole
+    if not whole:
         check_clip(vae, config.clip)
     spec = (
         config.clip.spec(num_frames=1, short="loop", crop="center", flip=False)
-        if config.stream
+        if whole
         else config.clip.spec()
     )
     with accelerator.main_process_first():
         clips = open_clips(config.source, spec, config.seed)
     count = min(config.num_videos or len(clips), len(clips))
     out = Path(config.out)
-    pairs_of, records = stream_pairs if config.stream else clip_pairs, []
+    pairs_of, records = stream_pairs if whole else clip_pairs, []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     for index in tqdm(mine, desc="videos", disable=not accelerator.is_main_process or None):
         scores: dict[str, list[float]] = {}
@@ -150,6 +160,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     summary |= {"params": sum(p.numel() for p in vae.parameters()), "weights_sha256": weights_digest(vae)}
     summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
     summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
+    summary |= {"lpips_weights": judge.as_dict()} if judge else {}
     if accelerator.is_main_process:
         write_atomic(out / "videos.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
@@ -201,7 +212,11 @@ def main(argv: list[str] | None = None) -> int:
 
         print(summary(config))
         return 0
-    print(row(reconstruct(config)))
+    found = reconstruct(config)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(row(found))
     return 0
 
 

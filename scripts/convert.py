@@ -54,8 +54,8 @@ def write_file(dst: Path, save: Callable[[Path], None]) -> None:
         os.replace(temporary, dst)
 
 
-def load_source(family: str, src: Path, num_heads: int | None):
-    """The model that the official file `src` holds, in eval mode."""
+def load_source(family: str, src: Path, **latte: int | None):
+    """The model that the official file `src` holds, in eval mode. latte: num_heads and num_frames, for a Latte."""
     if family in BASELINES:
         from vae.baselines.release import convert_baseline
 
@@ -67,15 +67,15 @@ def load_source(family: str, src: Path, num_heads: int | None):
     if family == "latte":
         from denoiser.release import from_release
 
-        return from_release(src, num_heads=num_heads)
+        return from_release(src, **latte)
     from eval.weights import load_c3d, load_i3d
 
     return {"i3d": load_i3d, "c3d": load_c3d}[family](src)[0]
 
 
-def convert(family: str, src: Path, dst: Path, num_heads: int | None = None) -> str:
+def convert(family: str, src: Path, dst: Path, **latte: int | None) -> str:
     """Official file or folder -> folder dst; returns what was written, in words."""
-    model = load_source(family, src, num_heads)
+    model = load_source(family, src, **latte)
     if family in JUDGES:
         from safetensors.torch import save_file
 
@@ -118,17 +118,26 @@ def main(argv: list[str] | None = None) -> int | None:
         "--export", action="store_true", help=f"back to upstream's layout: {', '.join(EXPORTS)}"
     )
     parser.add_argument("--num-heads", type=int, help="latte only: attention heads of an unpublished size")
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        help="latte only: latent frames of the new model, e.g. 21 from 16-frame weights",
+    )
     args = parser.parse_args(argv)
     if args.export and args.family not in EXPORTS:
         raise ValueError(f"--export {args.family}: only {' and '.join(EXPORTS)} can be written back")
-    if args.num_heads is not None and (args.family != "latte" or args.export):
-        raise ValueError("--num-heads belongs to `latte` without --export")
+    for name in ("num_heads", "num_frames"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and (args.family != "latte" or args.export):
+            raise ValueError(f"{flag} belongs to `latte` without --export")
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value}: must be at least 1")
     if not args.src.exists():
         raise ValueError(f"--src {args.src}: no such file or folder")
     if args.export:
         print(export(args.family, args.src, args.dst))
     else:
-        print(convert(args.family, args.src, args.dst, args.num_heads))
+        print(convert(args.family, args.src, args.dst, num_heads=args.num_heads, num_frames=args.num_frames))
 
 
 if __name__ == "__main__":

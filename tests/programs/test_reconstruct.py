@@ -5,7 +5,7 @@ import pytest
 
 from data.encode import write_ffv1
 from data.video import read_frames
-from pipelines import benchmark, reconstruct, table
+from pipelines import reconstruct, table
 
 
 @pytest.fixture
@@ -87,21 +87,3 @@ def test_the_list_of_vaes_has_the_paper_s_parameter_counts(capsys):
         "52,192,773",
     ):
         assert count in text
-
-
-def test_benchmark_measures_encoding_and_decoding_of_each_variant(capsys, tmp_path):
-    small = [
-        "num_frames=5",
-        "size=16",
-        "block_out_channels=[32,32,32,32]",
-        "repeats=1",
-        "warmup=0",
-        "variants=[4]",
-    ]
-    benchmark.main(["vae", *small, f"out={tmp_path / 'rows.jsonl'}"])
-    assert "variant 4" in capsys.readouterr().out
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
-    assert row["encode"]["batches_per_s"] > 0
-    assert row["decode"]["frames"] == 5
-    with pytest.raises(ValueError, match="say what to measure"):
-        benchmark.main([])
