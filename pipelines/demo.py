@@ -24,6 +24,7 @@ from pipelines.run import ROOT, versions
 log = logging.getLogger(__name__)
 NUM_VIDEOS = 32  # scored; the page shows the first SHOWN
 SHOWN = 16
+PAGE_WIDTH = 1000  # pixels
 PSNR_GAIN = 6.0  # dB that training must add on held-out clips
 FVD_RATIO = 0.5  # of the untrained network's distance, at most
 
@@ -225,7 +226,7 @@ def lpips_row(pairs: list[tuple[Any, Any]]) -> tuple[str, str, str]:
     from eval.fidelity import load_lpips, lpips_distance
 
     try:
-        network = load_lpips()
+        network, _ = load_lpips()
     except ValueError as error:
         return "LPIPS", "not run", str(error)
     return "LPIPS", f"{sum(lpips_distance(*p, network) for p in pairs) / len(pairs):.4f}", "AlexNet"
@@ -286,21 +287,28 @@ def page(path: Path, outcome: Outcome, vae_config: Any, latte: Any, seconds: flo
         Section(
             "Reconstruction",
             "original | reconstruction | error x 4, on clips the VAE never saw",
-            figures=[clip_figure(side_by_side, "held-out clips")],
+            figures=[clip_figure(side_by_side, "held-out clips", width=480)],
         ),
         Section(
             "Generation",
             figures=[
                 clip_figure(
-                    grid(clips["fake"][:SHOWN], wide), f"generated, {labelled}seeds 0 to {SHOWN - 1}"
+                    grid(clips["fake"][:SHOWN], wide),
+                    f"generated, {labelled}seeds 0 to {SHOWN - 1}",
+                    width=PAGE_WIDTH,
                 ),
-                clip_figure(grid(clips["real"][:SHOWN], wide), "real"),
+                clip_figure(grid(clips["real"][:SHOWN], wide), "real", width=PAGE_WIDTH),
             ],
         ),
         Section("Scores", header=("score", "value", "protocol"), rows=outcome.scores),
         Section("Efficiency", header=("figure", "value", "measured on"), rows=outcome.speeds),
         Section("Curves", figures=curves),
-        Section("Versions", header=("package", "version"), rows=list(versions().items())),
+        Section(
+            "Versions",
+            header=("package", "version"),
+            rows=list(versions().items()),
+            folded="of Python and the packages",
+        ),
     ]
     subtitle = f"{time.strftime('%Y-%m-%d %H:%M')}, {platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.1f} minutes for this run"
     write_report(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)

@@ -82,5 +82,5 @@ def test_the_demo_s_parts_all_run_and_make_a_page_with_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/webp") == 3
-    assert page.count("data:image/png") == 3
+    assert page.count("data:image/svg+xml") == 3
     assert "random-feature FVD" in page
