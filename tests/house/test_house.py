@@ -28,6 +28,9 @@ PROGRAMS = [
     "reconstruct",
     "benchmark",
     "table",
+    "stand_in",
+    "run_report",
+    "export",
 ]
 
 

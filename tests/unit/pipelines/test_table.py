@@ -1,0 +1,97 @@
+"""Tables as data: every shipped table in every preset."""
+
+from importlib import import_module
+
+import pytest
+
+from pipelines.tables.plan import load_table
+from pipelines.tables.protocol import wanted
+from pipelines.tables.spec import fill, names, presets, read
+
+EVERY = [(n, p) for n in names() for p in presets() if p in read(n).get("presets", presets())]
+
+
+@pytest.mark.parametrize(("name", "preset"), EVERY)
+def test_every_table_has_a_plan_in_each_of_its_presets(name, preset, places):
+    table = load_table(name, preset, places)
+    for row in table.rows:
+        for column in table.columns:
+            cells = table.cells.get((row.name, column.title), [])
+            assert bool(cells) != (column.title in row.blank), (
+                f"{row.name}, {column.title}: a cell or a reason"
+            )
+        assert set(row.paper) <= {c.title for c in table.columns}, f"{row.name}: a number without its column"
+        assert set(row.blank) <= {c.title for c in table.columns}
+        order = [s.name for s in table.steps_of(row)]
+        assert all(order.index(e) < order.index(s) for s in order for e in table.steps[s].after)
+    for curve in table.curves:
+        assert set(curve.rows) <= {r.name for r in table.rows} or not curve.step
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_command_is_one_that_its_program_accepts(preset, places):
+    tables = [load_table(n, p, places) for n, p in EVERY if p == preset]
+    for step in {s.name: s for t in tables for s in t.steps.values()}.values():
+        if step.program.startswith("pipelines.") and step.program != "pipelines.stand_in":
+            wanted(step)
+        elif step.program:
+            import_module(step.program).parse(list(step.arguments))
+
+
+def test_tables_share_the_work_they_have_in_common(places):
+    two, four = load_table("table2", "paper", places), load_table("table4", "paper", places)
+    shared = two.steps.keys() & four.steps.keys()
+    assert {"latte-odvae-ucf101", "samples-odvae-ucf101", "fvd-odvae-ucf101"} <= shared
+    assert all(two.steps[n] == four.steps[n] for n in shared)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_no_two_tables_write_different_things_to_one_folder(preset, places):
+    steps = {}
+    for name in (n for n, p in EVERY if p == preset):
+        for step in load_table(name, preset, places).steps.values():
+            assert steps.setdefault(step.name, step) == step
+
+
+def test_no_column_mixes_the_online_and_the_cached_training_speed(places):
+    for name in ("table2", "table3"):
+        table = load_table(name, "paper", places)
+        for column in (c for c in table.columns if "TSpeed" in c.name):
+            modes = {
+                a
+                for r in table.rows
+                for n in table.cells[r.name, column.title]
+                for a in table.steps[n].arguments
+            }
+            mode, other = ("online", "cached") if "online" in column.name else ("cached", "online")
+            assert f"mode={mode}" in modes
+            assert f"mode={other}" not in modes
+
+
+def test_a_dataset_and_rows_choose_a_part_of_a_table(places):
+    table = load_table("table2", "paper", places, ["OD-VAE"], "ucf101")
+    assert [r.name for r in table.rows] == ["OD-VAE"]
+    assert table.columns
+    assert all(c.values["dataset"] == "ucf101" for c in table.columns)
+    with pytest.raises(ValueError, match="OPS-VAE"):
+        load_table("table2", "paper", places, ["nobody"])
+    with pytest.raises(ValueError, match="figure4"):
+        load_table("table9", "paper", places)
+    with pytest.raises(ValueError, match="preset small"):
+        load_table("table1", "small", places)
+
+
+def test_a_seed_is_part_of_the_folders_that_depend_on_it_and_of_no_other(places):
+    table = load_table("figure4", "small", places)
+    cell = table.cells["variant 4, tail", "held-out PSNR"]
+    assert cell == [f"odvae-v4-tail-seed{s}" for s in (0, 1, 2)]
+    assert str(table.steps[cell[1]].folder) == f"{places.out}/runs/odvae-v4-tail-seed1"
+    assert "seed=1" in table.steps[cell[1]].arguments
+    speed = load_table("variant_speed", "small", places).cells["variant 2", "CSpeed, it/s"]
+    assert speed == ["cspeed-odvae-v2"]
+
+
+def test_a_placeholder_without_a_value_is_an_error_that_names_it():
+    assert fill("x-{a}", {"a": 1}) == "x-1"
+    with pytest.raises(ValueError, match="{b}"):
+        fill("x-{b}", {"a": 1})

@@ -1,0 +1,177 @@
+"""States, protocols, marks and formats of a table, on records written by hand."""
+
+import csv
+import io
+
+import pytest
+
+from pipelines.tables.cells import cells_of
+from pipelines.tables.plan import load_table
+from pipelines.tables.plot import mean_and_spread
+from pipelines.tables.records import find
+from pipelines.tables.render import comma_separated, latex, markdown, render, tex
+from pipelines.tables.run import Desk, row_state
+from pipelines.tables.spec import Step
+from tests.unit.pipelines.tables import reconstruction, run_folder, score, table_of, write_summary
+
+
+def test_a_row_says_which_weights_and_data_are_missing_and_where_from(desk, places):
+    table = load_table("table2", "paper", places, ["SVD-VAE"], "ucf101")
+    word, reason = row_state(desk, table, table.rows[0])
+    assert word == "missing"
+    assert "no weights: svd" in reason
+    assert "no data: ucf101" in reason
+    assert "no weights: i3d" in reason
+    assert "no weights: c3d" in reason
+    cell = cells_of(desk, table)["SVD-VAE", "UCF101 FVD"]
+    assert cell.text == "no weights: svd"
+    assert "stable-video-diffusion" in cell.sources[0].detail
+    (places.runs.parent.parent / "weights" / "svd").mkdir(parents=True)
+    (places.runs.parent.parent / "weights" / "svd" / "config.json").write_text("{}")
+    assert "svd" not in row_state(Desk(places), table, table.rows[0])[1]
+
+
+def test_a_finished_step_is_recognised_by_its_record(desk, places):
+    step = reconstruction(places, "r")
+    table = table_of({"a": [step]}, rows=["a"])
+    assert row_state(desk, table, table.rows[0])[0] == "not run"
+    write_summary(step, 31.25)
+    desk = Desk(places)
+    assert row_state(desk, table, table.rows[0]) == ("done", "")
+    source = cells_of(desk, table)["a", "PSNR"].sources[0]
+    assert (source.value, source.git, source.record) == (31.25, "abc", "../runs/r/summary.json")
+    assert "clip.num_frames=25" in source.protocol
+
+
+@pytest.mark.parametrize("setting", [{"clip.num_frames": 33}, {"tiling_frames": 17}, {"stream": True}])
+def test_a_record_of_another_protocol_is_no_number(setting, desk, places):
+    step = reconstruction(places, "r")
+    write_summary(step, 31.25, **setting)
+    cell = cells_of(desk, table_of({"a": [step]}, rows=["a"]))["a", "PSNR"]
+    assert cell.text == "other protocol"
+    assert cell.mean is None
+    assert next(iter(setting)) in cell.sources[0].detail
+
+
+def test_a_record_of_the_same_protocol_from_elsewhere_is_a_number(desk, places):
+    step = reconstruction(places, "r")
+    write_summary(step, 30.0, **{"source.root": "/elsewhere", "source.index_dir": "/i", "vae.path": "/w"})
+    assert cells_of(desk, table_of({"a": [step]}, rows=["a"]))["a", "PSNR"].mean == 30.0
+
+
+def test_a_damaged_record_is_unfinished_work(desk, places):
+    step = reconstruction(places, "r")
+    step.folder.mkdir(parents=True)
+    (step.folder / "summary.json").write_text('{"psnr": 3')
+    assert find(step).state == "partly"
+
+
+def test_a_training_is_done_at_its_last_step_and_with_its_export(places):
+    found = find(run_folder(places))
+    assert (found.state, found.values["val/psnr"], found.git) == ("done", 24.0, "abc")
+    assert find(run_folder(places, "early", steps=3)).note == "step 3 of 4"
+    assert find(run_folder(places, "bare", export=False)).state == "partly"
+    longer = find(run_folder(places, "longer", steps=9, asked=4))
+    assert longer.state == "other"
+    assert "steps is 9, asked 4" in longer.note
+    other = run_folder(places, "changed")
+    found = find(Step(**{**vars(other), "arguments": (*other.arguments, "learning_rate=1")}))
+    assert found.state == "other"
+    assert "learning_rate" in found.note
+    assert not found.again
+
+
+def test_seeds_give_mean_and_spread_and_say_how_many_there_are(desk, places):
+    steps = [run_folder(places, f"s{n}", seed=n) for n in range(3)]
+    table = table_of({"a": steps}, rows=["a"], key="val/psnr")
+    assert cells_of(desk, table)["a", "PSNR"].text == "25.00 ± 1.00 (n = 3)"
+    (steps[2].folder / "vae" / "config.json").unlink()
+    assert cells_of(Desk(places), table)["a", "PSNR"].text == "24.50 ± 0.71 (n = 2)"
+
+
+def test_curves_have_the_mean_and_the_spread_of_the_steps_that_all_runs_share():
+    steps, mean, low, high = mean_and_spread([[(0, 1.0), (1, 2.0), (2, 9.0)], [(0, 3.0), (1, 2.0)]])
+    assert steps.tolist() == [0, 1]
+    assert mean.tolist() == [2.0, 2.0]
+    assert (high - mean).tolist() == pytest.approx([2**0.5, 0])
+    assert (mean - low).tolist() == pytest.approx([2**0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("better", "marks"), [("up", ["best", "second", ""]), ("down", ["", "second", "best"])]
+)
+def test_best_and_second_are_marked_in_ours_and_in_the_papers(better, marks, desk, places):
+    steps = {}
+    for row, value in zip("abc", (3.0, 2.0, 1.0), strict=True):
+        steps[row] = [reconstruction(places, row)]
+        write_summary(steps[row][0], value)
+    paper = {"a": {"PSNR": 1.0}, "b": {"PSNR": 1.0}, "c": {"PSNR": 2.0}}
+    cells = cells_of(desk, table_of(steps, "abc", better, paper))
+    assert [cells[r, "PSNR"].mark for r in "abc"] == marks
+    best = {"up": ["second", "second", "best"], "down": ["best", "best", "second"]}[better]
+    assert [cells[r, "PSNR"].paper_mark for r in "abc"] == best
+
+
+def test_a_score_of_random_weights_is_never_shown_as_the_score(desk, places):
+    folder = places.runs / "fvd"
+    folder.mkdir(parents=True)
+    real = Step("fvd", folder, folder, "eval.fvd", ("--real", "r", "--fake", "f"))
+    trial = Step(**{**vars(real), "arguments": (*real.arguments, "--weights", "random:0")})
+    names = ("random-feature FVD (I3D, seed 0)", "random-feature KVD (I3D, seed 0)")
+    (folder / "scores.jsonl").write_text("".join(score(n, 5.0) + "\n" for n in names))
+    table = table_of({"a": [real]}, rows=["a"], key="FVD", column="FVD")
+    assert cells_of(desk, table)["a", "FVD"].text == "other protocol"
+    table = table_of({"a": [trial]}, rows=["a"], key="FVD", column="FVD")
+    cell = cells_of(Desk(places), table)["a", "FVD"]
+    assert cell.mean == 5.0
+    assert cell.label == "random-feature score"
+    assert "random-feature score" in markdown(table, {("a", "FVD"): cell}, [])
+
+
+def test_the_newest_score_of_the_protocol_asked_for_counts(places):
+    folder = places.runs / "fvd"
+    folder.mkdir(parents=True)
+    step = Step("fvd", folder, folder, "eval.fvd", ("--real", "r", "--fake", "f"))
+    lines = [score("FVD", 1.0), score("KVD", 2.0), score("FVD", 3.0, num_frames=81), score("FVD", 4.0)]
+    (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    found = find(step)
+    assert found.state == "done"
+    assert (found.values["FVD"], found.values["KVD"]) == (4.0, 2.0)
+    (folder / "scores.jsonl").write_text(score("FVD", 3.0, num_frames=81))
+    found = find(step)
+    assert found.state == "other"
+    assert found.again
+    assert "num_frames" in found.note
+
+
+def test_latex_and_markdown_escape_what_they_would_read_as_commands(desk, places):
+    assert tex(r"50% of a_b & {c} $ # ~ ^ \x ±") == (
+        r"50\% of a\_b \& \{c\} \$ \# \textasciitilde{} \textasciicircum{} \textbackslash{}x $\pm$"
+    )
+    table = table_of({"a|<b>": [reconstruction(places, "r")]}, rows=["a|<b>"])
+    text = markdown(table, cells_of(desk, table), [])
+    assert r"a\|&lt;b>" in text
+    assert "not run" in latex(table, cells_of(desk, table))
+
+
+def test_the_csv_has_one_line_a_number_with_its_protocol(desk, places):
+    steps = [run_folder(places, f"s{n}", seed=n) for n in range(2)]
+    table = table_of({"a": steps, "b": [reconstruction(places, "r")]}, key="val/psnr")
+    lines = list(csv.DictReader(io.StringIO(comma_separated(table, cells_of(desk, table)))))
+    assert [(r["row"], r["value"], r["commit"]) for r in lines] == [
+        ("a", "24.0", "abc"),
+        ("a", "25.0", "abc"),
+        ("b", "", ""),
+    ]
+    assert "clip.num_frames=9" in lines[0]["protocol"]
+    assert lines[2]["reason"].startswith("not run")
+
+
+def test_a_table_renders_without_a_single_run(desk, places):
+    table = load_table("figure4", "paper", places)
+    folder = render(desk, table)
+    for ending in ("md", "html", "csv", "tex"):
+        assert (folder / f"figure4.{ending}").stat().st_size > 500
+    page = (folder / "figure4.html").read_text()
+    assert page.count("<img") == len(table.curves)
+    assert "no data: stage1" in page
