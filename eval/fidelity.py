@@ -23,6 +23,7 @@ from eval.weights import require_weights
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
+LPIPS_LEAST = 31  # pixels that the strides of AlexNet's first layers leave something of
 
 
 def _check(real: np.ndarray, fake: np.ndarray) -> None:
@@ -115,13 +116,23 @@ def load_lpips(weights=None, device="cpu"):
     return network.to(device), provenance
 
 
+def check_lpips_size(height: int, width: int) -> None:
+    """ValueError for frames from which AlexNet's deeper layers get nothing."""
+    if min(height, width) < LPIPS_LEAST:
+        raise ValueError(
+            f"frames of {height}x{width}: LPIPS's AlexNet needs at least {LPIPS_LEAST} x {LPIPS_LEAST} pixels; "
+            "use larger frames or leave LPIPS out"
+        )
+
+
 def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int = 8) -> float:
-    """LPIPS, mean over frames. Videos (T, H, W, 3) uint8; network: from `load_lpips`."""
+    """LPIPS, mean over frames. Videos (T, H, W, 3) uint8, >= 31 x 31; network: from `load_lpips`."""
     import torch
 
     from eval.features import exact_float32
 
     _check(real, fake)
+    check_lpips_size(*real.shape[1:3])
     device = next(network.parameters()).device
 
     def frames(video: np.ndarray) -> torch.Tensor:

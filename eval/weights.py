@@ -109,7 +109,9 @@ def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
                 return candidate
         where = f"{path} {'has no such file' if path.is_dir() else 'does not exist'}"
     way_out = (
-        "--no-lpips leaves LPIPS out" if kind == "alexnet" else "--weights random:0 is for smoke runs only"
+        "--no-lpips (lpips=false, val_lpips=false) leaves LPIPS out"
+        if kind == "alexnet"
+        else "--weights random:0 is for smoke runs only"
     )
     raise ValueError(
         f"{official.network} weights are missing ({where}): get {official.file} from {official.source} "

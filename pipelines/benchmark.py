@@ -26,6 +26,8 @@ class BenchmarkConfig:
     preset: str = option("odvae", "odvae|osp_v1_2")
     variants: list[int] = option([1, 2, 3, 4], "rows")
     block_out_channels: list[int] = option([128, 256, 512, 512], "widths of the four levels")
+    layers_per_block: int = option(2, "residual blocks of a level")
+    norm_num_groups: int = option(32, "groups of each GroupNorm; divides every width")
     num_frames: int = option(81, "frames of the clip")
     size: int = option(256, "its side in pixels")
     batch: int = option(1, "clips at once")
@@ -48,7 +50,13 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    vae = ODVAE.preset(config.preset, variant=variant, block_out_channels=tuple(config.block_out_channels))
+    vae = ODVAE.preset(
+        config.preset,
+        variant=variant,
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+    )
     vae = (vae.bfloat16() if dtype is torch.bfloat16 else vae).to(device).eval()
     clip = (
         torch.rand(config.batch, 3, config.num_frames, config.size, config.size, device=device, dtype=dtype)

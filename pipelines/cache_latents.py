@@ -6,7 +6,6 @@ Reads the settings of train_latte. The same command again goes on where it stopp
 read; processes share the shards, also those of several launches at once. --verify checks a whole cache.
 """
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from data.cli import run
 from pipelines.config import parse
-from pipelines.settings import Mode, check_clip, open_clips, open_vae, weights_digest
-from pipelines.train_latte import FLAGS, TrainLatteConfig
+from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
+from pipelines.latte_settings import FLAGS, TrainLatteConfig
+from pipelines.settings import Mode, check_clip, open_vae
 
 if TYPE_CHECKING:
     from data.dataset import VideoClips
@@ -25,40 +25,6 @@ if TYPE_CHECKING:
     from data.latents import LatentCache
 
 log = logging.getLogger(__name__)
-
-
-def cached_clips(config: TrainLatteConfig) -> "VideoClips":
-    """The videos whose clips are cached. Flips are stored, not drawn."""
-    return open_clips(config.source, config.clip.spec(flip=False), config.seed)
-
-
-def cache_fingerprint(config: TrainLatteConfig, vae: Any, clips: "VideoClips") -> dict[str, Any]:
-    """All that decides the content of a cache: VAE weights, clips, source, draws, dtype."""
-    names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
-    return {
-        "vae": {"name": config.vae.name, "weights_sha256": weights_digest(vae)},
-        "clip": dataclasses.asdict(clips.spec),
-        "source": {
-            "name": config.source.name,
-            "videos": len(clips),
-            "list_sha256": hashlib.sha256(names.encode()).hexdigest(),
-        },
-        "draws": {"crops": config.cache.crops, "flips": config.cache.flips, "seed": config.seed},
-        "dtype": config.cache.dtype,
-    }
-
-
-def cache_folder(config: TrainLatteConfig, fingerprint: dict[str, Any]) -> Path:
-    from data.latents import fingerprint_id
-
-    if config.cache.dir:
-        return Path(config.cache.dir)
-    return Path("runs/cache") / f"{config.source.name}-{config.vae.name}-{fingerprint_id(fingerprint)[:12]}"
-
-
-def draws(config: TrainLatteConfig) -> int:
-    """Entries of one video."""
-    return config.cache.crops * (2 if config.cache.flips else 1)
 
 
 def read_entry(config: TrainLatteConfig, clips: "VideoClips", entry: int) -> Any:
@@ -248,7 +214,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, for other modules import these classes from there: in __main__ they would be other classes.
-    from pipelines.cache_latents import main as program
-
-    run(program)
+    run(main)

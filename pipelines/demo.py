@@ -56,9 +56,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Configs of the image VAE, stage one, stage two and sampling: the demo files, the data, the output folder."""
+    from pipelines.latte_settings import TrainLatteConfig
     from pipelines.sample import SampleConfig
-    from pipelines.train_latte import TrainLatteConfig
-    from pipelines.train_vae import TrainVAEConfig
+    from pipelines.vae_settings import TrainVAEConfig
 
     out = Path(args.out)
     source = [f"source.index_dir={out / 'index'}"]
@@ -131,7 +131,8 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
 
     from data.clip import to_uint8
     from pipelines.settings import open_clips
-    from pipelines.vae_trainer import build_vae_model, validate
+    from pipelines.vae_start import build_vae_model
+    from pipelines.vae_trainer import validate
     from vae import load_vae
 
     vae = load_vae(folder)

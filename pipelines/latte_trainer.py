@@ -14,7 +14,6 @@ from data.clip import to_uint8
 from data.latents import LatentCache, LatentStream
 from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
 from denoiser.latte import Latte
-from pipelines.cache_latents import cache_fingerprint, cache_folder, cached_clips, draws
 from pipelines.checkpoints import export_folder
 from pipelines.engine import (
     accumulation_steps,
@@ -24,6 +23,8 @@ from pipelines.engine import (
     make_accelerator,
     uses_deepspeed,
 )
+from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
+from pipelines.latte_settings import TrainLatteConfig
 from pipelines.log import MetricLog
 from pipelines.loop import fit
 from pipelines.media import grid, write_preview
@@ -35,9 +36,8 @@ from pipelines.settings import (
     normalization,
     open_clips,
     open_vae,
-    weights_digest,
+    vae_entry,
 )
-from pipelines.train_latte import TrainLatteConfig
 from pipelines.trainer import Trainer
 from pipelines.video_pipeline import LatentVideoPipeline
 from pipelines.zero import load_optimizer_state, load_weights, optimizer_state, whole_weights
@@ -278,7 +278,7 @@ def train(config: TrainLatteConfig) -> Path:
         mode=config.mode.value,
         info={
             "data": counts,
-            "vae": {"name": config.vae.name, "weights_sha256": weights_digest(vae)},
+            "vae": vae_entry(config.vae, vae),
             "ema_decay": config.ema_decay,
             "class_names": class_names,
             "normalization": normalization(vae),

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.cli import run
 from pipelines.config import option, parse
-from pipelines.settings import ClipConfig, SourceConfig, VAEConfig
+from pipelines.settings import ClipConfig, SourceConfig, VAEConfig, tile_time
 
 log = logging.getLogger(__name__)
 STREAM_CHUNK = 8  # frames handed to the encoder at once; the result does not depend on it
@@ -34,7 +34,7 @@ class ReconstructConfig:
         False, "whole videos, frame by frame, instead of one clip of each (od-vae, exact design)"
     )
     whole: bool = option(True, "stream=true: whole videos; false: the clip that is taken without stream")
-    tiling_frames: int = option(0, "temporal tiling in groups of so many frames (paper 3.3: 33); 0: off")
+    held_out: bool = option(False, "only the clips that training holds out (source.val_fraction)")
     lpips: bool = option(True, "measure LPIPS too (AlexNet)")
     lpips_weights: str = option("", "AlexNet file; empty: $OMNILATTE_WEIGHTS or the torch hub cache")
     pictures: int = option(4, "side-by-side videos written: original | reconstruction | error x 4")
@@ -129,7 +129,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         else config.clip.spec()
     )
     with accelerator.main_process_first():
-        clips = open_clips(config.source, spec, config.seed)
+        clips = open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     out = Path(config.out)
     pairs_of, records = stream_pairs if whole else clip_pairs, []
@@ -169,13 +169,16 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
 
 
 def prepare(config: ReconstructConfig, vae: Any) -> None:
-    """Tiling and padding as asked for; refuses what the VAE does not have."""
-    if (config.stream or config.tiling_frames) and config.vae.name != "odvae":
-        raise ValueError(f"vae.name={config.vae.name}: stream and tiling_frames are for odvae")
-    if config.stream and config.tiling_frames:
-        raise ValueError("stream=true is exact and needs no tiling_frames; choose one")
-    if config.tiling_frames:
-        vae.enable_tiling(config.tiling_frames)
+    """Tiling and padding as asked for; refuses what the VAE does not have and frames too small for LPIPS."""
+    from eval.fidelity import check_lpips_size
+
+    if config.lpips:
+        check_lpips_size(config.clip.size, config.clip.size)
+    if config.stream and config.vae.name != "odvae":
+        raise ValueError(f"vae.name={config.vae.name}: stream=true is for odvae")
+    if config.stream and config.vae.tiling_frames:
+        raise ValueError("stream=true is exact and needs no vae.tiling_frames; choose one")
+    tile_time(vae, config.vae.tiling_frames, "vae.tiling_frames")
     if vae.frame_rule == "4n" and not config.stream:
         vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
 

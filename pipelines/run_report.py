@@ -20,6 +20,7 @@ from pipelines.read_run import Run, is_number, read_run
 TITLES = {
     "val/psnr": "PSNR on held-out clips, dB (EMA weights)",
     "val/ssim": "SSIM on held-out clips (EMA weights)",
+    "val/lpips": "LPIPS on held-out clips (EMA weights)",
     "loss/rec": "mean absolute error of the reconstruction",
     "loss/mse": "mean squared error of the predicted noise",
     "gan/weight": "adaptive weight of the adversarial term",

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.cli import run
 from pipelines.config import option, parse
-from pipelines.settings import Precision
+from pipelines.settings import Precision, check_groups
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,16 @@ class SampleConfig:
     )
     labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
     precision: Precision = option(Precision.fp32, "autocast of the denoiser and decoder")
+    tiling_frames: int = option(
+        0, "decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+    )
     fps: float = option(8.0, "frames per second written into the files")
 
     def __post_init__(self):
         for name in ("num_videos", "batch", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_groups(self.tiling_frames, "tiling_frames")
 
     @property
     def folder(self) -> Path:
@@ -68,6 +72,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
     if file.is_file():
         try:
             old = json.loads(file.read_text())["settings"]
+            old = {"tiling_frames": 0, **old}  # what manifests say that have no such setting yet
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
         differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
@@ -120,10 +125,11 @@ def sample(config: SampleConfig) -> Path:
     from data.video import read_frames
     from pipelines.engine import autocast, draw_seed, make_accelerator
     from pipelines.media import grid
-    from pipelines.settings import normalization, weights_digest
+    from pipelines.settings import normalization, tile_time, weights_digest
 
     accelerator = make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
+    tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
     if accelerator.is_main_process:
         made_by = {"weights_sha256": weights_digest(pipe.transformer), "vae_sha256": weights_digest(pipe.vae)}
         made_by |= {"normalization": normalization(pipe.vae), "class_names": list(pipe.config.class_names)}

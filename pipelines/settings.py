@@ -152,10 +152,37 @@ class VAEConfig:
         "odvae", "odvae|sd2_1|svd|cvvae|ops (discrete vqgan and tats cannot feed a diffusion model)"
     )
     path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
+    tiling_frames: int = option(
+        0, "encode and decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+    )
+
+    def __post_init__(self):
+        check_groups(self.tiling_frames, "vae.tiling_frames")
+
+
+def check_groups(num_frames: int, key: str) -> None:
+    """ValueError, naming the setting `key`, unless temporal groups may have so many frames; 0 is no tiling."""
+    if num_frames and (num_frames < 5 or num_frames % 4 != 1):
+        raise ValueError(
+            f"{key}={num_frames}: a group has 4k + 1 frames from 5 on, e.g. 33; 0 turns tiling off"
+        )
+
+
+def tile_time(vae: Any, num_frames: int, key: str) -> None:
+    """From now on the VAE works in groups of num_frames frames that share one (paper 3.3); 0: as it is.
+
+    Raises ValueError, naming the setting `key`, for a VAE without temporal tiling.
+    """
+    if not num_frames:
+        return
+    try:
+        vae.enable_tiling(num_frames)
+    except ValueError as error:
+        raise ValueError(f"{key}={num_frames}: {error}; {key}=0 goes without") from error
 
 
 def open_vae(config: VAEConfig) -> Any:
-    """The VAE in eval mode, frozen; discrete ones are refused, for a diffusion model needs continuous latents."""
+    """The VAE in eval mode, frozen, tiled as asked; discrete ones are refused: diffusion needs continuous latents."""
     from vae import load_vae
 
     vae = load_vae(config.name, config.path or None)
@@ -163,6 +190,7 @@ def open_vae(config: VAEConfig) -> Any:
         raise ValueError(
             f"vae.name={config.name}: its latents are discrete codes; stage two takes odvae, sd2_1, svd, cvvae, ops"
         )
+    tile_time(vae, config.tiling_frames, "vae.tiling_frames")
     return vae.requires_grad_(False)
 
 
@@ -179,6 +207,15 @@ def check_clip(vae: Any, clip: ClipConfig) -> None:
 def normalization(vae: Any) -> dict[str, Any]:
     """How the latents are scaled: decides what the denoiser learned, and belongs to its checkpoint."""
     return {key: vae.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
+
+
+def vae_entry(config: VAEConfig, vae: Any) -> dict[str, Any]:
+    """What decides the latents of an open VAE: belongs to a cache and to a denoiser's checkpoint.
+
+    Without tiling there is no word of it, as before there was any.
+    """
+    entry = {"name": config.name, "weights_sha256": weights_digest(vae)}
+    return entry | ({"tiling_frames": config.tiling_frames} if config.tiling_frames else {})
 
 
 def weights_digest(model: Any) -> str:

@@ -12,10 +12,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from data.clip import to_uint8
-from eval.fidelity import psnr, ssim
+from eval.fidelity import check_lpips_size, load_lpips, lpips_distance, psnr, ssim
 from pipelines.checkpoints import Checkpoints, export_folder
 from pipelines.engine import (
-    accumulation_steps,
     autocast,
     finite_or_nan,
     generators,
@@ -26,12 +25,12 @@ from pipelines.engine import (
 from pipelines.log import MetricLog
 from pipelines.loop import fit
 from pipelines.media import comparison, write_preview
-from pipelines.run import open_run, refuse_inside, summary
+from pipelines.run import open_run, refuse_inside
 from pipelines.settings import check_clip, open_clips
-from pipelines.train_vae import GANSchedule, Init, TrainVAEConfig
 from pipelines.trainer import Trainer
+from pipelines.vae_settings import GANSchedule, TrainVAEConfig
+from pipelines.vae_start import build_vae_model, initialize
 from vae.discriminator import PatchDiscriminator3D
-from vae.inflate import inflate
 from vae.interface import VideoGaussian
 from vae.losses import LPIPSLoss, adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
 from vae.odvae import ODVAE
@@ -51,52 +50,6 @@ class Autoencode(nn.Module):
         posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * noise
         return self.vae.decode(z).sample, posterior.parameters
-
-
-def build_vae_model(config: TrainVAEConfig) -> ODVAE:
-    """The OD-VAE of the config. From a random start the latents have no known scale, so scaling_factor is None."""
-    model = config.model
-    shape = {
-        "variant": model.variant,
-        "block_out_channels": tuple(model.block_out_channels),
-        "layers_per_block": model.layers_per_block,
-        "norm_num_groups": model.norm_num_groups,
-    }
-    return ODVAE.preset(
-        model.preset, **shape, **({"scaling_factor": None} if model.init is Init.random else {})
-    )
-
-
-def initialize(vae: ODVAE, config: TrainVAEConfig) -> None:
-    """Tail or average initialization from SD2.1-VAE; refuses to start from noise unless that is asked for."""
-    if config.model.init is Init.random:
-        return
-    if not config.model.init_from:
-        raise ValueError(
-            f"model.init={config.model.init.value} needs model.init_from=FOLDER with SD2.1-VAE "
-            "(docs/vaes.md says where it is); model.init=random starts without it"
-        )
-    report = inflate(vae, config.model.init_from, method=config.model.init.value)
-    file = Path(config.model.init_from) / "config.json"
-    if file.is_file():  # 0.18215 is right for SD's latents, not for those of an image VAE trained here
-        vae.register_to_config(scaling_factor=json.loads(file.read_text()).get("scaling_factor"))
-    log.info("%s initialization from %s: %s", config.model.init.value, config.model.init_from, report)
-
-
-def plan(config: TrainVAEConfig) -> str:
-    """The resolved settings, sizes and schedule, for --dry-run; nothing is allocated."""
-    with torch.device("meta"):
-        vae = build_vae_model(config)
-    check_clip(vae, config.clip)
-    latent = (vae.latent_frames(config.clip.num_frames), config.clip.size // 8, config.clip.size // 8)
-    count = sum(p.numel() for p in vae.parameters())
-    accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
-    return (
-        f"{summary(config)}\n\nOD-VAE variant {config.model.variant}: {count:,} parameters; "
-        f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.config.latent_channels}"
-        f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
-        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation})"
-    )
 
 
 class VAETrainer(Trainer):
@@ -292,22 +245,36 @@ class VAETrainer(Trainer):
 
 
 @torch.no_grad()
-def validate(vae: ODVAE, clips: Any, count: int, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+def validate(
+    vae: ODVAE, clips: Any, count: int, device: torch.device, network: Any = None
+) -> tuple[dict[str, float], np.ndarray]:
     """PSNR and SSIM of posterior means on held-out clips, in memory on rounded uint8; and a picture of the first ones.
 
-    The picture is uint8 (T, rows, columns, 3): original | reconstruction | error x 4.
+    network: from `load_lpips`, for LPIPS too. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
+    error x 4.
     """
     training, scores, rows = vae.training, [], []
+    metrics = {"val/psnr": psnr, "val/ssim": ssim}
+    if network is not None:
+        metrics["val/lpips"] = lambda original, decoded: lpips_distance(original, decoded, network)
     vae.eval()
     for n in range(min(count, len(clips))):
         x = clips[n]["video"][None].to(device)
         original, decoded = to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]
-        scores.append((psnr(original, decoded), ssim(original, decoded)))
+        scores.append([metric(original, decoded) for metric in metrics.values()])
         if n < 4:
             rows.append(comparison(original, decoded))
     vae.train(training)
-    means = np.mean(scores, axis=0)
-    return {"val/psnr": float(means[0]), "val/ssim": float(means[1])}, np.concatenate(rows, axis=1)
+    means = np.mean(scores, axis=0).tolist()
+    return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
+
+
+def validation_judge(config: TrainVAEConfig, device: torch.device) -> Any:
+    """The network of val_lpips, None without. ValueError when clips are too small for it or its weights are missing."""
+    if not config.val_lpips:
+        return None
+    check_lpips_size(config.clip.size, config.clip.size)
+    return load_lpips(None, device)[0]
 
 
 def train(config: TrainVAEConfig) -> Path:
@@ -317,6 +284,7 @@ def train(config: TrainVAEConfig) -> Path:
         raise ValueError(
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
+    network = validation_judge(config, accelerator.device)  # before the seed: it draws
     torch.manual_seed(config.seed)
     vae = build_vae_model(config)
     check_clip(vae, config.clip)
@@ -342,16 +310,14 @@ def train(config: TrainVAEConfig) -> Path:
 
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process and len(held_out):
-            scores, picture = validate(trainer.ema.module, held_out, config.val_videos, accelerator.device)
+            clip_count, device = config.val_videos, accelerator.device
+            scores, picture = validate(trainer.ema.module, held_out, clip_count, device, network)
             metrics.scalars(trainer.step, scores)
             metrics.video(trainer.step, "val/original_reconstruction_error", picture)
             write_preview(run_dir / "media" / f"val_{trainer.step:08d}.mp4", picture)
-            log.info(
-                "step %d: held-out PSNR %.2f dB, SSIM %.4f",
-                trainer.step,
-                scores["val/psnr"],
-                scores["val/ssim"],
-            )
+            shown = f"PSNR {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.4f}"
+            shown += f", LPIPS {scores['val/lpips']:.4f}" if network is not None else ""
+            log.info("step %d: held-out %s", trainer.step, shown)
         accelerator.wait_for_everyone()
 
     fit(

@@ -118,13 +118,14 @@ class LatentVideoPipeline(DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Denoiser latents (N, C, t, h, w) to videos (N, 3, T, H, W) in [-1, 1], one at a time, on the CPU.
 
-        An OD-VAE that can be streamed hands over four frames at a time: the device never holds a whole video.
+        An OD-VAE that can be streamed and does not tile hands over four frames at a time: the device never holds a
+        whole video.
         """
         z = self.vae.denormalize(latents).to(self.vae.dtype)
         return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2) for one in z])
 
     def _decoded(self, z: Tensor) -> Iterator[Tensor]:
         """Frames of (1, C, t, h, w) in pieces (1, 3, n, H, W), in [-1, 1], on the CPU."""
-        streams = isinstance(self.vae, ODVAE) and self.vae.causal
+        streams = isinstance(self.vae, ODVAE) and self.vae.causal and not self.vae.tiling_groups
         for frames in self.vae.stream_decode([z]) if streams else [self.vae.decode(z).sample]:
             yield frames.float().clamp(-1, 1).cpu()

@@ -199,7 +199,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
         self.use_slicing = False
-        self._groups: tuple[int, int] | None = None  # frames, latents of a temporal group
+        self.tiling_groups: tuple[int, int] | None = None  # frames, latents of a temporal group
         self._tiles: tuple[int, int] | None = None  # side, step of a spatial tile, in latents
 
     @classmethod
@@ -271,14 +271,14 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         if self._tiles:
             side, step = self._tiles
             fn = lambda v: over_tiles(self._moments, v, 8 * side, 8 * step, side, step)  # noqa: E731
-        return over_groups(fn, x, self._groups[0]) if self._groups else fn(x)
+        return over_groups(fn, x, self.tiling_groups[0]) if self.tiling_groups else fn(x)
 
     def _decode_tiled(self, z: Tensor) -> Tensor:
         fn = self._pixels
         if self._tiles:
             side, step = self._tiles
             fn = lambda v: over_tiles(self._pixels, v, side, step, 8 * side, 8 * step)  # noqa: E731
-        return over_groups(fn, z, self._groups[1]) if self._groups else fn(z)
+        return over_groups(fn, z, self.tiling_groups[1]) if self.tiling_groups else fn(z)
 
     def _moments(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 2C, t, h, w): in steps at inference, at once in training."""
@@ -377,7 +377,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             raise ValueError(
                 f"num_frames={num_frames}, num_latents={num_latents}: a group needs 2 latents, 5 frames"
             )
-        self._groups = (num_frames, num_latents)
+        self.tiling_groups = (num_frames, num_latents)
 
     def enable_spatial_tiling(self, size: int = 256, overlap: float = 0.25) -> None:
         """Work on squares of `size` pixels that overlap by the fraction `overlap` and are blended linearly.
@@ -394,4 +394,4 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
     def disable_tiling(self) -> None:
         """Back to whole frames and whole clips."""
-        self._groups = self._tiles = None
+        self.tiling_groups = self._tiles = None

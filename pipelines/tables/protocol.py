@@ -20,6 +20,8 @@ _PLACES = {
     "index_dir",
     "lpips_weights",
 }
+# What records say that were made before these settings came.
+_BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False}
 _SHOWN = 3  # differences named in one message
 _CONFIGS = {
     "pipelines.train_vae": "TrainVAEConfig",
@@ -48,7 +50,7 @@ def comparable(flat: dict[str, Any]) -> dict[str, Any]:
 
 def differences(asked: dict[str, Any], recorded: dict[str, Any]) -> str:
     """ "" or the settings of both that differ. A setting that one does not know had its default there."""
-    recorded = comparable(recorded)
+    recorded = _BEFORE | comparable(recorded)
     both = [k for k in asked if k in recorded and not _equal(asked[k], recorded[k])]
     text = ", ".join(f"{k} is {recorded[k]!r}, asked {asked[k]!r}" for k in both[:_SHOWN])
     return text + (f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else "")

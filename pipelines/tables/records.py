@@ -144,6 +144,8 @@ def _reconstruct(step: Step) -> Found:
         return Found("partly" if step.folder.is_dir() else "none")
     content = _json(file)
     asked, recorded = wanted(step), _flat(content["settings"])
+    if "tiling_frames" in recorded:  # its name in older records
+        recorded["vae.tiling_frames"] = recorded.pop("tiling_frames")
     protocol = {k: recorded[k] for k in asked if k in recorded}
     found = Found("done", record=file, values=_flat(content), protocol=protocol)
     found.git = content["versions"].get("git", "")

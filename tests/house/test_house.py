@@ -105,10 +105,10 @@ def test_help_does_not_import_torch(program):
 
 def test_every_setting_is_read_somewhere():
     from pipelines.benchmark import BenchmarkConfig
+    from pipelines.latte_settings import TrainLatteConfig
     from pipelines.reconstruct import ReconstructConfig
     from pipelines.sample import SampleConfig
-    from pipelines.train_latte import TrainLatteConfig
-    from pipelines.train_vae import TrainVAEConfig
+    from pipelines.vae_settings import TrainVAEConfig
 
     text = "\n".join(p.read_text() for p in (ROOT / "pipelines").glob("*.py"))
     read = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
@@ -190,3 +190,15 @@ def test_requirements_are_pinned_hashed_and_without_addresses():
     assert {"torch", "timm", "diffusers", "accelerate", "deepspeed", "decord", "scipy", "tensorboard"} <= set(
         pins
     )
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in SOURCES}
+    wanted = {
+        name: {m for m, _ in imports(ast.parse(path.read_text())) if m in files and m != name}
+        for name, path in files.items()
+    }
+    done: set[str] = set()
+    while ready := {name for name in wanted if name not in done and wanted[name] <= done}:
+        done |= ready
+    assert not wanted.keys() - done, "each of these imports another of them, now or later: break the circle"

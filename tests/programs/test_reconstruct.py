@@ -62,10 +62,35 @@ def test_streaming_measures_whole_videos_as_one_clip_does(measure):
 
 def test_tiling_is_another_result_and_streaming_refuses_it(measure):
     plain, _ = measure("plain", "clip.num_frames=21", "clip.position=start")
-    tiled, _ = measure("tiled", "clip.num_frames=21", "clip.position=start", "tiling_frames=9")
+    tiled, _ = measure("tiled", "clip.num_frames=21", "clip.position=start", "vae.tiling_frames=9")
     assert plain[0]["psnr"] != tiled[0]["psnr"]
-    with pytest.raises(ValueError, match="needs no tiling_frames"):
-        measure("both", "stream=true", "tiling_frames=9")
+    with pytest.raises(ValueError, match="needs no vae.tiling_frames"):
+        measure("both", "stream=true", "vae.tiling_frames=9")
+
+
+def test_only_the_clips_that_training_holds_out_are_judged_when_asked(measure, videos, tmp_path):
+    from pipelines.settings import ClipConfig, SourceConfig, open_clips
+
+    shared = ["source.val_fraction=0.4"]
+    source = SourceConfig(root=str(videos), val_fraction=0.4, index_dir=str(tmp_path / "index"))
+    held_out = open_clips(source, ClipConfig(num_frames=9, size=16).spec(), 0, held_out=True)
+    judged, summary = measure("held_out", "held_out=true", *shared)
+    seen, _ = measure("seen", *shared)
+    assert [r["video"] for r in judged] == [held_out.name(n) for n in range(len(held_out))]
+    assert {r["video"] for r in judged + seen} == {"0.mkv", "1.mkv", "2.mkv"}
+    assert len(judged) + len(seen) == 3
+    assert summary["settings"]["held_out"]
+    with pytest.raises(ValueError, match="val_fraction=0: no videos are held out"):
+        measure("none", "held_out=true")
+
+
+def test_frames_too_small_for_lpips_are_refused_by_size_before_a_video_is_read(measure, tmp_path):
+    words = ["lpips=true", "lpips_weights=random:0"]
+    with pytest.raises(ValueError, match="16x16: LPIPS's AlexNet needs at least 31 x 31 pixels"):
+        measure("small", *words)
+    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "index").exists()
+    assert measure("large", *words, "clip.size=32")[1]["lpips"] > 0
 
 
 def test_side_by_side_videos_are_written(measure, tmp_path):
@@ -74,9 +99,12 @@ def test_side_by_side_videos_are_written(measure, tmp_path):
     assert read_frames(tmp_path / "run" / "00000.mp4", [0]).shape == (1, 16, 48, 3)
 
 
-def test_the_list_of_vaes_has_the_paper_s_parameter_counts(capsys):
+def test_the_list_of_vaes_has_the_paper_s_parameter_counts_and_the_autoencoder_s(capsys):
     table.main(["--list-vaes"])
     text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[1:]}
+    assert rows["tats"][2:4] == ["23,652,227", "52,192,773"]  # the paper counts TATS's training losses too
+    assert all(row[2] == row[3] for name, row in rows.items() if name != "tats")
     for count in (
         "239,189,991",
         "83,653,863",

@@ -82,7 +82,7 @@ def test_every_row_of_every_table_and_the_figure_completes(tmp_path):
             r["name"] for r in read(name)["rows"] if "tiny" in r.get("only", ["tiny"])
         }
         for cell in values(tmp_path, name):
-            told = ("equal to", "not run: caching", "not measured")  # TMem needs a GPU
+            told = ("equal to", "not measured")  # TMem needs a GPU
             assert cell["value"] or cell["reason"].startswith(told), cell
             if "TMem" not in cell["column"] and not cell["value"]:
                 assert name == "table4", cell

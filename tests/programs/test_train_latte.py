@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
 from pipelines.config import load
-from pipelines.train_latte import TrainLatteConfig
+from pipelines.latte_settings import TrainLatteConfig
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_first_loss_is_that_of_a_network_which_predicts_zero(stage_two):
 def test_cached_moments_equal_a_fresh_encode(stage_two, own_vae, tmp_path, latte_settings):
     import numpy as np
 
-    from pipelines.cache_latents import cached_clips
+    from pipelines.latent_cache import cached_clips
     from vae import load_vae
 
     stage_two("run", "steps=1", "cache.flips=true")

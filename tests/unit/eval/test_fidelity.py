@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from eval.fidelity import pair_videos, psnr, ssim
+from eval.fidelity import load_lpips, lpips_distance, pair_videos, psnr, ssim
 
 
 def videos(T=3, H=40, W=52, noise=20):
@@ -71,6 +72,16 @@ def test_frames_smaller_than_the_window_are_refused_by_ssim():
     real, fake = videos(H=10)
     with pytest.raises(ValueError, match="11 x 11"):
         ssim(real, fake)
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (40, 30)])
+def test_frames_that_leave_alexnet_nothing_are_refused_by_lpips_and_one_pixel_more_is_not(height, width):
+    network, _ = load_lpips("random:0")
+    with pytest.raises(ValueError, match=f"{height}x{width}: LPIPS's AlexNet needs at least 31 x 31"):
+        lpips_distance(*videos(1, height, width), network)
+    with pytest.raises(RuntimeError, match="too small"):  # what the network itself would say
+        network(torch.zeros(1, 3, height, width), torch.zeros(1, 3, height, width))
+    assert lpips_distance(*videos(1, max(31, height), max(31, width)), network) > 0
 
 
 def test_pairs_are_made_by_name_and_a_video_without_partner_is_an_error(tmp_path):

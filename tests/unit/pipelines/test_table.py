@@ -45,6 +45,39 @@ def test_tables_share_the_work_they_have_in_common(places):
     assert all(two.steps[n] == four.steps[n] for n in shared)
 
 
+@pytest.mark.parametrize(("preset", "frames"), [("paper", 33), ("tiny", 9)])
+def test_the_row_with_tiling_caches_trains_and_samples_tiled_and_no_other_row_does(preset, frames, places):
+    table = load_table("table4", preset, places)
+    keys = {
+        "cache_latents": "vae.tiling_frames",
+        "train_latte": "vae.tiling_frames",
+        "sample": "tiling_frames",
+    }
+    keys |= {"reconstruct": "vae.tiling_frames"}
+    for row in table.rows:
+        steps = [s for s in table.steps_of(row) if s.program.split(".")[-1] in keys]
+        asked = {s.program.split(".")[-1]: wanted(s)[keys[s.program.split(".")[-1]]] for s in steps}
+        assert set(asked.values()) == {frames if "with tiling" in row.name else 0}, row.name
+        assert ("sample" in asked) == ("streaming" not in row.name)
+
+
+def test_the_small_preset_judges_the_clips_that_its_training_holds_out(places):
+    steps = load_table("table4", "small", places).steps.values()
+    judged = [wanted(s) for s in steps if s.program == "pipelines.reconstruct"]
+    trained = [wanted(s) for s in steps if s.name.startswith("odvae-v4-tail")]
+    assert all(s["held_out"] for s in judged)
+    sources = [{k: v for k, v in s.items() if k.startswith("source.")} for s in judged + trained]
+    assert sources[0]["source.val_fraction"] > 0
+    assert all(source == sources[0] for source in sources)
+
+
+def test_the_figure_logs_the_lpips_that_its_curves_show(places):
+    table = load_table("figure4", "paper", places)
+    trained = [s for s in table.steps.values() if s.name.startswith("odvae-v")]
+    assert len(trained) == 6
+    assert all("val_lpips=true" in s.arguments and "alexnet" in s.judges for s in trained)
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_no_two_tables_write_different_things_to_one_folder(preset, places):
     steps = {}

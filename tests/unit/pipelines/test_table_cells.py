@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_a_finished_step_is_recognised_by_its_record(desk, places):
     assert "clip.num_frames=25" in source.protocol
 
 
-@pytest.mark.parametrize("setting", [{"clip.num_frames": 33}, {"tiling_frames": 17}, {"stream": True}])
+@pytest.mark.parametrize("setting", [{"clip.num_frames": 33}, {"vae.tiling_frames": 17}, {"stream": True}])
 def test_a_record_of_another_protocol_is_no_number(setting, desk, places):
     step = reconstruction(places, "r")
     write_summary(step, 31.25, **setting)
@@ -57,6 +58,22 @@ def test_a_record_of_the_same_protocol_from_elsewhere_is_a_number(desk, places):
     step = reconstruction(places, "r")
     write_summary(step, 30.0, **{"source.root": "/elsewhere", "source.index_dir": "/i", "vae.path": "/w"})
     assert cells_of(desk, table_of({"a": [step]}, rows=["a"]))["a", "PSNR"].mean == 30.0
+
+
+@pytest.mark.parametrize(
+    ("older", "same"), [({}, True), ({"tiling_frames": 0}, True), ({"tiling_frames": 17}, False)]
+)
+def test_a_record_from_before_a_setting_says_what_was_then(older, same, desk, places):
+    step = reconstruction(places, "r")
+    write_summary(step, 30.0)
+    file = step.folder / "summary.json"
+    content = json.loads(file.read_text())
+    del content["settings"]["vae"]["tiling_frames"], content["settings"]["held_out"]
+    content["settings"] |= older
+    file.write_text(json.dumps(content))
+    assert find(step).state == ("done" if same else "other")
+    for asked in ("vae.tiling_frames=33", "held_out=true"):
+        assert find(Step(**{**vars(step), "arguments": (*step.arguments, asked)})).state == "other"
 
 
 def test_a_damaged_record_is_unfinished_work(desk, places):
