@@ -35,7 +35,7 @@ from tests.faults.compare import (  # noqa: E402
 from tests.faults.processes import in_child, start, wait  # noqa: E402
 from tests.programs.conftest import LATTE, VAE  # noqa: E402
 
-KINDS = {"train_vae": ("moment", "save", "operation"), "train_latte": ("moment", "save", "operation")}
+KINDS = {"train_vae": ("save", "operation", "moment"), "train_latte": ("save", "operation", "moment")}
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Stage:
     prepare: Callable[[Path], None] = lambda folder: None
 
 
-def stages(work: Path) -> dict[str, Stage]:
-    """The programs; `work` holds what they start from, see prepare()."""
-    often = ["steps=24", "save_every=2", "log_every=3"]
+def stages(work: Path, steps: int) -> dict[str, Stage]:
+    """The programs; `work` holds what they start from, see prepare(). steps: of a training run."""
+    often = [f"steps={steps}", "save_every=2", "log_every=3"]
 
     def vae(folder: Path) -> list[str]:
         return [*VAE, f"run_dir={folder}/run", "loss.gan_start=4", "val_every=8", *often]
@@ -171,6 +171,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=6, help="of each program (default 6)")
+    parser.add_argument("--steps", type=int, default=24, help="of a training run (default 24)")
     parser.add_argument("--programs", default="train_vae,train_latte,cache_latents,sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
@@ -181,7 +182,7 @@ def main() -> int:
         prepare(Path(scratch) / "start")
         for name in args.programs.split(","):
             then = time.monotonic()
-            stage = stages(Path(scratch) / "start")[name]
+            stage = stages(Path(scratch) / "start", args.steps)[name]
             results[name] = survive(name, stage, args.kills, args.seed, Path(scratch))
             results[name]["seconds"] = round(time.monotonic() - then, 1)
             shown = {k: v for k, v in results[name].items() if k != "records"}
@@ -198,7 +199,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
 
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}
-    command = f"bash scripts/kill_test.sh --kills {args.kills} --seed {args.seed}"
+    command = f"bash scripts/kill_test.sh --kills {args.kills} --steps {args.steps} --seed {args.seed}"
     hardware = f"{os.cpu_count()} {platform.machine()} CPU cores, no GPU"
     head = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": known}
     file.write_text(json.dumps({**head, "seconds": seconds, "programs": results}, indent=1) + "\n")

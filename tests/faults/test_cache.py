@@ -100,7 +100,7 @@ def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_ch
 ):
     settings = [s for s in latte_settings if not s.startswith("source.")]
     settings += [f"source.root={videos}", f"source.index_dir={tmp_path / 'index'}", f"vae.path={own_vae}"]
-    settings += ["cache.crops=1", "cache.shard_size=2"]
+    settings += ["cache.crops=1", "cache.shard_size=2", "source.scan_workers=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     cache_latents.main([*settings, f"cache.dir={whole}"])
     original = cache_latents.cached_clips

@@ -37,6 +37,7 @@ def train(vae_settings, videos, tmp_path, monkeypatch):
 
         settings = [s for s in vae_settings if not s.startswith("source.")]
         source = [f"source.root={videos}", "source.val_fraction=0", f"source.index_dir={tmp_path / 'index'}"]
+        source += ["source.scan_workers=1"]  # each is a new process with its imports
         with monkeypatch.context() as patch:
             patch.setattr(vae_trainer, "fit", damaged_fit)
             code = program(

@@ -45,7 +45,13 @@ def test_a_folder_of_damaged_videos_only(fails, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"")
     (tmp_path / "videos" / "b.avi").write_text("no video")
-    line = train(fails, tmp_path, f"source.root={tmp_path / 'videos'}", "source.val_fraction=0")
+    line = train(
+        fails,
+        tmp_path,
+        f"source.root={tmp_path / 'videos'}",
+        "source.val_fraction=0",
+        "source.scan_workers=1",
+    )
     assert "2 found, 2 damaged" in line
     listed = (tmp_path / "index" / "folder-quarantine.tsv").read_text()
     assert "a.mp4" in listed

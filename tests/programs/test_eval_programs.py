@@ -219,7 +219,7 @@ def test_each_protocol_runs_and_names_itself_and_what_was_changed(folders, tmp_p
         values[protocol] = record["value"]
     assert len(set(values.values())) == 4  # other knobs, other numbers
     capsys.readouterr()
-    fvd_main(fvd_arguments(folders, "--protocol", "tats", "--num-videos", "4", "--ddof", "0"))
+    fvd_main(fvd_arguments(folders, "--protocol", "tats", "--num-videos", "2", "--ddof", "0"))
     assert "protocol tats with ddof=0" in capsys.readouterr().out
 
 
