@@ -182,12 +182,13 @@ def _store_statistics(config: TrainLatteConfig, vae: Any, statistics: dict[str, 
     """Into the VAE's own folder, once, if it has no scaling rule: every later user then normalises alike."""
     import json
 
-    from data.files import write_json
+    from data.files import remove_leftovers, write_json
     from vae.registry import vae_folder
 
     if vae.has_scaling_rule:
         return
     file = vae_folder(config.vae.name, config.vae.path or None) / "config.json"
+    remove_leftovers(file.parent)
     content = json.loads(file.read_text())
     write_json(file, {**content, "latents_mean": statistics["mean"], "latents_std": statistics["std"]})
     log.info("no scaling rule in %s: measured latents_mean and latents_std stored there", file)
