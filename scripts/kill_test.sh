@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills each program 50 times at random moments and compares its end with that of one never killed (25 minutes on two
+# Kills each program 50 times at random moments and compares its end with that of one never killed (3 minutes on two idle
 # CPU cores); writes docs/results/kills.json and kills.md. Arguments: see tests/faults/kills.py --help.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
