@@ -121,15 +121,22 @@ def one_kill(stage: Stage, folder: Path, kind: str, draw: random.Random, seconds
     return {"kind": kind, "inside": place_of_death(folder), "before": last}
 
 
-def survive(name: str, stage: Stage, kills: int, seed: int, work: Path) -> dict:
-    """Kill `kills` times, in as many runs as that takes; every run is brought to its end and compared."""
+def survive(name: str, stage: Stage, kills: int, saves: int, seed: int, work: Path) -> dict:
+    """Kill `kills` times, and on until `saves` of them were inside a save, in as many runs as that takes.
+
+    Every run is brought to its end and compared.
+    """
     draw, records, wrong, runs, missed = random.Random(f"{name} {seed}"), [], [], 0, 0
     kinds = KINDS.get(name, ("moment", "operation"))
     reference = new_folder(stage, work / f"{name}-whole")
     seconds, operations = finish(stage, reference)
-    while len(records) < kills:
+
+    def wanting() -> bool:
+        return len(records) < kills or sum(r["inside"] == "save" for r in records) < saves
+
+    while wanting():
         folder = new_folder(stage, work / f"{name}-{runs}")
-        while len(records) < kills:
+        while wanting():
             record = one_kill(stage, folder, kinds[len(records) % len(kinds)], draw, seconds, operations)
             if record is None:
                 missed += 1
@@ -171,6 +178,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=6, help="of each program (default 6)")
+    parser.add_argument("--saves", type=int, default=20, help="at least so many inside a save of a training")
     parser.add_argument("--steps", type=int, default=24, help="of a training run (default 24)")
     parser.add_argument("--programs", default="train_vae,train_latte,cache_latents,sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -183,7 +191,8 @@ def main() -> int:
         for name in args.programs.split(","):
             then = time.monotonic()
             stage = stages(Path(scratch) / "start", args.steps)[name]
-            results[name] = survive(name, stage, args.kills, args.seed, Path(scratch))
+            saves = args.saves if name in KINDS else 0
+            results[name] = survive(name, stage, args.kills, saves, args.seed, Path(scratch))
             results[name]["seconds"] = round(time.monotonic() - then, 1)
             shown = {k: v for k, v in results[name].items() if k != "records"}
             print(f"{name}: {json.dumps(shown)}", flush=True)
@@ -199,7 +208,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
 
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}
-    command = f"bash scripts/kill_test.sh --kills {args.kills} --steps {args.steps} --seed {args.seed}"
+    command = f"bash scripts/kill_test.sh --kills {args.kills} --saves {args.saves} --steps {args.steps} --seed {args.seed}"
     hardware = f"{os.cpu_count()} {platform.machine()} CPU cores, no GPU"
     head = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": known}
     file.write_text(json.dumps({**head, "seconds": seconds, "programs": results}, indent=1) + "\n")

@@ -18,10 +18,11 @@ def survive(tmp_path, *arguments):
 
 
 def test_training_that_is_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path):
-    result = survive(tmp_path, "--kills", "4", "--steps", "12", "--programs", "train_vae,train_latte")
+    short = ["--kills", "4", "--saves", "2", "--steps", "12"]
+    result = survive(tmp_path, *short, "--programs", "train_vae,train_latte")
     for program in ("train_vae", "train_latte"):
-        assert result[program]["kills"] == 4
-        assert result[program]["inside"].get("save", 0) >= 2
+        assert result[program]["kills"] >= 4
+        assert result[program]["inside"]["save"] >= 2
         assert result[program]["differences"] == []
 
 
