@@ -53,7 +53,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -75,7 +75,7 @@ def append_line(path: str | Path, line: str) -> None:
     """Add a line to a file, whole or not at all: what a full disk cut off is taken back, then OSError."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        size, data = os.fstat(handle).st_size, (line + "\n").encode()
+        size, data = os.fstat(handle).st_size, (line + "\n").encode(errors="surrogateescape")
         try:
             written = os.write(handle, data)
             if written < len(data):

@@ -181,8 +181,10 @@ def _store(cache_file: str | Path | None) -> Iterator[sqlite3.Connection]:
     try:
         with closing(_connect(cache_file)) as store:
             yield store
-    except sqlite3.OperationalError as error:
-        raise OSError(f"{cache_file}: the index of scans cannot be read or written: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise OSError(
+            f"{cache_file}: the index of scans cannot be read or written: {error}; if it is damaged, delete it"
+        ) from error
 
 
 def _connect(cache_file: str | Path | None) -> sqlite3.Connection:

@@ -125,6 +125,8 @@ class LatentCache:
     def verify(self) -> Iterator[str]:
         """One line for every damaged or missing shard and every clip that is not there once; nothing when all is well."""
         size, total = self.index["shard_size"], self.index["num_entries"]
+        if len(self.ends) != -(-total // size):
+            yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"
         for shard in range(len(self.ends)):
             try:
                 record = self._check(shard)

@@ -217,7 +217,14 @@ def _cut(
 
 def _write_quarantine(path: Path, scanned: set[str], damaged: list[ScanRecord]) -> None:
     """path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
-    rows = dict(line.split("\t", 1) for line in path.read_text().splitlines()[1:]) if path.exists() else {}
+    rows = (
+        dict(
+            line.split("\t", 1)
+            for line in path.read_text(errors="surrogateescape").rstrip("\n").split("\n")[1:]
+        )
+        if path.exists()
+        else {}
+    )
     rows = {name: reason for name, reason in rows.items() if name not in scanned}
     rows.update({record.path: " ".join(record.damaged.split()) for record in damaged})
     write_atomic(

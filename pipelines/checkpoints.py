@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from data.files import fsync, remove_leftovers, sha256_of, write_json
 
 log = logging.getLogger(__name__)
+EXPORTS = ("vae", "pipeline")  # folders of a run that are replaced as a whole
 _SEAL = ("manifest.json", "COMPLETE")
 
 
@@ -216,16 +217,14 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 def recover(run_dir: Path) -> None:
     """Undo what a killed process left half done in a run's folder; only the process that owns the folder may call it.
 
-    An export killed between its two renames gets its old content back; hidden temporary files and folders go.
+    An export killed between its two renames gets its old content back; its temporary folders and our hidden files go.
     """
-    for old in run_dir.glob(".*.old"):
-        target = run_dir / old.name[1:-4]
-        if target.exists():
-            shutil.rmtree(old)
-        else:
+    for name in EXPORTS:
+        old, target = run_dir / f".{name}.old", run_dir / name
+        if old.is_dir() and not target.exists():
             os.replace(old, target)
-    for temporary in run_dir.glob(".*.tmp"):
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        for left in (old, run_dir / f".{name}.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
     for folder in (run_dir, run_dir / "media"):
         remove_leftovers(folder)

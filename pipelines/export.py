@@ -130,7 +130,9 @@ def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]
     if not found:
         raise ValueError(f"--samples {samples}: no videos in it")
     classes = read_manifest(samples)[1] if (samples / "manifest.json").is_file() else []
-    names = [f"{p.stem}-{classes[i % len(classes)]}" if classes else p.stem for i, p in enumerate(found)]
+    names = [str(p.relative_to(samples).with_suffix("")) for p in found]
+    if classes:  # sample n is of class n modulo their number, and its file is called n
+        names = [f"{n}-{classes[int(n) % len(classes)]}" if n.isdecimal() else n for n in names]
     return [(path, re.sub(r"[^\w.-]", "_", n) + ".mp4") for path, n in zip(found, names, strict=True)]
 
 

@@ -18,7 +18,10 @@ def cached_clips(config: TrainLatteConfig) -> "VideoClips":
 
 
 def cache_fingerprint(config: TrainLatteConfig, vae: Any, clips: "VideoClips") -> dict[str, Any]:
-    """All that decides the content of a cache: VAE weights and tiling, clips, source, draws, dtype."""
+    """All that decides the content of a cache: VAE and tiling, clips, names of the videos, draws, dtype.
+
+    Not the arithmetic of the encoder (precision): a training may use a cache of the other.
+    """
     names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
     return {
         "vae": vae_entry(config.vae, vae),
@@ -26,7 +29,7 @@ def cache_fingerprint(config: TrainLatteConfig, vae: Any, clips: "VideoClips") -
         "source": {
             "name": config.source.name,
             "videos": len(clips),
-            "list_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
         },
         "draws": {"crops": config.cache.crops, "flips": config.cache.flips, "seed": config.seed},
         "dtype": config.cache.dtype,

@@ -53,7 +53,7 @@ class TrainLatteConfig:
         0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
     )
     ema_decay: float = option(0.9999, "of the averaged weights, which are what samples")
-    precision: Precision = option(Precision.fp32, "autocast of the denoiser (and of the VAE when online)")
+    precision: Precision = option(Precision.fp32, "autocast of the denoiser, and of the VAE when it encodes")
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
     )

@@ -14,7 +14,6 @@ from data.clip import to_uint8
 from data.latents import LatentCache, LatentStream
 from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
 from denoiser.latte import Latte
-from pipelines.checkpoints import export_folder
 from pipelines.engine import (
     accumulation_steps,
     autocast,
@@ -285,10 +284,8 @@ def train(config: TrainLatteConfig) -> Path:
         },
         look=look,
         look_every=config.samples.every,
+        export_name="pipeline",
+        export=pipeline.save_pretrained,
     )
-    if accelerator.is_main_process and export_folder(
-        run_dir / "pipeline", pipeline.save_pretrained, trainer.progress()
-    ):
-        log.info("pipeline (EMA weights): %s", run_dir / "pipeline")
     accelerator.wait_for_everyone()
     return run_dir / "pipeline"

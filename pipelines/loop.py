@@ -13,7 +13,7 @@ from data.files import write_json
 from data.loader import StepBatches, make_loader
 from eval.efficiency import Meter
 from eval.records import git_commit
-from pipelines.checkpoints import Checkpoints, recover
+from pipelines.checkpoints import Checkpoints, export_folder, recover
 from pipelines.config import flatten
 from pipelines.engine import any_process, same_everywhere
 from pipelines.log import MetricLog
@@ -33,6 +33,8 @@ def fit(
     info: dict[str, Any],
     look: Callable[[MetricLog], None],
     look_every: int,
+    export_name: str,
+    export: Callable[[Path], None],
     look_at_start: bool = False,
 ) -> int:
     """Resume from the newest good checkpoint, then train to config.steps; returns the number of steps made.
@@ -41,6 +43,7 @@ def fit(
 
     stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed records. info: goes into each
     checkpoint's manifest. look(metrics): validation or samples, every look_every steps (0: never) and at the end.
+    export(folder): writes the EMA model, for run_dir / export_name, while the run's folder is still ours.
     Raises ValueError when updates or videos fail too often, OSError when a checkpoint cannot be written.
     """
     lock = FileLock(run_dir / ".lock")
@@ -57,6 +60,9 @@ def fit(
         loop = _Loop(trainer, run_dir, details, look, look_every)
         began = trainer.step
         loop.run(stream, mode, look_at_start)
+        main = trainer.accelerator.is_main_process
+        if main and export_folder(run_dir / export_name, export, trainer.progress()):
+            log.info("EMA weights: %s", run_dir / export_name)
         return trainer.step - began
     finally:
         lock.release()

@@ -47,6 +47,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _plain(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(dump(config)))
+
+
 def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
     """Create the folder, or re-enter it: a run goes on only with the settings it began with.
 
@@ -58,9 +64,10 @@ def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
     saved = folder / "config.yaml"
     if saved.is_file():
         old = flatten_yaml(OmegaConf.to_container(OmegaConf.load(saved)))
-        new = flatten_yaml(OmegaConf.to_container(OmegaConf.create(dump(config))))
+        new = flatten_yaml(_plain(config))
         free = free_keys(config)
         # a key that the old run did not know has its default there
+        old = {**{k: v for k, v in flatten_yaml(_plain(type(config)())).items() if k in new}, **old}
         differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k] and k not in free)
         if differing:
             text = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:5])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.clip import to_uint8
 from eval.fidelity import check_lpips_size, load_lpips, lpips_distance, psnr, ssim
-from pipelines.checkpoints import Checkpoints, export_folder
+from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
     autocast,
     finite_or_nan,
@@ -248,7 +248,7 @@ class VAETrainer(Trainer):
 def validate(
     vae: ODVAE, clips: Any, count: int, device: torch.device, network: Any = None
 ) -> tuple[dict[str, float], np.ndarray]:
-    """PSNR and SSIM of posterior means on held-out clips, in memory on rounded uint8; and a picture of the first ones.
+    """PSNR and SSIM of posterior means on held-out clips, in memory on rounded uint8; and a picture of four.
 
     network: from `load_lpips`, for LPIPS too. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
     error x 4.
@@ -258,8 +258,9 @@ def validate(
     if network is not None:
         metrics["val/lpips"] = lambda original, decoded: lpips_distance(original, decoded, network)
     vae.eval()
-    for n in range(min(count, len(clips))):
-        x = clips[n]["video"][None].to(device)
+    count = min(count, len(clips))
+    for n in range(count):
+        x = clips[n * len(clips) // count]["video"][None].to(device)  # of every part of a mixture
         original, decoded = to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]
         scores.append([metric(original, decoded) for metric in metrics.values()])
         if n < 4:
@@ -329,11 +330,9 @@ def train(config: TrainVAEConfig) -> Path:
         info={"data": counts, "model": config.model.preset, "variant": config.model.variant},
         look=look,
         look_every=config.val_every,
+        export_name="vae",
+        export=trainer.ema.module.save_pretrained,
         look_at_start=True,
     )
-    if accelerator.is_main_process and export_folder(
-        run_dir / "vae", trainer.ema.module.save_pretrained, trainer.progress()
-    ):
-        log.info("EMA weights: %s", run_dir / "vae")
     accelerator.wait_for_everyone()
     return run_dir / "vae"

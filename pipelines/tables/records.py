@@ -158,13 +158,14 @@ def _reconstruct(step: Step) -> Found:
 
 def _benchmark(step: Step) -> Found:
     file, config = step.folder / "rows.jsonl", config_of(step)
-    asked = {"frames": config.num_frames, "height": config.size, "width": config.size}
+    asked = {"frames": config.num_frames, "height": config.size, "width": config.size, "batch": config.batch}
+    asked["dtype"] = "bfloat16" if config.precision.value == "bf16" else "float32"
     note = ""
     for row in reversed(_rows(file)):
         encode = row["encode"]
         note = differences(asked | {"variant": config.variants[0]}, encode | {"variant": row["variant"]})
         if not note:
-            shape = {k: encode.get(k) for k in (*asked, "batch", "dtype", "device")}
+            shape = {k: encode.get(k) for k in (*asked, "device")}
             made = row["versions"].get("git", "")
             return Found("done", record=file, values=_flat(row), protocol=shape, git=made)
     return Found("other" if note else "none", note, record=file)

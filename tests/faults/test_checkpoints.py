@@ -162,13 +162,13 @@ def test_an_export_killed_after_its_renames_keeps_its_new_content(tmp_path):
 def test_an_export_that_a_kill_prevented_is_made_by_the_next_start_though_no_step_is_left(
     tmp_path, monkeypatch
 ):
-    from pipelines import vae_trainer
+    from pipelines import loop
     from tests.programs.conftest import VAE
 
     settings = [*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=2"]
     main([*settings, "steps=2"])
     with monkeypatch.context() as patch:  # killed after the last checkpoint, before the export
-        patch.setattr(vae_trainer, "export_folder", lambda *_: False)
+        patch.setattr(loop, "export_folder", lambda *_: False)
         main([*settings, "steps=4"])
     assert json.loads((tmp_path / "vae" / "export.json").read_text()) == {"step": 2, "samples_seen": 8}
     main([*settings, "steps=4"])
@@ -203,3 +203,44 @@ def test_a_latte_checkpoint_names_its_vae_by_digest_and_refuses_another(own_vae,
     vae.save_pretrained(own_vae)
     with pytest.raises(ValueError, match=r"was trained with vae=.*weights_sha256"):
         train_latte.main([*common, f"run_dir={run}", "steps=2"])
+
+
+def test_a_start_leaves_hidden_folders_of_the_user_alone(tmp_path):
+    from pipelines.checkpoints import recover
+
+    for name in ("notes", ".notes.old", ".scratch.tmp", ".vae.tmp", ".pipeline.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".config.yaml.old").write_text("mine")
+    recover(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["notes", ".notes.old", ".scratch.tmp", ".config.yaml.old", "pipeline"]
+    )
+
+
+def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(tmp_path):
+    from pipelines.config import load
+    from pipelines.run import open_run
+    from pipelines.vae_settings import TrainVAEConfig
+
+    open_run(tmp_path, load(TrainVAEConfig, None, []), "train_vae")
+    file = tmp_path / "config.yaml"
+    file.write_text("".join(line for line in file.open() if "gan_warmup" not in line))
+    open_run(tmp_path, load(TrainVAEConfig, None, []), "train_vae")
+    file.write_text("".join(line for line in file.open() if "gan_warmup" not in line))
+    with pytest.raises(ValueError, match=r"loss\.gan_warmup: 0 -> 5"):
+        open_run(tmp_path, load(TrainVAEConfig, None, ["loss.gan_warmup=5"]), "train_vae")
+
+
+def test_an_export_is_made_while_the_run_is_still_locked(tmp_path, monkeypatch):
+    from filelock import FileLock, Timeout
+
+    from pipelines import loop
+    from tests.programs.conftest import VAE
+
+    def probe(*_):
+        with pytest.raises(Timeout), FileLock(tmp_path / ".lock").acquire(timeout=0):
+            pass
+        return False
+
+    monkeypatch.setattr(loop, "export_folder", probe)
+    main([*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=2", "steps=2"])
