@@ -23,7 +23,7 @@ def _rows(path: Path, *needed: str) -> Iterator[tuple]:
     """(line, values of the needed columns) of a csv with a header. Raises ValueError for what is missing or broken."""
     if not path.is_file():
         raise ValueError(f"list_file={path}: no such file")
-    csv.field_size_limit(_LONGEST_FIELD)
+    before = csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file)
         try:
@@ -43,6 +43,8 @@ def _rows(path: Path, *needed: str) -> Iterator[tuple]:
                 yield reader.line_num, *(row[place] for place in places)
         except csv.Error as error:
             raise ValueError(f"{path}, after line {reader.line_num}: not a csv row ({error})") from error
+        finally:
+            csv.field_size_limit(before)
 
 
 def _inside(path: Path, line: int, name: str) -> str:

@@ -251,3 +251,15 @@ def test_wrong_lists_are_one_line_with_the_place_and_the_way_out(put, tmp_path, 
         with pytest.raises(ValueError, match=message) as error:
             open_source(name, root, list_file=listing)
         assert "\n" not in str(error.value)
+
+
+def test_reading_a_list_leaves_the_process_its_own_limit_of_a_csv_field(tmp_path):
+    import csv
+
+    from data import lists
+
+    file = tmp_path / "list.csv"
+    file.write_text("a,b\n1,2\n")
+    before = csv.field_size_limit()
+    assert list(lists._rows(file, "b")) == [(2, "2")]
+    assert csv.field_size_limit() == before
