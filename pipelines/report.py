@@ -5,7 +5,6 @@ The programs that fill it: pipelines/demo.py, pipelines/run_report.py and the ta
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from data.encode import encode_webp
 from data.files import write_atomic
 from data.video import probe
+from pipelines.read_run import is_number
 
 MARK = '<meta name="generator" content="OmniLatte">'  # by which a program knows a page of its own
 BINS = 400  # points of a curve at most
@@ -211,14 +211,10 @@ def series_of(records: Sequence[dict], *names: str) -> Series:
     """Curves of a metrics.jsonl: only names that occur, only finite values."""
     found = {}
     for name in names:
-        points = [(r["step"], r[name]) for r in records if _is_number(r.get(name))]
+        points = [(r["step"], r[name]) for r in records if is_number(r.get(name))]
         if points:
             found[name] = tuple(map(list, zip(*points, strict=True)))
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def data_uri(kind: str, content: bytes) -> str:

@@ -53,6 +53,19 @@ def latte_settings():
     return list(LATTE)
 
 
+@pytest.fixture
+def train(vae_settings, tmp_path):
+    """train(name, *settings): stage one in the folder `name` of the test; returns the folder."""
+    from pipelines.train_vae import main
+
+    def go(name, *more):
+        run = tmp_path / name
+        main([*vae_settings, f"run_dir={run}", f"source.index_dir={tmp_path / 'index'}", *more])
+        return run
+
+    return go
+
+
 @pytest.fixture(scope="session")
 def trained_vae(tmp_path_factory):
     """Folder of an OD-VAE after four steps of stage one, without a scaling rule of its own."""

@@ -9,17 +9,7 @@ from pipelines import vae_trainer
 from pipelines.config import load
 from pipelines.engine import finite_or_nan, make_accelerator
 from pipelines.log import read_metrics
-from pipelines.train_vae import TrainVAEConfig, main
-
-
-@pytest.fixture
-def train(vae_settings, tmp_path):
-    def go(name, *more):
-        run = tmp_path / name
-        main([*vae_settings, f"run_dir={run}", f"source.index_dir={tmp_path / 'index'}", *more])
-        return run
-
-    return go
+from pipelines.train_vae import TrainVAEConfig
 
 
 @pytest.fixture

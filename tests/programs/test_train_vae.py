@@ -27,16 +27,6 @@ def same(a, b):
     return a == b
 
 
-@pytest.fixture
-def train(vae_settings, tmp_path):
-    def go(name, *more):
-        run = tmp_path / name
-        main([*vae_settings, f"run_dir={run}", f"source.index_dir={tmp_path / 'index'}", *more])
-        return run
-
-    return go
-
-
 def test_resumed_training_equals_uninterrupted_to_the_bit(train, tmp_path):
     # step 3 falls into a log window, after gan_start, between a VAE step and a discriminator step
     whole = train("whole", "steps=6", "save_every=3", "log_every=2")
