@@ -15,9 +15,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pipelines.plan.cost import Cost, Costs
-from pipelines.plan.pretend import DEVICE, Pretended, pinned, pretended_gpu
+from pipelines.plan.pretend import DEVICE, Pretended, pretended_gpu
 
 
 @dataclass
@@ -100,44 +101,58 @@ def _perceptual_network(*_: Any, net: str = "vgg", **__: Any) -> torch.nn.Module
     return loss.requires_grad_(False)
 
 
-def stage_one(config: Any) -> Simulation:
-    """A step of train_vae in each of its phases, optimizer states present. config: TrainVAEConfig."""
+def stage_one_parts(
+    config: Any, accelerator: Any, where: torch.device
+) -> tuple[Any, Iterator[Any], dict[str, tuple]]:
+    """(trainer, endless batches, {phase: (a step of it, its share of all steps)}) of train_vae without data and weights.
+
+    where: the device on which the networks are made; the trainer moves them to the accelerator's.
+    """
     import pipelines.vae_trainer as trainer_module
-    from pipelines.engine import make_accelerator
     from pipelines.vae_settings import GANSchedule
     from pipelines.vae_start import build_vae_model
 
     loss, clip = config.loss, config.clip
-    accelerator = make_accelerator(config)
-    with _device() as (gpu, costs), mock.patch.object(trainer_module, "LPIPSLoss", _perceptual_network):
+    with mock.patch.object(trainer_module, "LPIPSLoss", _perceptual_network), where:
         trainer = trainer_module.VAETrainer(config, accelerator, build_vae_model(config))
-        shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
-        batches = _endless(
-            lambda: {"video": pinned(torch.zeros(shape)), "number": list(range(config.micro_batch))}
-        )
+    shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
+    batches = _endless(
+        lambda: {"video": _pinned(torch.rand(shape) * 2 - 1), "number": list(range(config.micro_batch))}
+    )
+    if trainer.discriminator is None:
+        return trainer, batches, {"VAE": (0, 1.0)}
+    full = loss.gan_start + loss.gan_warmup
+    even = full + full % 2
+    before = min(loss.gan_start, config.steps) / config.steps
+    phases: dict[str, tuple[int, float]] = {"before the discriminator": (0, before)} if before else {}
+    if loss.gan_schedule is GANSchedule.both:
+        phases["VAE and discriminator"] = (full, 1 - before)
+    elif before < 1:
+        phases["VAE, with the discriminator's term"] = (even, (1 - before) / 2)
+        phases["discriminator"] = (even + 1, (1 - before) / 2)
+    return trainer, batches, phases
 
-        def step(at: int) -> Cost:
-            trainer.step = at
-            return _train_step(trainer, costs, batches)
 
-        full = loss.gan_start + loss.gan_warmup
-        even = full + full % 2
-        steps = {"before the discriminator": (0, min(loss.gan_start, config.steps))}
-        if trainer.discriminator is not None:
-            left = max(0, config.steps - loss.gan_start)
-            if loss.gan_schedule is GANSchedule.both:
-                steps["VAE and discriminator"] = (full, left)
-            else:
-                steps["VAE, with the discriminator's term"] = (even, left / 2)
-                steps["discriminator"] = (even + 1, left / 2)
-        else:
-            steps = {"VAE": (0, config.steps)}
-        for at, _ in steps.values():  # the optimizers' states come with the first updates
-            trainer.step, trainer.accelerator.gradient_accumulation_steps = at, 1
+def stage_one(config: Any) -> Simulation:
+    """A step of train_vae in each of its phases, optimizer states present. config: TrainVAEConfig."""
+    from pipelines.engine import make_accelerator
+
+    accelerator = make_accelerator(config)
+    with _device() as (gpu, costs):
+        trainer, batches, phases = stage_one_parts(config, accelerator, torch.device("cpu"))
+        for at, _ in phases.values():  # the optimizers' states come with the first updates
+            trainer.step, accelerator.gradient_accumulation_steps = at, 1
             trainer.train_step(batches)
         gpu.syncs.found.clear()
-        tasks = [Task(name, step(at), share / config.steps) for name, (at, share) in steps.items() if share]
+        tasks = []
+        for name, (at, share) in phases.items():
+            trainer.step = at
+            tasks.append(Task(name, _train_step(trainer, costs, batches), share))
         return Simulation("step", tasks, list(gpu.syncs.found), {"weights, optimizers, EMA": costs.live})
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if isinstance(tensor, FakeTensor) or torch.cuda.is_available() else tensor
 
 
 def _endless(make: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -171,34 +186,40 @@ def imagined_vae(settings: Any) -> Any:
 CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; the others' are in their files
 
 
-def stage_two(config: Any) -> Simulation:
-    """A step of train_latte with optimizer states present. config: TrainLatteConfig."""
-    from pipelines.engine import make_accelerator
+def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any]]:
+    """(trainer, endless batches) of train_latte without data and weights. where: as of `stage_one_parts`."""
     from pipelines.latte_trainer import LatteTrainer, OnlineLatents, build_latte
     from pipelines.settings import Mode
 
+    device = accelerator.device
+    with where:
+        vae = imagined_vae(config.vae)
+        latte = build_latte(config, vae, CLASSES.get(config.source.name))
+    vae.to(device)
+    online = config.mode is Mode.online
+    encode = OnlineLatents(vae, device, config.precision) if online else None
+    trainer = LatteTrainer(config, accelerator, latte, vae, encode)
+    B, clip = config.micro_batch, config.clip
+    side = clip.size // vae.spatial_compression_ratio
+    latent = (B, vae.config.latent_channels, vae.latent_frames(clip.num_frames), side, side)
+
+    def batch() -> dict[str, Any]:
+        one: dict[str, Any] = {"label": _pinned(torch.zeros(B, dtype=torch.int64)), "number": list(range(B))}
+        if online:
+            return one | {"video": _pinned(torch.rand(B, 3, clip.num_frames, clip.size, clip.size) * 2 - 1)}
+        return one | {k: _pinned(0.1 * torch.randn(latent)) for k in ("mean", "logvar")}
+
+    return trainer, _endless(batch)
+
+
+def stage_two(config: Any) -> Simulation:
+    """A step of train_latte with optimizer states present. config: TrainLatteConfig."""
+    from pipelines.engine import make_accelerator
+
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        vae = imagined_vae(config.vae).to(DEVICE)
-        latte = build_latte(config, vae, CLASSES.get(config.source.name))
-        online = config.mode is Mode.online
-        encode = OnlineLatents(vae, DEVICE, config.precision) if online else None
-        trainer = LatteTrainer(config, accelerator, latte, vae, encode)
-        B, clip = config.micro_batch, config.clip
-        side = clip.size // vae.spatial_compression_ratio
-        latent = (B, vae.config.latent_channels, vae.latent_frames(clip.num_frames), side, side)
-
-        def batch() -> dict[str, Any]:
-            one: dict[str, Any] = {
-                "label": pinned(torch.zeros(B, dtype=torch.int64)),
-                "number": list(range(B)),
-            }
-            if online:
-                return one | {"video": pinned(torch.zeros(B, 3, clip.num_frames, clip.size, clip.size))}
-            return one | {k: pinned(torch.zeros(latent)) for k in ("mean", "logvar")}
-
-        batches = _endless(batch)
-        trainer.accelerator.gradient_accumulation_steps = 1
+        trainer, batches = stage_two_parts(config, accelerator, torch.device("cpu"))
+        accelerator.gradient_accumulation_steps = 1
         trainer.train_step(batches)  # makes the optimizer's state
         gpu.syncs.found.clear()
         cost = _train_step(trainer, costs, batches)

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.plan.programs import Simulation
 
-STAGE1, STAGE2, SAMPLE = "configs/stage1/odvae.yaml", "configs/stage2/ucf101.yaml", "configs/sample/ucf101.yaml"
+STAGE1, STAGE2, SAMPLE = (
+    "configs/stage1/odvae.yaml",
+    "configs/stage2/ucf101.yaml",
+    "configs/sample/ucf101.yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,17 @@ ROWS = (
     Row("Latte-XL/2 on cached latents of 81 frames, bf16, 1 clip", "train_latte", _one(1)),
     Row("the same, 4 clips", "train_latte", _one(4)),
     Row("the same, 8 clips", "train_latte", _one(8)),
-    Row("the same, 8 clips, gradient checkpointing", "train_latte", (*_one(8), "gradient_checkpointing=true")),
+    Row(
+        "the same, 8 clips, gradient checkpointing", "train_latte", (*_one(8), "gradient_checkpointing=true")
+    ),
     Row("the same, 1 clip, online", "train_latte", (*_one(1), "mode=online")),
     Row("the same, 1 clip, tf32", "train_latte", (*_one(1), "precision=tf32"), tf32=True),
-    Row("the same, 1 clip, tf32, online", "train_latte", (*_one(1), "precision=tf32", "mode=online"), tf32=True),
+    Row(
+        "the same, 1 clip, tf32, online",
+        "train_latte",
+        (*_one(1), "precision=tf32", "mode=online"),
+        tf32=True,
+    ),
     Row("caching latents, 81 x 256 x 256, bf16", "cache_latents", ()),
     Row("sampling 81 x 256 x 256, DDPM-250, guidance, bf16", "sample", ("batch=4",)),
 )
