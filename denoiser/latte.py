@@ -245,12 +245,15 @@ class Latte(ModelMixin, ConfigMixin):
             return torch.full((B,), K, dtype=torch.int64, device=device)
         if y.shape != (B,) or y.dtype != torch.int64:
             raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: labels are ({B},) int64")
-        last = self.y_embedder.embedding_table.num_embeddings - 1
-        if (
-            y.device.type == "cpu" and B and not (0 <= int(y.min()) and int(y.max()) <= last)
-        ):  # no sync on a GPU
-            raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
+        if y.device.type == "cpu":
+            self.check_labels(y)
         return y.to(device)
+
+    def check_labels(self, y: Tensor) -> None:
+        """ValueError for class ids that this Latte does not have. Call it before they go to a GPU: forward waits for none."""
+        last = self.y_embedder.embedding_table.num_embeddings - 1
+        if len(y) and not (0 <= int(y.min()) and int(y.max()) <= last):
+            raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
 
     def _position_tables(self) -> dict[str, Tensor]:
         """pos_embed (1, N, D) and temp_embed (1, t, D), float32 on the CPU whatever the default device is."""

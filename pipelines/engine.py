@@ -109,12 +109,32 @@ def same_everywhere(accelerator: Accelerator, value: Any) -> Any:
     return box[0]
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """True on every process when it is true on one."""
-    if accelerator.num_processes == 1:
-        return flag
-    count = torch.tensor([float(flag)], device=accelerator.device)
-    return bool(accelerator.reduce(count, "sum").item() > 0)
+def send(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, without waiting for what is queued there: that takes page-locked memory on this side."""
+    if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+class Later:
+    """A number on its way from the device. `read` waits for it alone, not for what was queued since."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value, self.event = value, None
+        if value.device.type == "cuda":
+            self.value = value.to("cpu", non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> Later:
+    """Reads above 0 on every process when the flag is true on one."""
+    return Later(accelerator.reduce(send(torch.tensor(float(flag)), accelerator.device), "sum"))
 
 
 def draw_seed(seed: int, number: int) -> int:
@@ -136,4 +156,4 @@ def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
 
 def normal(draws: list[torch.Generator], shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """(B, *shape) standard normal, row i from its own generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in draws]).to(device)
+    return send(torch.stack([torch.randn(tuple(shape), generator=g) for g in draws]), device)

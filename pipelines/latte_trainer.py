@@ -20,6 +20,7 @@ from pipelines.engine import (
     finite_or_nan,
     generators,
     make_accelerator,
+    send,
     uses_deepspeed,
 )
 from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
@@ -37,7 +38,7 @@ from pipelines.settings import (
     open_vae,
     vae_entry,
 )
-from pipelines.trainer import Trainer
+from pipelines.trainer import Trainer, average
 from pipelines.video_pipeline import LatentVideoPipeline
 from pipelines.zero import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
@@ -119,7 +120,7 @@ class LatteTrainer(Trainer):
             latte.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(latte, optimizer)
         self.model.train()
@@ -139,15 +140,15 @@ class LatteTrainer(Trainer):
                     "drop": torch.rand((), generator=generator) < self.config.denoiser.label_dropout,
                 }
             )
-        drawn = {k: torch.stack([s[k] for s in samples]).to(mean.device) for k in samples[0]}
+        drawn = {k: send(torch.stack([s[k] for s in samples]), mean.device) for k in samples[0]}
         z = mean + torch.exp(0.5 * logvar) * drawn.pop("posterior")
         return drawn | {"x0": self.vae.normalize(z)}
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Mean loss of a micro-batch, and the terms to log, per timestep bucket too."""
         device = self.accelerator.device
         if self.encode is None:
-            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))  # pinned
         else:
             mean, logvar = self.encode(batch)
         drawn = self.draw(batch, mean, logvar)
@@ -155,20 +156,14 @@ class LatteTrainer(Trainer):
         x_t = self.diffusion.q_sample(drawn["x0"], drawn["noise"], t)
         labels = {}
         if self.latte.config.num_classes is not None:
-            labels = {"y": batch["label"].to(device), "force_drop": drawn["drop"]}
+            labels = {"y": batch["label"].to(device, non_blocking=True), "force_drop": drawn["drop"]}
         with autocast(self.accelerator, self.config):
             output = self.model(x_t, t, **labels).sample
         terms = self.diffusion.training_loss(output, drawn["x0"], drawn["noise"], t)
-        logged = {f"loss/{k}": v.mean() for k, v in terms.items() if k != "loss"} | {
-            "loss": terms["loss"].mean()
-        }
-        for sample, step in enumerate(t.tolist()):
-            logged.setdefault(f"loss_at_t/{step * BUCKETS // NUM_TRAIN_STEPS}_of_{BUCKETS}", []).append(
-                terms["mse"][sample]
-            )
-        return terms["loss"].mean(), {
-            k: torch.stack(v) if isinstance(v, list) else v for k, v in logged.items()
-        }
+        logged = {name if name == "loss" else f"loss/{name}": v.mean() for name, v in terms.items()}
+        bucket = t * BUCKETS // NUM_TRAIN_STEPS
+        logged |= {f"loss_at_t/{b}_of_{BUCKETS}": (terms["mse"], bucket == b) for b in range(BUCKETS)}
+        return terms["loss"].mean(), logged
 
     def train_step(self, batches: Any) -> None:
         """One optimizer step over all micro-batches."""
@@ -177,7 +172,6 @@ class LatteTrainer(Trainer):
         largest = config.grad_clip if self.step >= config.clip_start else 0.0
         if uses_deepspeed(accelerator):
             self.model.optimizer.clip_grad = largest  # it clips inside its own step
-        finite = True
         for _ in range(accelerator.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
                 loss, logged = self.loss(next(batches))
@@ -185,9 +179,8 @@ class LatteTrainer(Trainer):
                 self.note(logged)
                 if accelerator.sync_gradients:
                     finite = self.update(self.model, self.optimizer, largest, "grad_norm")
-        if finite:
-            with whole_weights(self.latte):
-                self.ema.update(self.latte)
+        with whole_weights(self.latte):
+            average(self.ema, self.latte, finite)
         self.finish_step(finite)
 
     def save(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.checkpoints import Checkpoints, export_folder, recover
 from pipelines.config import flatten
-from pipelines.engine import any_process, same_everywhere
+from pipelines.engine import Later, any_process, same_everywhere
 from pipelines.log import MetricLog
 from pipelines.quarantine import Quarantine
 from pipelines.run import stop_on_signal
@@ -130,13 +130,19 @@ class _Loop:
             if look_at_start and trainer.step == 0:
                 self.look(self.metrics)
             with stop_on_signal() as stopping:
+                asked: Later | None = None  # whether a process was asked to stop in the step before
                 while trainer.step < config.steps:
                     trainer.train_step(incoming)
                     meter.step()
                     bar.update()
+                    stop = asked is not None and asked.read() > 0
+                    if self.accelerator.num_processes == 1:
+                        stop = bool(stopping())
+                    else:
+                        asked = any_process(self.accelerator, bool(stopping()))
+                    trainer.settle(self._records() or self._saves(stop))
                     self._stop_if_hopeless()
                     self._record(lost, meter, bar)
-                    stop = any_process(self.accelerator, bool(stopping()))
                     self._save_if_due(meter, stop)
                     if stop:
                         log.info(
@@ -171,10 +177,18 @@ class _Loop:
                 "lower learning_rate or use precision=fp32"
             )
 
+    def _records(self) -> bool:
+        return self.trainer.step % self.config.log_every == 0 or self.trainer.step == self.config.steps
+
+    def _saves(self, stop: bool) -> bool:
+        return (
+            self.trainer.step % self.config.save_every == 0 or self.trainer.step == self.config.steps or stop
+        )
+
     def _record(self, lost: Quarantine, meter: Meter, bar: tqdm) -> None:
         """Numbers every log_every steps, a look every look_every, both at the end."""
         step, last = self.trainer.step, self.trainer.step == self.config.steps
-        if step % self.config.log_every == 0 or last:
+        if self._records():
             values = self.trainer.flush_window()
             self.metrics.scalars(step, values)
             self.metrics.scalars(step, meter.scalars(), timing=True)
@@ -187,7 +201,7 @@ class _Loop:
 
     def _save_if_due(self, meter: Meter, stop: bool) -> None:
         step = self.trainer.step
-        if step % self.config.save_every == 0 or step == self.config.steps or stop:
+        if self._saves(stop):
             meter.pause()
             self.metrics.sync()
             details = {**self.trainer.progress(), **self.details}
