@@ -203,10 +203,13 @@ class Latte(ModelMixin, ConfigMixin):
             c = c + self.y_embedder(y, force_drop)
 
         x = self.x_embedder(x)  # (B, t, N, D)
-        x = x + self.pos_embed.to(device=x.device, dtype=x.dtype)
+        # Under autocast the tables lift the residual stream to float32, as upstream's are: a stream in bf16 would round
+        # after each block (tests/unit/denoiser/test_latte.py has the numbers).
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x = x + self.pos_embed.to(x.device, dtype)
         for i, block in enumerate(self.blocks):
             if i == 1:  # once, before the first temporal block
-                x = x + self.temp_embed.to(device=x.device, dtype=x.dtype).unsqueeze(2)
+                x = x + self.temp_embed.to(x.device, dtype).unsqueeze(2)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)
             else:

@@ -1,7 +1,8 @@
 """The distributed engine is accelerate (with DeepSpeed by launch configuration); here is the little it needs from us."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def make_accelerator(config: Any = None) -> Accelerator:
     """An Accelerator for 1 process, DDP or DeepSpeed, on GPUs or CPUs, as the launcher set it up.
 
     config: a trainer's settings; global_batch and micro_batch decide the accumulation. Weights, optimizer and EMA stay
-    fp32; precision=bf16 is autocast, see `autocast`.
+    fp32; precision=bf16 is autocast, see `autocast`; precision=tf32 see `matrix_products`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, world) if config else 1
@@ -79,6 +80,17 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
     """bf16 arithmetic where the config asks for it; weights and results that matter stay fp32."""
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision.value == "bf16")
+
+
+@contextlib.contextmanager
+def matrix_products(config: Any) -> Iterator[None]:
+    """Inside, float32 matrix products take TF32 for precision=tf32 and are exact else; afterwards as they were."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if config.precision.value == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:

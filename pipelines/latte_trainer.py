@@ -31,8 +31,8 @@ from pipelines.media import grid, write_preview
 from pipelines.run import open_run, refuse_inside, summary
 from pipelines.settings import (
     Mode,
-    Precision,
     check_clip,
+    for_inference,
     normalization,
     open_clips,
     open_vae,
@@ -94,14 +94,14 @@ def plan(config: TrainLatteConfig) -> str:
 class OnlineLatents:
     """mode=online: clips of the endless stream, encoded where the denoiser trains."""
 
-    def __init__(self, vae: Any, device: torch.device, precision: Precision):
-        self.vae, self.device, self.precision = vae, device, precision
+    def __init__(self, vae: Any, device: torch.device):
+        """vae: as `for_inference` returns it."""
+        self.vae, self.device = vae, device
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x = batch["video"].to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16):
-            posterior = self.vae.encode(x).latent_dist
+        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
 
@@ -216,12 +216,8 @@ def open_data(
             clips = cached_clips(config)
     counts = {"videos": len(clips), "damaged": len(clips.source.damaged), "short": len(clips.short)}
     if config.mode is Mode.online:
-        return (
-            clips,
-            OnlineLatents(vae, accelerator.device, config.precision),
-            clips.source.class_names,
-            counts,
-        )
+        encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
+        return clips, encode, clips.source.class_names, counts
     fingerprint = cache_fingerprint(config, vae, clips)
     cache = LatentCache(cache_folder(config, fingerprint), expect=fingerprint)
     counts |= {"cached": len(cache), "cache": str(cache.folder), "failed": len(cache.index["failed"])}
@@ -238,7 +234,6 @@ def train(config: TrainLatteConfig) -> Path:
             f"vae.name={config.vae.name}: its latents have no scaling rule (0.18215 fits SD's latents only); "
             "run pipelines.cache_latents with the same settings: it measures mean and std and stores them with the VAE"
         )
-    vae.to(accelerator.device)
     stream, encode, class_names, counts = open_data(config, accelerator, vae)
     torch.manual_seed(config.seed)
     latte = build_latte(config, vae, len(class_names) or None)
@@ -248,7 +243,11 @@ def train(config: TrainLatteConfig) -> Path:
     if accelerator.is_main_process:
         open_run(run_dir, config, "train_latte")
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
-    pipeline = LatentVideoPipeline(vae=vae, transformer=trainer.ema.module, class_names=class_names)
+    frozen = encode.vae if encode else for_inference(vae, accelerator.device, config.precision)
+    pipeline, exported = (
+        LatentVideoPipeline(vae=v, transformer=trainer.ema.module, class_names=class_names)
+        for v in (frozen, vae)
+    )
 
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process:
@@ -278,7 +277,7 @@ def train(config: TrainLatteConfig) -> Path:
         look=look,
         look_every=config.samples.every,
         export_name="pipeline",
-        export=pipeline.save_pretrained,
+        export=exported.save_pretrained,
     )
     accelerator.wait_for_everyone()
     return run_dir / "pipeline"

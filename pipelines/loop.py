@@ -15,7 +15,7 @@ from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.checkpoints import Checkpoints, export_folder, recover
 from pipelines.config import flatten
-from pipelines.engine import Later, any_process, same_everywhere
+from pipelines.engine import Later, any_process, matrix_products, same_everywhere
 from pipelines.log import MetricLog
 from pipelines.quarantine import Quarantine
 from pipelines.run import stop_on_signal
@@ -59,7 +59,8 @@ def fit(
         details = {"program": program, "git": git_commit(), "config": flatten(trainer.config), **info}
         loop = _Loop(trainer, run_dir, details, look, look_every)
         began = trainer.step
-        loop.run(stream, mode, look_at_start)
+        with matrix_products(trainer.config):
+            loop.run(stream, mode, look_at_start)
         main = trainer.accelerator.is_main_process
         if main and export_folder(run_dir / export_name, export, trainer.progress()):
             log.info("EMA weights: %s", run_dir / export_name)
@@ -213,7 +214,8 @@ class _Loop:
         speed, file = meter.summary(), self.run_dir / "efficiency.json"
         if not self.main or not (speed["timed_steps"] or not file.is_file()):
             return
-        record = {"program": self.details["program"], "global_batch": self.config.global_batch, **speed}
+        record = {"program": self.details["program"], "global_batch": self.config.global_batch}
+        record |= {"precision": self.config.precision.value, **speed}
         try:
             write_json(file, record)
         except OSError as error:

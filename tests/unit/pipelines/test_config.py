@@ -92,4 +92,4 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
     text = capsys.readouterr().out
     assert "steps=5  how many" in text
     assert "inner.rate=0.1  a rate" in text
-    assert "precision='fp32' [fp32|bf16]" in text
+    assert "precision='fp32' [fp32|tf32|bf16]" in text
