@@ -123,7 +123,7 @@ def same_everywhere(accelerator: Accelerator, value: Any) -> Any:
 
 def send(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device, without waiting for what is queued there: that takes page-locked memory on this side."""
-    if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
+    if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 

@@ -475,6 +475,7 @@ def sampling(s: Session) -> Result:
 
     from denoiser.latte import Latte
     from denoiser.sampling import cfg_forward
+    from pipelines.settings import Precision, for_inference
     from pipelines.video_pipeline import LatentVideoPipeline
 
     torch.manual_seed(0)
@@ -494,10 +495,11 @@ def sampling(s: Session) -> Result:
     x, z = torch.randn(B, *shape, device=s.device), torch.randn(1, *shape, device=s.device)
     t = torch.full((B,), 500, device=s.device)
     y = torch.arange(B, device=s.device)
-    vae = odvae(s)
+    frozen = for_inference(odvae(s), s.device, Precision.bf16 if s.cuda else Precision.fp32)
+    pipe = LatentVideoPipeline(vae=frozen, transformer=latte)
     with torch.inference_mode(), half(s):
         found["denoising step of the batch"] = measure(s, lambda: cfg_forward(latte, x, t, y, 7.0), 5, 2)
-        found["decode"] = measure(s, lambda: [None for _ in vae.stream_decode([z])], 3)
+        found["decode"] = measure(s, lambda: pipe.decode_latents(z), 3)
     return found
 
 
@@ -659,7 +661,7 @@ def page(s: Session, about: Result, rows: list[Result], predictions: dict[str, R
     measured |= {name: sample_row for name in predictions if name.startswith("sampling")}
     sizes = next((r for r in rows if r["check"] == "vae_sizes"), {})
     measured |= {
-        name: {"encode": sizes.get("encode 81 x 256, bf16 autocast")}
+        name: {"encode": sizes.get("encode, bf16 weights")}
         for name in predictions
         if name.startswith("caching")
     }

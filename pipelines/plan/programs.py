@@ -189,15 +189,15 @@ CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; t
 def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any]]:
     """(trainer, endless batches) of train_latte without data and weights. where: as of `stage_one_parts`."""
     from pipelines.latte_trainer import LatteTrainer, OnlineLatents, build_latte
-    from pipelines.settings import Mode
+    from pipelines.settings import Mode, for_inference
 
     device = accelerator.device
     with where:
         vae = imagined_vae(config.vae)
         latte = build_latte(config, vae, CLASSES.get(config.source.name))
-    vae.to(device)
+    frozen = for_inference(vae, device, config.precision)  # also what draws the sample grids
     online = config.mode is Mode.online
-    encode = OnlineLatents(vae, device, config.precision) if online else None
+    encode = OnlineLatents(frozen, device) if online else None
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
     B, clip = config.micro_batch, config.clip
     side = clip.size // vae.spatial_compression_ratio
@@ -245,7 +245,7 @@ def encode_and_decode(
     decode: bool = True,
 ) -> Simulation:
     """encode and decode of one batch of clips. vae_of: makes the VAE; autocast: bf16; dtype: of weights and clip."""
-    with _device() as (gpu, costs):
+    with _device() as (_, costs):
         vae = vae_of().to(DEVICE, dtype)
         resident = costs.live
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -255,24 +255,20 @@ def encode_and_decode(
                 z = vae.encode(x).latent_dist.mode().to(dtype)
                 del x
                 tasks.append(Task("decode", _measure(costs, lambda: vae.decode(z).sample)))
-        return Simulation("batch", tasks, list(gpu.syncs.found), {"weights": resident})
+        return Simulation("batch", tasks, [], {"weights": resident})
 
 
 def cache(config: Any) -> Simulation:
     """cache_latents: encoding one batch of clips. config: TrainLatteConfig."""
-    with _device() as (gpu, costs):
-        vae = imagined_vae(config.vae).to(DEVICE)
+    from pipelines.settings import for_inference
+
+    with _device() as (_, costs):
+        vae = for_inference(imagined_vae(config.vae), DEVICE, config.precision)
         resident, clip = costs.live, config.clip
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):
-
-            def encode() -> None:
-                x = _empty(config.cache.batch, 3, clip.num_frames, clip.size, clip.size)
-                vae.encode(x)
-
-            cost = _measure(costs, encode)
-        return Simulation(
-            "clip", [Task("encode", cost, 1 / config.cache.batch)], list(gpu.syncs.found), {"VAE": resident}
-        )
+        with torch.inference_mode():
+            shape = (config.cache.batch, 3, clip.num_frames, clip.size, clip.size)
+            cost = _measure(costs, lambda: vae.encode(_empty(*shape).to(vae.dtype)))
+        return Simulation("clip", [Task("encode", cost, 1 / config.cache.batch)], [], {"VAE": resident})
 
 
 def _half(config: Any) -> bool:
@@ -280,36 +276,27 @@ def _half(config: Any) -> bool:
 
 
 def sample(config: Any) -> Simulation:
-    """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; the pipeline's folder may be absent."""
+    """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; its pipeline may be absent."""
     from denoiser.latte import Latte
     from denoiser.sampling import cfg_forward
+    from pipelines.settings import for_inference, tile_time
+    from pipelines.video_pipeline import LatentVideoPipeline
 
     geometry, classes, vae_settings = _pipeline_parts(Path(config.pipeline))
-    with _device() as (gpu, costs):
-        vae = imagined_vae(vae_settings).to(DEVICE)
+    with _device() as (_, costs):
+        vae = imagined_vae(vae_settings)
+        tile_time(vae, config.tiling_frames, "tiling_frames")
         latte = Latte(**geometry).to(DEVICE).eval().requires_grad_(False)
+        pipe = LatentVideoPipeline(vae=for_inference(vae, DEVICE, config.precision), transformer=latte)
         resident, B = costs.live, config.batch
         shape = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):
             x, t = _empty(B, *shape), torch.zeros(B, dtype=torch.int64, device=DEVICE)
             y = torch.zeros(B, dtype=torch.int64, device=DEVICE) if classes else None
             one = _measure(costs, lambda: cfg_forward(latte, x, t, y, config.guidance_scale))
-
-            def decode() -> None:
-                streams = getattr(vae, "causal", False) and hasattr(vae, "stream_decode")
-                z = _empty(1, *shape)
-                for _ in (
-                    vae.stream_decode([z]) if streams and not vae.tiling_groups else [vae.decode(z).sample]
-                ):
-                    pass
-
-            two = _measure(costs, decode)
-        return Simulation(
-            "video",
-            [Task("denoising step of the batch", one, config.num_steps / B), Task("decode", two)],
-            list(gpu.syncs.found),
-            {"denoiser and VAE": resident},
-        )
+            two = _measure(costs, lambda: pipe.decode_latents(_empty(1, *shape)))
+        tasks = [Task("denoising step of the batch", one, config.num_steps / B), Task("decode", two)]
+        return Simulation("video", tasks, [], {"denoiser and VAE": resident})
 
 
 def _pipeline_parts(folder: Path) -> tuple[dict[str, Any], bool, Any]:
