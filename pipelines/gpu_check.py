@@ -692,9 +692,9 @@ def run_checks(s: Session, chosen: list[str], limit: float) -> list[Result]:
     """Run the checks in turn, a JSON line each; none begins that would end after `limit` seconds."""
     began, rows = time.time(), []
     with open(s.out / "gpu_check.jsonl", "w") as file:
-        for name, expected, function in CHECKS:
-            if name not in chosen:
-                continue
+        for name, expected, function in sorted(
+            (c for c in CHECKS if c[0] in chosen), key=lambda c: chosen.index(c[0])
+        ):
             start, row = time.time(), {"check": name}
             if not s.tiny and start - began + 0.7 * expected > limit:
                 row |= {"ok": None, "note": f"{start - began:.0f} of {limit:.0f} s are spent"}
@@ -720,7 +720,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m pipelines.gpu_check", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU too: a rehearsal")
-    parser.add_argument("--only", default="", help="checks, separated by commas; default: all")
+    parser.add_argument("--only", default="", help="checks, separated by commas, in this order; default: all")
     parser.add_argument(
         "--out", default="", help="folder of the results; default: docs/results/gpu, --tiny: a new one"
     )
