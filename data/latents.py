@@ -3,11 +3,13 @@
     index.json             fingerprint (VAE weights, ClipSpec, source, draws, dtype), statistics, complete: true
     latents-00003.safetensors   mean, logvar (N, C, t, h, w); label, video, draw (N,) int64
     latents-00003.json     sha256, number of rows, clips that failed with the reason; written after its shard
+    latents-00003.checked  size and time of the shard when its sha256 was last found right
 
 A cut of a long latent is not the latent of the cut clip (the first latent stands for one frame), so each entry is the
 encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x (2 when both flips are stored).
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.files import sha256_of
+from data.files import sha256_of, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -100,7 +102,8 @@ class LatentCache:
     """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw.
 
     expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first opened, so a damaged one is
-    named instead of trained on. Safe to hand to worker processes: files are opened after the fork.
+    named instead of trained on; one that has not been written to since the last check is not read through again (--verify
+    of cache_latents does). Safe to hand to worker processes: files are opened after the fork.
     """
 
     def __init__(self, folder: str | Path, expect: dict[str, Any] | None = None):
@@ -129,7 +132,7 @@ class LatentCache:
             yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"
         for shard in range(len(self.ends)):
             try:
-                record = self._check(shard)
+                record = self._check(shard, again=True)
                 slices = self._slices(shard)
                 entries = slices["video"][:].numpy() * self.draws + slices["draw"][:].numpy()
                 entries = np.append(entries, [f["entry"] for f in record["failed"]]).astype(np.int64)
@@ -146,11 +149,20 @@ class LatentCache:
         drawn = self.fingerprint["draws"]
         return drawn["crops"] * (2 if drawn["flips"] else 1)
 
-    def _check(self, shard: int) -> dict[str, Any]:
+    def _check(self, shard: int, again: bool = False) -> dict[str, Any]:
         """The shard's record; ValueError that names the shard and the way out when it is damaged or missing."""
         path, record = shard_file(self.folder, shard), read_sidecar(self.folder, shard)
+        note = path.with_suffix(".checked")
         try:
-            intact = sha256_of(path) == record["sha256"]
+            found = path.stat()
+            now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
+            known = not again and note.is_file() and note.read_text() == now
+            intact = known or sha256_of(path) == record["sha256"]
+            if intact and not known:
+                with contextlib.suppress(
+                    OSError
+                ):  # a folder of someone else's: then each process looks for itself
+                    write_atomic(note, now)
         except OSError as error:
             raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         if not intact:

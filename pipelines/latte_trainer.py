@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clip import to_uint8
 from data.latents import LatentCache, LatentStream
@@ -19,6 +19,7 @@ from pipelines.engine import (
     autocast,
     finite_or_nan,
     generators,
+    main_process_first,
     make_accelerator,
     send,
     uses_deepspeed,
@@ -183,6 +184,17 @@ class LatteTrainer(Trainer):
             average(self.ema, self.latte, finite)
         self.finish_step(finite)
 
+    def trained(self) -> list[nn.Module]:
+        return [self.model]
+
+    def try_step(self) -> None:
+        """One micro-batch of empty clips or latents."""
+        size, c, clip = self.config.micro_batch, self.latte.config, self.config.clip
+        batch = {"number": torch.arange(size), "label": torch.zeros(size, dtype=torch.int64)}
+        latents = torch.zeros(size, c.in_channels, c.num_frames, *self.latte.latent_hw)
+        batch |= {"video": torch.zeros(size, 3, clip.num_frames, clip.size, clip.size)} if self.encode else {}
+        self.loss(batch | {"mean": latents, "logvar": latents})[0].backward()
+
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
 
@@ -209,7 +221,7 @@ def open_data(
     config: TrainLatteConfig, accelerator: Any, vae: Any
 ) -> tuple[Any, Any, list[str], dict[str, Any]]:
     """(endless stream, encoder or None, class names, counts) for the mode; refuses a cache of anything else."""
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if config.mode is Mode.online:
             clips = open_clips(config.source, config.clip.spec(), config.seed)
         else:
@@ -240,23 +252,27 @@ def train(config: TrainLatteConfig) -> Path:
     run_dir = Path(config.run_dir)
     refuse_inside(run_dir, "pipeline", config.vae.path, "vae.path")
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
-    if accelerator.is_main_process:
-        open_run(run_dir, config, "train_latte")
-    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
     frozen = encode.vae if encode else for_inference(vae, accelerator.device, config.precision)
     pipeline, exported = (
         LatentVideoPipeline(vae=v, transformer=trainer.ema.module, class_names=class_names)
         for v in (frozen, vae)
     )
 
+    def sample(steps: int) -> Tensor:
+        n = config.samples.num_videos
+        labels = [i % len(class_names) for i in range(n)] if class_names else None
+        with autocast(accelerator, config):
+            scale = config.samples.guidance_scale
+            return pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale).videos
+
+    trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
+    if accelerator.is_main_process:
+        open_run(run_dir, config, "train_latte")
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process:
-            n = config.samples.num_videos
-            labels = [i % len(class_names) for i in range(n)] if class_names else None
-            steps, scale = config.samples.steps, config.samples.guidance_scale
-            with autocast(accelerator, config):
-                result = pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale)
-            sheet = grid(list(to_uint8(result.videos)))
+            sheet = grid(list(to_uint8(sample(config.samples.steps))))
             metrics.video(trainer.step, "samples/ema", sheet)
             write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
         accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from pipelines.engine import (
     autocast,
     finite_or_nan,
     generators,
+    main_process_first,
     make_accelerator,
     normal,
     uses_deepspeed,
@@ -181,41 +182,27 @@ class VAETrainer(Trainer):
             buffer.copy_(torch.where(finite, buffer, value))
         self.finish_step(finite)
 
-    def rehearse(self) -> None:
-        """The heaviest step there will be, on an empty clip, without an update: a lack of memory shows now, not at gan_start.
+    def trained(self) -> list[nn.Module]:
+        return [self.autoencode] + ([self.judge] if self.discriminator is not None else [])
 
-        Weights, optimizers, D's statistics and random states are afterwards what they were; no process talks to another.
-        Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
-        """
-        config, loss, device = self.config, self.config.loss, self.accelerator.device
-        models = (self.autoencode, self.judge)
-        statistics = [b.clone() for b in self.discriminator.buffers()]
-        now, self.step = self.step, loss.gan_start + loss.gan_warmup
-        try:
-            # what Adam will hold from the first update on
-            moments = [torch.empty_like(p) for m in models for p in m.parameters() for _ in range(2)]
-            clip = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
-            x = torch.zeros(clip, device=device)
-            noise = self.latent_noise(x, range(config.micro_batch))
-            with self.accelerator.no_sync(models[0]), self.accelerator.no_sync(models[1]):
-                with autocast(self.accelerator, config):
-                    total, xhat, _ = self.generator_loss(x, noise)
-                    total.backward()
-                    if loss.gan_schedule is GANSchedule.alternate:
-                        self.autoencode.zero_grad()  # then D has a step of its own
-                    self.discriminator_loss(x, xhat)[0].backward()
-            del moments
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"a step with the discriminator does not fit on {device} ({str(error).split('. ')[0]}): "
-                "gradient_checkpointing=true, precision=bf16 or a smaller micro_batch, clip.num_frames or clip.size need less"
-            ) from error
-        finally:
-            self.step = now
-            for model in models:
-                model.zero_grad()
-            for buffer, value in zip(self.discriminator.buffers(), statistics, strict=True):
-                buffer.copy_(value)
+    def try_step(self) -> None:
+        """Both phases at their heaviest; D's own, when it has one, with the VAE's forward that keeps no gradients."""
+        config, loss = self.config, self.config.loss
+        self.step = max(self.step, loss.gan_start + loss.gan_warmup)
+        clip = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
+        x = torch.zeros(clip, device=self.accelerator.device)
+        noise = self.latent_noise(x, range(config.micro_batch))
+        with autocast(self.accelerator, config):
+            total, xhat, _ = self.generator_loss(x, noise)
+            total.backward()
+            if self.discriminator is None:
+                return
+            if loss.gan_schedule is GANSchedule.alternate:
+                self.autoencode.zero_grad()
+                del total, xhat
+                with torch.no_grad():
+                    xhat = self.autoencode(x, noise)[0].float()
+            self.discriminator_loss(x, xhat)[0].backward()
 
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, the rest in trainer.pt; every process calls it, the main one writes."""
@@ -288,7 +275,7 @@ def train(config: TrainVAEConfig) -> Path:
     torch.manual_seed(config.seed)
     vae = build_vae_model(config)
     check_clip(vae, config.clip)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         clips = open_clips(config.source, config.clip.spec(), config.seed)
         held_out: Any = []
         if config.source.val_fraction > 0:
@@ -300,8 +287,8 @@ def train(config: TrainVAEConfig) -> Path:
     if not going_on:
         initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae)
-    if trainer.discriminator is not None and accelerator.device.type == "cuda" and not going_on:
-        trainer.rehearse()
+    empty = [{"video": torch.zeros(3, config.clip.num_frames, config.clip.size, config.clip.size)}]
+    trainer.rehearse(lambda: validate(trainer.ema.module, empty, 1, accelerator.device, network))
     if accelerator.is_main_process:
         open_run(run_dir, config, "train_vae")
     counts = {"videos": len(clips), "held_out": len(held_out)}
