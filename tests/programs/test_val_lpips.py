@@ -83,8 +83,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-def test_missing_weights_are_named_before_anything_is_written(train, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMNILATTE_WEIGHTS", raising=False)
+def test_missing_weights_are_named_before_anything_is_written(train, tmp_path):
     with pytest.raises(ValueError, match=r"LPIPS weights are missing .*val_lpips=false"):
         train("run", "val_lpips=true")
     assert list(tmp_path.iterdir()) == []
