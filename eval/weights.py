@@ -147,15 +147,15 @@ def accepted_names(kind: str) -> list[str]:
 def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
     """Path of the file of `kind`, a key of WEIGHT_FILES.
 
-    argument: a file, or a folder that holds it. None: the file is looked for in `weights_folder()`, the trunks of
-    LPIPS then in torch's hub cache. Raises ValueError with the file's name, source and digest when there is none.
+    argument: a file, or a folder that holds it; None is `weights_folder()`. A trunk of LPIPS that the folder lacks is
+    looked for in torch's hub cache. Raises ValueError with the file's name, source and digest when there is none.
     """
     official = WEIGHT_FILES[kind]
     path = Path(argument).expanduser() if argument is not None else weights_folder()
     if path.is_file():
         return path
     candidates = [path / name for name in accepted_names(kind)]
-    if argument is None and kind in TRUNKS.values():
+    if kind in TRUNKS.values():
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         hub = Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch") / "hub"
         candidates.append(hub / "checkpoints" / official.file)
