@@ -53,9 +53,10 @@ def _plain(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(dump(config)))
 
 
-def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
+def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, dict] | None = None) -> Path:
     """Create the folder, or re-enter it: a run goes on only with the settings it began with.
 
+    weights: provenance of the judging networks that take part, for env.json.
     Settings marked `free` (steps, logging, workers) may differ. Raises ValueError with the differing keys otherwise.
     """
     from omegaconf import OmegaConf
@@ -82,9 +83,8 @@ def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
     write_atomic(saved, dump(config))
     env_file = folder / "env.json"
     starts = json.loads(env_file.read_text())["starts"] if env_file.is_file() else []
-    starts.append(
-        {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
-    )
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
+    starts.append(start | ({"weights": weights} if weights else {}))
     write_json(env_file, {"program": program, "versions": versions(), "starts": starts})
     return folder
 

@@ -12,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from data.clip import to_uint8
-from eval.fidelity import check_lpips_size, load_lpips, lpips_distance, psnr, ssim
+from eval.fidelity import lpips_distance, psnr, ssim
 from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
     autocast,
@@ -30,10 +30,10 @@ from pipelines.run import open_run, refuse_inside
 from pipelines.settings import check_clip, open_clips
 from pipelines.trainer import Trainer, as_fused, average
 from pipelines.vae_settings import GANSchedule, TrainVAEConfig
-from pipelines.vae_start import build_vae_model, initialize
+from pipelines.vae_start import build_vae_model, initialize, lpips_networks
 from vae.discriminator import PatchDiscriminator3D
 from vae.interface import VideoGaussian
-from vae.losses import LPIPSLoss, adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
+from vae.losses import adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
 from vae.odvae import ODVAE
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,12 @@ class Autoencode(nn.Module):
 class VAETrainer(Trainer):
     """Everything a step touches, built once, by name."""
 
-    def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE):
+    def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE, perceptual: Any = None):
         super().__init__(config, accelerator)
         self.vae = vae
         self.ema = ModelEmaV3(vae, decay=config.ema_decay)
         loss = config.loss
-        self.perceptual = None
-        if loss.perceptual_weight > 0:
-            self.perceptual = LPIPSLoss(weights=loss.perceptual_weights or None).to(accelerator.device)
+        self.perceptual = perceptual
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         self.autoencode, self.optimizer = self._prepare(Autoencode(vae))
@@ -256,14 +254,6 @@ def validate(
     return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
 
 
-def validation_judge(config: TrainVAEConfig, device: torch.device) -> Any:
-    """The network of val_lpips, None without. ValueError when clips are too small for it or its weights are missing."""
-    if not config.val_lpips:
-        return None
-    check_lpips_size(config.clip.size, config.clip.size)
-    return load_lpips(None, device)[0]
-
-
 def train(config: TrainVAEConfig) -> Path:
     """Train, or go on, to config.steps; returns the folder of the exported EMA weights."""
     accelerator = make_accelerator(config)
@@ -271,7 +261,7 @@ def train(config: TrainVAEConfig) -> Path:
         raise ValueError(
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
-    network = validation_judge(config, accelerator.device)  # before the seed: it draws
+    perceptual, network, weights = lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
     vae = build_vae_model(config)
     check_clip(vae, config.clip)
@@ -286,11 +276,11 @@ def train(config: TrainVAEConfig) -> Path:
     going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps())
     if not going_on:
         initialize(vae, config)
-    trainer = VAETrainer(config, accelerator, vae)
+    trainer = VAETrainer(config, accelerator, vae, perceptual)
     empty = [{"video": torch.zeros(3, config.clip.num_frames, config.clip.size, config.clip.size)}]
     trainer.rehearse(lambda: validate(trainer.ema.module, empty, 1, accelerator.device, network))
     if accelerator.is_main_process:
-        open_run(run_dir, config, "train_vae")
+        open_run(run_dir, config, "train_vae", weights)
     counts = {"videos": len(clips), "held_out": len(held_out)}
     counts |= {"damaged": len(clips.source.damaged), "short": len(clips.short)}
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))

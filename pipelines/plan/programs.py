@@ -89,16 +89,17 @@ def _train_step(trainer: Any, costs: Costs, batches: Iterator[Any]) -> Cost:
 # ---- stage one -------------------------------------------------------------------------------------------
 
 
-def _perceptual_network(*_: Any, net: str = "vgg", **__: Any) -> torch.nn.Module:
-    """LPIPSLoss without its weights."""
+def _perceptual(config: Any) -> Any:
+    """The perceptual loss of the settings with random weights, None without one."""
+    if config.loss.perceptual_weight == 0:
+        return None
     import lpips
 
     from vae.losses import LPIPSLoss
 
-    loss = LPIPSLoss.__new__(LPIPSLoss)
-    torch.nn.Module.__init__(loss)
-    loss.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    return loss.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, about lpips' way to call it
+        return LPIPSLoss(lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False))
 
 
 def stage_one_parts(
@@ -108,13 +109,15 @@ def stage_one_parts(
 
     where: the device on which the networks are made; the trainer moves them to the accelerator's.
     """
-    import pipelines.vae_trainer as trainer_module
     from pipelines.vae_settings import GANSchedule
     from pipelines.vae_start import build_vae_model
+    from pipelines.vae_trainer import VAETrainer
 
     loss, clip = config.loss, config.clip
-    with mock.patch.object(trainer_module, "LPIPSLoss", _perceptual_network), where:
-        trainer = trainer_module.VAETrainer(config, accelerator, build_vae_model(config))
+    with where:
+        perceptual = _perceptual(config)
+        vae = build_vae_model(config)
+    trainer = VAETrainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
     shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
     batches = _endless(
         lambda: {"video": _pinned(torch.rand(shape) * 2 - 1), "number": list(range(config.micro_batch))}
