@@ -3,7 +3,6 @@
     index.json             fingerprint (VAE weights, ClipSpec, source, draws, dtype), statistics, complete: true
     latents-00003.safetensors   mean, logvar (N, C, t, h, w); label, video, draw (N,) int64
     latents-00003.json     sha256, number of rows, clips that failed with the reason; written after its shard
-    latents-00003.checked  size and time of the shard when its sha256 was last found right
 
 A cut of a long latent is not the latent of the cut clip (the first latent stands for one frame), so each entry is the
 encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x (2 when both flips are stored).
@@ -12,6 +11,8 @@ encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x
 import contextlib
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,16 +153,18 @@ class LatentCache:
     def _check(self, shard: int, again: bool = False) -> dict[str, Any]:
         """The shard's record; ValueError that names the shard and the way out when it is damaged or missing."""
         path, record = shard_file(self.folder, shard), read_sidecar(self.folder, shard)
-        note = path.with_suffix(".checked")
+        note = Path(
+            tempfile.gettempdir(),
+            f"omnilatte-{os.getuid()}",
+            hashlib.sha256(bytes(path.resolve())).hexdigest(),
+        )
         try:
             found = path.stat()
             now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
             known = not again and note.is_file() and note.read_text() == now
             intact = known or sha256_of(path) == record["sha256"]
             if intact and not known:
-                with contextlib.suppress(
-                    OSError
-                ):  # a folder of someone else's: then each process looks for itself
+                with contextlib.suppress(OSError):  # then each process looks for itself
                     write_atomic(note, now)
         except OSError as error:
             raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
