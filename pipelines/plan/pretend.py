@@ -130,7 +130,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     if recurse:
         for child in module.children():
             child._apply(fn)
-    for param in module._parameters.values():
+    for name, param in module._parameters.items():
         if param is None:
             continue
         with torch.no_grad():
@@ -138,8 +138,10 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
             if isinstance(param, FakeTensor):
                 param.data = new
                 param.fake_device = new.fake_device
-            if param.grad is not None:
-                param.grad = fn(param.grad)
+                if param.grad is not None:
+                    param.grad = fn(param.grad)
+            else:  # made by torch.Tensor(...), which gives real ones even here
+                module._parameters[name] = nn.Parameter(new, requires_grad=param.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = fn(buffer)
@@ -167,12 +169,11 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
     def tolist(self: FakeTensor) -> Any:
         if self.device.type == "cuda":
             syncs.note("values are read from the device")
-        return torch.ones(tuple(self.shape)).tolist() if self.dtype.is_floating_point else _zeros(self.shape)
+        return _filled(self.shape, 1.0 if self.dtype.is_floating_point else 0)
 
     with ExitStack() as stack:
         patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-        patch("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
         patch("torch.cuda.get_device_capability", lambda *_, **__: capability)
         patch("torch.nn.functional.scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
@@ -190,5 +191,5 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
         yield Pretended(mode, syncs)
 
 
-def _zeros(shape: Any) -> Any:
-    return 0 if not shape else [_zeros(shape[1:]) for _ in range(shape[0])]
+def _filled(shape: Any, value: float) -> Any:
+    return value if not shape else [_filled(shape[1:], value) for _ in range(shape[0])]

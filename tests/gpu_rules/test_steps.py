@@ -95,13 +95,12 @@ def test_the_rehearsal_meets_the_largest_step():
     with programs._device() as (_, costs):
         trainer, batches, phases = programs.stage_one_parts(config, accelerator, torch.device("cpu"))
         peaks = {}
-        for measured in (False, True):  # optimizers have their states in the second round
+        for _ in range(2):  # optimizers have their states in the second round
             for name, (at, _) in phases.items():
                 trainer.step = at
                 costs.start()
                 trainer.train_step(batches)
                 peaks[name] = costs.cost.peak
-        assert measured
         trainer.step = 0
         held = costs.live
         costs.start()
