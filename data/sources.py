@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from data import layouts, lists
-from data.cut import frames_between, read_cut
+from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
 from data.files import write_atomic
 from data.index import Scans, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
 from data.table import Video, VideoTable
-from data.video import read_frames
+from data.video import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,16 @@ class Source:
     damaged: list[ScanRecord] = field(default_factory=list)
     demo: DemoVideos | None = None
 
-    def read(self, video: Video, indices: Sequence[int], size: int) -> np.ndarray:
-        """Frames of a video: uint8 (len(indices), H, W, 3). The demo draws them at `size`, files keep their own."""
-        if self.demo is not None:
-            return self.demo.frames(int(video.name), indices, size)
-        if video.tick is not None:
-            return read_cut(video.record.path, video.first, video.tick, indices)
-        return read_frames(video.record.path, indices)
+
+def video_frames(
+    video: Video, indices: Sequence[int], size: int, demo: DemoVideos | None = None
+) -> Frames | np.ndarray:
+    """Frames of a video, decoded when they are wanted, (len(indices), H, W, 3); the demo's are drawn at `size` instead."""
+    if demo is not None:
+        return demo.frames(int(video.name), indices, size)
+    if video.tick is not None:
+        return cut_frames(video.record.path, video.first, video.tick, indices, video.record.times)
+    return Frames(video.record.path, indices, video.record.times or None)
 
 
 def open_source(
@@ -173,7 +176,7 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
-    scans = scan_paths(paths, cache_file, workers, times=bool(found.cuts))
+    scans = scan_paths(paths, cache_file, workers)
     damaged = [ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()]
     for record in damaged:
         logger.warning("damaged, left out: %s: %s", record.path, record.damaged)
@@ -187,12 +190,13 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     logger.info("%s: %d videos found, %d damaged", name, len(paths), len(damaged))
     rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
     columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
+    columns["file"] = rows.astype(np.int32)
     good = ~np.isin(rows, list(scans.damaged))
     if found.labels:
         columns["label"] = np.array(found.labels, np.int32)
     if found.cuts:
         good &= _cut(name, found, scans, rows, columns)
-    videos = VideoTable(found.base, found.names, columns)
+    videos = VideoTable(found.base, found.names, columns, scans.times)
     return Source(name, str(root), videos.select(good), found.class_names, damaged)
 
 

@@ -24,7 +24,7 @@ def git_commit() -> str | None:
 def environment(device: str) -> dict:
     """Versions, device, command line, commit, time (UTC)."""
     packages = {}
-    for name in ("torch", "numpy", "scipy", "av", "decord", "lpips"):
+    for name in ("torch", "numpy", "scipy", "av", "lpips"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

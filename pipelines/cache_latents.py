@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def read_entry(config: TrainLatteConfig, clips: "VideoClips", entry: int) -> Any:
-    """Pixels of an entry: uint8 (T, size, size, 3). Raises ValueError or OSError if its video cannot be read."""
+    """Pixels of an entry: uint8 (T, size, size, 3). Raises BadVideo if its video cannot be read."""
     import numpy as np
 
     video, draw = divmod(entry, draws(config))
@@ -45,6 +45,7 @@ def encode_shard(
 
     from data.clip import to_float
     from data.latents import DTYPES
+    from data.video import BadVideo
 
     dtype, rows, failed = DTYPES[config.cache.dtype], [], []
     batch: list[tuple[int, Any]] = []
@@ -62,7 +63,7 @@ def encode_shard(
     for entry in entries:
         try:
             pixels = read_entry(config, clips, entry)
-        except (ValueError, OSError) as error:
+        except BadVideo as error:
             name = clips.name(entry // draws(config))
             failed.append({"entry": entry, "video": name, "reason": str(error)})
             log.warning("not cached: %s: %s", name, error)
@@ -83,11 +84,12 @@ def encode_shard(
 
 def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
     """Shards that are missing, and those that lack a clip which can be read by now."""
+    from data.video import BadVideo
 
     def readable(entry: int) -> bool:
         try:
             read_entry(config, clips, entry)
-        except (ValueError, OSError):
+        except BadVideo:
             return False
         return True
 

@@ -129,7 +129,7 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     """Held-out clips and their reconstructions by the trained VAE; the VAE; PSNR of the same network untrained."""
     import torch
 
-    from data.clip import to_uint8
+    from data.clip import to_float, to_uint8
     from pipelines.settings import open_clips
     from pipelines.vae_start import build_vae_model
     from pipelines.vae_trainer import validate
@@ -140,7 +140,7 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     pairs = []
     with torch.inference_mode():
         for n in range(min(4, len(clips))):
-            x = clips[n]["video"][None]
+            x = to_float(clips[n]["video"])[None]
             pairs.append((to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]))
     torch.manual_seed(vae_config.seed)
     scores, _ = validate(build_vae_model(vae_config), clips, vae_config.val_videos, torch.device("cpu"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
-from data.clip import to_uint8
+from data.clip import to_float, to_uint8
 from data.latents import LatentCache, LatentStream
 from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
 from denoiser.latte import Latte
@@ -98,7 +98,7 @@ class OnlineLatents:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        x = batch["video"].to(self.device, non_blocking=True)
+        x = to_float(batch["video"].to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16):
             posterior = self.vae.encode(x).latent_dist
         return posterior.mean.float(), posterior.logvar.float()

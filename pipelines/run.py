@@ -30,7 +30,6 @@ _PACKAGES = (
     "accelerate",
     "deepspeed",
     "timm",
-    "decord",
     "av",
     "scipy",
     "numpy",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from data.clip import to_uint8
+from data.clip import to_float, to_uint8
 from eval.fidelity import check_lpips_size, load_lpips, lpips_distance, psnr, ssim
 from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
@@ -156,7 +156,7 @@ class VAETrainer(Trainer):
         before = [buffer.clone() for buffer in seen]
         for _ in range(accelerator.gradient_accumulation_steps):
             batch = next(batches)
-            x = batch["video"].to(accelerator.device, non_blocking=True)
+            x = to_float(batch["video"].to(accelerator.device, non_blocking=True))
             noise = self.latent_noise(x, batch["number"])
             with accelerator.accumulate(*trained), autocast(accelerator, self.config):
                 if train_vae:
@@ -260,7 +260,7 @@ def validate(
     vae.eval()
     count = min(count, len(clips))
     for n in range(count):
-        x = clips[n * len(clips) // count]["video"][None].to(device)  # of every part of a mixture
+        x = to_float(clips[n * len(clips) // count]["video"][None].to(device))  # of every part of a mixture
         original, decoded = to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]
         scores.append([metric(original, decoded) for metric in metrics.values()])
         if n < 4:
