@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from data.video import BadVideo
 logger = logging.getLogger(__name__)
 
 
-Attempts = Generator[tuple[Callable, tuple], Any, dict]
+Attempts = Generator[tuple, Any, dict]
 
 
 def read_clip(
@@ -40,7 +40,7 @@ def made_here(attempts: Attempts) -> dict:
     answer = None
     while True:
         try:
-            function, args = attempts.send(answer)
+            function, *args = attempts.send(answer)
         except StopIteration as end:
             return end.value
         try:
@@ -98,10 +98,15 @@ class VideoClips:
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
         """A clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
-        return read_clip(self.videos[video_index], self.spec, rng, self.source.demo)
+        function, *args = self.clip_job(video_index, rng)
+        return function(*args)
+
+    def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
+        """The same as a job for data/processes.py: a function and its arguments."""
+        return read_clip, self.videos[video_index], self.spec, rng, self.source.demo
 
     def attempts(self, n: int) -> Attempts:
-        """How sample n comes about: yields (read_clip, its arguments), is sent the clip or a BadVideo, until one is good."""
+        """How sample n comes about: yields jobs (a function and its arguments), is sent the clip or a BadVideo, until one is good."""
         import torch
 
         if n < 0:
@@ -111,7 +116,7 @@ class VideoClips:
         for failed in range(len(self)):
             video_index = int(order[(place + failed) % len(self)])
             rng = np.random.default_rng((self.seed, int(n)))
-            clip = yield read_clip, (self.videos[video_index], self.spec, rng, self.source.demo)
+            clip = yield self.clip_job(video_index, rng)
             if isinstance(clip, BadVideo):
                 self._report(video_index, clip)
                 passed_over[f"{self.source.name}/{self.name(video_index)}"] = str(clip)

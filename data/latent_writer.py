@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.files import fsync, remove_leftovers, sha256_of, temporary_name, write_json
+from data.files import fsync, remove_leftovers, sha256_of, temporary_name, usual_mode, write_json
 from data.latents import read_index, read_sidecar, refuse_other, shard_file, sidecar_file
 
 
@@ -77,6 +77,7 @@ class LatentCacheWriter:
         temporary = temporary_name(path)
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            usual_mode(temporary)
             fsync(temporary)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)

@@ -58,13 +58,15 @@ def files_below(root: Path) -> list[str]:
     return sorted(found)
 
 
-def find_ucf101(root: Path) -> Found:
-    """Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
+def find_ucf101(root: Path, split: str = "train") -> Found:
+    """Videos in class folders, of UCF-101/ or of train/ and test/ (as some sites publish it) or of the root itself.
+
+    Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
 
     Not the order of classInd.txt (Hammering/HammerThrow and JumpingJack/JumpRope change places), and not the file
     name (v_HandStandPushups_* lies in HandstandPushups/).
     """
-    base = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+    base = next((root / name for name in ("UCF-101", split) if (root / name).is_dir()), root)
     folders = folder_entries(base)[0] if base.is_dir() else []
     files = {
         name: sorted(f for f in folder_entries(base / name)[1] if f.lower().endswith(VIDEO_SUFFIXES))

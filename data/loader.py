@@ -91,8 +91,7 @@ def _by_processes(dataset: Any, batches: Iterator[list[int]], workers: int) -> I
 
         def go_on(n: int, attempts: Generator, answer: Any) -> None:
             try:
-                function, args = attempts.send(answer)
-                jobs[pool.submit(function, *args)] = n, attempts
+                jobs[pool.submit(*attempts.send(answer))] = n, attempts
             except StopIteration as end:
                 done[n] = end.value
 

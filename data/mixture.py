@@ -176,6 +176,11 @@ class MixedClips:
         part, inner = self.videos.place(video_index)
         return self.parts[part].clip_uint8(inner, rng)
 
+    def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
+        """The same as a job for data/processes.py: a function and its arguments."""
+        part, inner = self.videos.place(video_index)
+        return self.parts[part].clip_job(inner, rng)
+
     def attempts(self, n: int) -> Attempts:
         """How sample n comes about, as of VideoClips; index counts the videos of all parts, part says which source it is of."""
         import torch

@@ -13,7 +13,7 @@ import numpy as np
 from data import layouts, lists
 from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
-from data.files import write_atomic
+from data.files import escaped, unescaped, write_atomic
 from data.index import Scans, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
@@ -78,7 +78,8 @@ def open_source(
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
     sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
-    Raises ValueError if the name or a folder is unknown, or no video is left.
+    Names in the lists are escaped (`data.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
+    video is left.
     """
     if name not in SOURCES:
         raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
@@ -121,7 +122,7 @@ def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: i
 
 def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
     if name == "ucf101":
-        found = layouts.find_ucf101(root)
+        found = layouts.find_ucf101(root, split)
         return lists.listed_ucf101(found, list_file) if list_file else found
     if name == "kinetics400":
         if list_file:
@@ -140,7 +141,8 @@ def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str
 
 def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None:
     if index_dir is not None and name in _LISTS:
-        write_atomic(Path(index_dir, f"{name}-missing.txt"), "".join(f"{m}\n" for m in found.missing))
+        lines = "".join(f"{escaped(missing)}\n" for missing in found.missing)
+        write_atomic(Path(index_dir, f"{name}-missing.txt"), lines)
     if found.missing:
         where = f"; all: {Path(index_dir, f'{name}-missing.txt')}" if index_dir is not None else ""
         first = ", ".join(found.missing[:3])
@@ -220,17 +222,10 @@ def _cut(
 
 
 def _write_quarantine(path: Path, scanned: set[str], damaged: list[ScanRecord]) -> None:
-    """path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
-    rows = (
-        dict(
-            line.split("\t", 1)
-            for line in path.read_text(errors="surrogateescape").rstrip("\n").split("\n")[1:]
-        )
-        if path.exists()
-        else {}
-    )
-    rows = {name: reason for name, reason in rows.items() if name not in scanned}
+    """Escaped path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
+    lines = path.read_bytes().decode(errors="surrogateescape").split("\n")[1:] if path.is_file() else []
+    found = (line.rpartition("\t") for line in lines if "\t" in line)
+    rows = {unescaped(name): reason for name, _, reason in found if unescaped(name) not in scanned}
     rows.update({record.path: " ".join(record.damaged.split()) for record in damaged})
-    write_atomic(
-        path, "\n".join(["path\treason", *(f"{name}\t{rows[name]}" for name in sorted(rows))]) + "\n"
-    )
+    text = [f"{escaped(name)}\t{rows[name]}" for name in sorted(rows)]
+    write_atomic(path, "\n".join(["path\treason", *text]) + "\n")

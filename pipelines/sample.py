@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.files import read_json
 from pipelines.config import option, parse
 from pipelines.settings import Precision, check_groups
 
@@ -68,11 +69,15 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
         if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
     }
     decisive |= {"precision": config.precision.value, **made_by}
-    file = config.folder / "manifest.json"
+    file, listed = config.folder / "manifest.json", []
     if file.is_file():
         try:
-            old = json.loads(file.read_text())["settings"]
-            old = {"tiling_frames": 0, **old}  # what manifests say that have no such setting yet
+            before = json.loads(file.read_text())
+            old = {
+                "tiling_frames": 0,
+                **before["settings"],
+            }  # what manifests say that have no such setting yet
+            listed = list(before["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
         differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
@@ -85,7 +90,9 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.folder)
     # videos beyond num_videos that are there already stay part of the set
-    made = [int(p.stem) + 1 for p in config.folder.glob("*.mkv") if p.stem.isdigit()]
+    made = [
+        n + 1 for n, name in enumerate(listed) if name == file_name(n) and (config.folder / name).is_file()
+    ]
     count = max([config.num_videos, *made])
     content = {"num_videos": count, "complete": False, "settings": decisive, "lossless": True}
     content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
@@ -105,7 +112,7 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
         if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
             raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
         wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
-        if folder and json.loads((Path(folder) / marker).read_text()).get("_class_name") != wanted:
+        if folder and read_json(Path(folder) / marker).get("_class_name") != wanted:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
     parts = {"transformer": Latte.from_pretrained(config.transformer)} if config.transformer else {}
     pipe = LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
-    A subclass defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
+    A subclass has `trained`, the module whose weights count, and `ema`, and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
     """
 
     must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
@@ -75,6 +75,11 @@ class Trainer:
             self.note({"skipped": torch.ones(())})
             log.warning("step %d: loss or gradient is not finite, update left out", self.step)
         self.step += 1
+
+    def is_finite(self) -> bool:
+        """Whether the weights, as far as this process holds them, and their averages are numbers."""
+        tensors = [*self.trained.parameters(), *self.ema.module.parameters()]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def progress(self) -> dict[str, int]:
         """How far the training is: stored with checkpoints and exports."""

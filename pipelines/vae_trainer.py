@@ -25,11 +25,11 @@ from pipelines.engine import (
 from pipelines.log import MetricLog
 from pipelines.loop import fit
 from pipelines.media import comparison, write_preview
-from pipelines.run import open_run, refuse_inside
+from pipelines.run import check_run, refuse_in_data, refuse_inside
 from pipelines.settings import check_clip, open_clips
 from pipelines.trainer import Trainer
 from pipelines.vae_settings import GANSchedule, TrainVAEConfig
-from pipelines.vae_start import build_vae_model, initialize
+from pipelines.vae_start import build_vae_model, initialize, start_digest
 from vae.discriminator import PatchDiscriminator3D
 from vae.interface import VideoGaussian
 from vae.losses import LPIPSLoss, adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
@@ -57,7 +57,7 @@ class VAETrainer(Trainer):
 
     def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE):
         super().__init__(config, accelerator)
-        self.vae = vae
+        self.vae = self.trained = vae
         self.ema = ModelEmaV3(vae, decay=config.ema_decay)
         loss = config.loss
         self.perceptual = None
@@ -218,6 +218,10 @@ class VAETrainer(Trainer):
             for buffer, value in zip(self.discriminator.buffers(), statistics, strict=True):
                 buffer.copy_(value)
 
+    def progress(self) -> dict[str, int]:
+        """Of the base class, and the frames of a clip: 1 makes an image VAE, which another run may inflate."""
+        return super().progress() | {"num_frames": self.config.clip.num_frames}
+
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, the rest in trainer.pt; every process calls it, the main one writes."""
         counters = self.counters()
@@ -296,15 +300,16 @@ def train(config: TrainVAEConfig) -> Path:
             still = config.clip.spec(crop="center", flip=False, position="center")
             held_out = open_clips(config.source, still, 0, held_out=True)
     run_dir = Path(config.run_dir)
+    check_run(run_dir, config)
+    refuse_in_data(run_dir, "run_dir", config.source)
     refuse_inside(run_dir, "vae", config.model.init_from, "model.init_from")
-    going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps())
+    # a changed run may have to go back to its beginning
+    going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps()) and not config.resume.names
     if not going_on:
         initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae)
     if trainer.discriminator is not None and accelerator.device.type == "cuda" and not going_on:
         trainer.rehearse()
-    if accelerator.is_main_process:
-        open_run(run_dir, config, "train_vae")
     counts = {"videos": len(clips), "held_out": len(held_out)}
     counts |= {"damaged": len(clips.source.damaged), "short": len(clips.short)}
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
@@ -327,7 +332,12 @@ def train(config: TrainVAEConfig) -> Path:
         run_dir,
         program="train_vae",
         mode="online",
-        info={"data": counts, "model": config.model.preset, "variant": config.model.variant},
+        info={
+            "data": counts,
+            "model": config.model.preset,
+            "variant": config.model.variant,
+            "start_sha256": start_digest(config),
+        },
         look=look,
         look_every=config.val_every,
         export_name="vae",
