@@ -8,10 +8,12 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+MARK_FILE = ".omnilatte.json"  # in a folder of output: which program fills it
 _WEEK_S = 7 * 24 * 3600
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -78,6 +80,51 @@ def read_json(path: str | Path, *keys: str, way_out: str = "") -> dict[str, Any]
             f"{path} is damaged ({error}); {way_out or 'restore it, or choose another folder'}"
         ) from error
     return content
+
+
+def claim_folder(
+    folder: str | Path, program: str, known: Callable[[Path], bool] = lambda folder: False
+) -> None:
+    """Make a folder for a program's output, or re-enter one: new, empty, or this program's by the mark in it.
+
+    known: says whether a folder without a mark is this program's all the same. Raises ValueError for any other, whose
+    files would be lost or mixed with ours.
+    """
+    folder = Path(folder)
+    mark = folder / MARK_FILE
+    if mark.is_file():
+        owner = read_json(mark, "program", way_out="choose another folder")["program"]
+        if owner != program:
+            raise ValueError(
+                f"{folder}: holds the output of {owner}, not of {program}; choose another folder"
+            )
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; give a folder")
+    if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()) and not known(folder):
+        raise ValueError(f"{folder}: not empty and not made by {program}; choose another folder")
+    write_json(mark, {"program": program})
+
+
+def claim_file(path: str | Path, mine: Callable[[str], bool]) -> None:
+    """ValueError unless a file to write is new, empty, or ours: mine(its first line)."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{path}: no file; choose another name")
+    with open(path, "rb") as file:
+        first = file.readline(1 << 20).decode(errors="replace").rstrip("\r\n")
+    if first and not mine(first):
+        raise ValueError(f"{path}: holds something else and would be lost; choose another name")
+
+
+def is_json_object(line: str) -> bool:
+    """For `claim_file` of a file with a JSON object a line."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def escaped(name: str) -> str:

@@ -42,6 +42,10 @@ class LatentCacheWriter:
                     f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
                     f"now {num_entries} in shards of {shard_size}; choose another cache folder"
                 )
+        elif any(p for p in self.folder.iterdir() if p.name[0] != "." and not p.name.startswith("latents-")):
+            raise ValueError(
+                f"cache {self.folder} holds other files and is no cache; choose another cache folder"
+            )
         elif any(self.folder.glob("latents-*")):
             raise ValueError(
                 f"cache {self.folder} has shards but no index.json, so nobody knows what they hold; remove the folder"

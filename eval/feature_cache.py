@@ -66,7 +66,7 @@ class FeatureCache:
             return array
         except FileNotFoundError:
             return None
-        except (ValueError, OSError, EOFError, MemoryError, OverflowError) as error:
+        except Exception as error:  # NumPy raises many kinds on a damaged head
             logger.warning("%s is damaged (%s): computed again", path, error)
             return None
 

@@ -130,8 +130,8 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ValueError(f"not valid YAML: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
+        raise ValueError(f"not valid YAML settings: {str(error) or 'no key: value in it'}") from error
     if not isinstance(plain, dict):
         raise ValueError("must be settings (key: value), not a list")
     return _show(plain)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.files import claim_folder
 from data.video import list_videos
 from pipelines.config import load
 from pipelines.run import ROOT, versions
@@ -322,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.data and len(found := list_videos(args.data)) < 2:
         raise ValueError(f"--data {args.data}: {len(found)} videos; at least 2, one is held out")
     image_config, vae_config, latte, sampling = settings(args)
+    claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     start = time.monotonic()
     from pipelines import latte_trainer, vae_trainer
     from pipelines.cache_latents import build_cache

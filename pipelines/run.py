@@ -64,7 +64,9 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
                 f"run_dir={folder} is not empty and holds no run (no config.yaml); choose another run_dir"
             )
         return {}
-    old, new, free = flatten_yaml(read_yaml(saved)), flatten_yaml(_plain(config)), free_keys(config)
+    if not (before := read_yaml(saved)):
+        raise ValueError(f"config {saved}: damaged, it is empty; restore it, or choose another run_dir")
+    old, new, free = flatten_yaml(before), flatten_yaml(_plain(config)), free_keys(config)
     # a key that the old run did not know has its default there
     old = {**{k: v for k, v in flatten_yaml(_plain(type(config)())).items() if k in new}, **old}
     wanted = config.resume.names if hasattr(config, "resume") else []

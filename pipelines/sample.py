@@ -69,7 +69,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
         if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
     }
     decisive |= {"precision": config.precision.value, **made_by}
-    file, listed = config.folder / "manifest.json", []
+    file, listed, preview = config.folder / "manifest.json", [], None
     if file.is_file():
         try:
             before = json.loads(file.read_text())
@@ -77,7 +77,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
                 "tiling_frames": 0,
                 **before["settings"],
             }  # what manifests say that have no such setting yet
-            listed = list(before["files"])
+            listed, preview = list(before["files"]), before.get("preview_sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
         differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
@@ -97,6 +97,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
     content = {"num_videos": count, "complete": False, "settings": decisive, "lossless": True}
     content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
     content["files"] = [file_name(i) for i in range(count)]
+    content |= {"preview_sha256": preview} if preview else {}
     write_json(file, content)
 
 
@@ -128,7 +129,7 @@ def sample(config: SampleConfig) -> Path:
 
     from data.clip import to_uint8
     from data.encode import write_ffv1, write_mp4
-    from data.files import write_json
+    from data.files import sha256_of, write_json
     from data.video import read_frames
     from pipelines.engine import autocast, draw_seed, make_accelerator
     from pipelines.media import grid
@@ -181,11 +182,19 @@ def sample(config: SampleConfig) -> Path:
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())
         complete = all((config.folder / name).is_file() for name in content["files"])
-        write_json(config.folder / "manifest.json", {**content, "complete": complete})
         frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
         first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
         preview = config.folder.with_name(config.folder.name + "-preview.mp4")
-        write_mp4(preview, grid(first), config.fps)
+        shown = sha256_of(preview) if preview.is_file() else None
+        if (shown is None and not preview.exists()) or shown == content.get("preview_sha256", ""):
+            write_mp4(preview, grid(first), config.fps)
+            shown = sha256_of(preview)
+        else:
+            log.warning("%s is not the preview that this program wrote: left as it is", preview)
+            shown = content.get("preview_sha256")
+        write_json(
+            config.folder / "manifest.json", {**content, "complete": complete, "preview_sha256": shown}
+        )
         log.info("%d videos in %s; the first ones: %s", config.num_videos, config.folder, preview)
     accelerator.wait_for_everyone()
     return config.folder

@@ -60,12 +60,13 @@ def take_weights(vae: ODVAE, folder: str) -> None:
             f"model.init=weights model.init_from={folder}: a {type(given).__name__}, not an OD-VAE"
         )
     data_bound = {"scaling_factor", "latents_mean", "latents_std"}
-    design = {k: v for k, v in vae.config.items() if not k.startswith("_") and k not in data_bound}
-    differing = [
-        f"{k}: {given.config.get(k)} there, {v} here" for k, v in design.items() if given.config.get(k) != v
-    ]
+    ours, theirs = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in m.config.items()} for m in (vae, given)
+    )
+    design = [k for k in ours if not k.startswith("_") and k not in data_bound]
+    differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in design if theirs.get(k) != ours[k]]
     if differing:
-        raise ValueError(f"model.init_from={folder} is another OD-VAE ({'; '.join(map(str, differing[:4]))})")
+        raise ValueError(f"model.init_from={folder} is another OD-VAE ({'; '.join(differing[:4])})")
     vae.load_state_dict(given.state_dict())
     log.info("weights of %s taken as they are", folder)
 
