@@ -153,7 +153,8 @@ def to_float(clip: np.ndarray | Tensor) -> Tensor:
     clip = torch.as_tensor(clip)
     if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
         raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")
-    divisor = torch.tensor(127.5, device=clip.device)  # a number would be a product with 1 / 127.5 on a GPU
+    # a number would be a product with 1 / 127.5 on a GPU; filled there, so that nobody waits for a copy
+    divisor = torch.full((), 127.5, device=clip.device)
     return clip.movedim(-1, -4).float().contiguous() / divisor - 1.0
 
 

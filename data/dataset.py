@@ -79,6 +79,10 @@ class VideoClips:
             )
         self._order = (-1, np.arange(0))
 
+    def keep_first(self, count: int) -> None:
+        """Leave out all usable videos but the first so many."""
+        self.videos = self.videos.select(np.arange(len(self.videos)) < count)
+
     def __len__(self) -> int:
         """Usable videos, that is samples of one pass; the stream itself does not end."""
         return len(self.videos)

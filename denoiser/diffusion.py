@@ -65,7 +65,7 @@ class GaussianDiffusion:
                 ]
             )
         )
-        self._on_device = {self._rows.device: self._rows}
+        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def sample_timesteps(
         self, batch_size: int, device=None, generator: torch.Generator | None = None
@@ -126,10 +126,11 @@ class GaussianDiffusion:
         """The five table rows at t, each (B, 1, ..., 1), on the device of `like` and in its dtype."""
         if t.shape != like.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: one timestep per sample, ({like.shape[0]},)")
-        if like.device not in self._on_device:
-            self._on_device[like.device] = self._rows.to(like.device)
-        rows = self._on_device[like.device][:, t.to(like.device)]
-        return rows.to(like.dtype).view(len(rows), -1, *[1] * (like.ndim - 1))
+        key = like.device, like.dtype
+        if key not in self._on_device:  # in that dtype first: Apple's devices have no float64
+            self._on_device[key] = self._rows.to(like.dtype).to(like.device, non_blocking=True)
+        rows = self._on_device[key][:, t.to(like.device)]
+        return rows.view(len(rows), -1, *[1] * (like.ndim - 1))
 
 
 def _mean_per_sample(x: Tensor) -> Tensor:

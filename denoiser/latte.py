@@ -203,10 +203,13 @@ class Latte(ModelMixin, ConfigMixin):
             c = c + self.y_embedder(y, force_drop)
 
         x = self.x_embedder(x)  # (B, t, N, D)
-        x = x + self.pos_embed.to(device=x.device, dtype=x.dtype)
+        # Under autocast the tables lift the residual stream to float32, as upstream's are: a stream in bf16 would round
+        # after each block (tests/unit/denoiser/test_latte.py has the numbers).
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x = x + self.pos_embed.to(x.device, dtype)
         for i, block in enumerate(self.blocks):
             if i == 1:  # once, before the first temporal block
-                x = x + self.temp_embed.to(device=x.device, dtype=x.dtype).unsqueeze(2)
+                x = x + self.temp_embed.to(x.device, dtype).unsqueeze(2)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)
             else:
@@ -245,12 +248,15 @@ class Latte(ModelMixin, ConfigMixin):
             return torch.full((B,), K, dtype=torch.int64, device=device)
         if y.shape != (B,) or y.dtype != torch.int64:
             raise ValueError(f"y of shape {tuple(y.shape)}, {y.dtype}: labels are ({B},) int64")
-        last = self.y_embedder.embedding_table.num_embeddings - 1
-        if (
-            y.device.type == "cpu" and B and not (0 <= int(y.min()) and int(y.max()) <= last)
-        ):  # no sync on a GPU
-            raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
+        if y.device.type == "cpu":
+            self.check_labels(y)
         return y.to(device)
+
+    def check_labels(self, y: Tensor) -> None:
+        """ValueError for class ids that this Latte does not have. Call it before they go to a GPU: forward waits for none."""
+        last = self.y_embedder.embedding_table.num_embeddings - 1
+        if len(y) and not (0 <= int(y.min()) and int(y.max()) <= last):
+            raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
 
     def _position_tables(self) -> dict[str, Tensor]:
         """pos_embed (1, N, D) and temp_embed (1, t, D), float32 on the CPU whatever the default device is."""

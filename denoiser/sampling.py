@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from denoiser.diffusion import BETA_END, BETA_START, NUM_TRAIN_STEPS, linear_betas, respaced_timesteps
+from denoiser.latte import Latte
 
 _LINEAR = {
     "num_train_timesteps": NUM_TRAIN_STEPS,
@@ -149,7 +150,10 @@ def sample_latents(
         )
     learned_range = getattr(scheduler, "variance_type", None) == "learned_range"
     device = model.device
-    y = None if y is None else y.to(device)
+    if y is not None:
+        if y.device.type == "cpu" and isinstance(model, Latte):
+            model.check_labels(y)
+        y = y.to(device)
     x = randn_tensor(tuple(noise_shape), generator=list(generators), device=device, dtype=torch.float32)
     was_training = model.training
     model.eval()

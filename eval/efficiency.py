@@ -119,6 +119,7 @@ class Meter:
 
     def pause(self) -> None:
         """Call before validation, sampling or saving: the step they fall into is not timed."""
+        self._look_at_device()
         self._pauses = True
 
     def step(self) -> None:
@@ -129,9 +130,7 @@ class Meter:
             self._update_run_peaks()
             reset_peaks(self.device)
             self._device_peak = None
-        used = device_used_mib(self.device)
-        if used is not None:
-            self._device_peak = max(self._device_peak or 0.0, used)
+            self._look_at_device()
         if self.num_steps < self.warmup:
             self._wait, self._pauses = 0.0, False
             return
@@ -140,7 +139,14 @@ class Meter:
             self._steps.append((self._last, mark, self._wait))
         self._last, self._wait, self._pauses = mark, 0.0, False
 
+    def _look_at_device(self) -> None:
+        """Not in every step: the question stops the host, and what torch has reserved it keeps."""
+        used = device_used_mib(self.device)
+        if used is not None:
+            self._device_peak = max(self._device_peak or 0.0, used)
+
     def _update_run_peaks(self) -> None:
+        self._look_at_device()
         now = {**memory_peaks(self.device), "device_mib": self._device_peak}
         for name, value in now.items():
             old = self._run_peaks.get(name)

@@ -31,8 +31,10 @@ class BenchmarkConfig:
     num_frames: int = option(81, "frames of the clip")
     size: int = option(256, "its side in pixels")
     batch: int = option(1, "clips at once")
-    precision: Precision = option(Precision.fp32, "of the weights and the clip")
-    compile: bool = option(False, "torch.compile encoder and decoder")
+    precision: Precision = option(
+        Precision.fp32, "bf16: of weights and clip; tf32: of the products of fp32 ones"
+    )
+    compile: bool = option(False, "torch.compile a step of the encoder and of the decoder")
     decode: bool = option(True, "measure decoding too")
     warmup: int = option(2, "runs before the clock starts")
     repeats: int = option(10, "timed runs; the median counts")
@@ -46,6 +48,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     import torch
 
     from eval.efficiency import encoder_speed
+    from pipelines.engine import matrix_products
     from vae import ODVAE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,15 +66,19 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
         * 2
         - 1
     )
-    encode, decode = vae.encode, vae.decode
-    if config.compile:
-        encode, decode = torch.compile(encode), torch.compile(decode)
-    with torch.inference_mode():
-        z = encode(clip).latent_dist.mode()
-    found = encoder_speed(lambda x: encode(x).latent_dist.mode(), clip, config.warmup, config.repeats)
-    row = {"variant": variant, "params": sum(p.numel() for p in vae.parameters()), "encode": found}
+    if config.compile:  # not the whole clip, whose twenty steps would be one graph of thousands of operations
+        vae.encoder.compile()
+        vae.decoder.compile()
+    s = vae.spatial_compression_ratio
+    sides = vae.latent_frames(config.num_frames), config.size // s, config.size // s
+    z = torch.randn(config.batch, vae.config.latent_channels, *sides, device=device, dtype=dtype)
+    row = {"variant": variant, "params": sum(p.numel() for p in vae.parameters())}
+    row["precision"] = config.precision.value
+    runs = {"encode": lambda x: vae.encode(x).latent_dist.mode()}
     if config.decode:
-        row["decode"] = encoder_speed(lambda _: decode(z).sample, clip, config.warmup, config.repeats)
+        runs["decode"] = lambda _: vae.decode(z).sample
+    with matrix_products(config):
+        row |= {name: encoder_speed(go, clip, config.warmup, config.repeats) for name, go in runs.items()}
     # kilobytes on Linux, bytes on macOS
     row["host_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -82,7 +89,9 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     encode, decode = row["encode"], row.get("decode")
     speeds = [
-        f"{v['batches_per_s']:8.3f} it/s" if v and v["batches_per_s"] else "           -"
+        f"{v['batches_per_s']:8.3f} it/s"
+        if v and v["batches_per_s"]
+        else f"{(v and v['out_of_memory']) or '-':>13}"
         for v in (encode, decode)
     ]
     memory = encode["allocated_mib"]

@@ -19,7 +19,7 @@ from data.cli import run
 from pipelines.config import parse
 from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
 from pipelines.latte_settings import FLAGS, TrainLatteConfig
-from pipelines.settings import Mode, check_clip, open_vae
+from pipelines.settings import Mode, check_clip, for_inference, open_vae
 
 if TYPE_CHECKING:
     from data.dataset import VideoClips
@@ -61,7 +61,10 @@ def read_entries(
 def encode_shard(
     config: TrainLatteConfig, vae: Any, clips: "VideoClips", entries: range, device: Any
 ) -> tuple[dict, list]:
-    """Tensors (mean, logvar, label, video, draw) of the entries, and those whose video could not be read."""
+    """Tensors (mean, logvar, label, video, draw) of the entries, and those whose video could not be read.
+
+    vae: on the device, as `for_inference` returns it.
+    """
     import torch
 
     from data.clip import to_float
@@ -74,9 +77,8 @@ def encode_shard(
     def encode() -> None:
         if not batch:
             return
-        x = torch.stack([pixels for _, pixels in batch]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision.value == "bf16"):
-            posterior = vae.encode(x).latent_dist
+        x = torch.stack([pixels for _, pixels in batch]).to(device, vae.dtype)
+        posterior = vae.encode(x).latent_dist
         mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
         for m, s, (entry, _) in zip(mean, logvar, batch, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
@@ -138,23 +140,25 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
     from data.latent_writer import LatentCacheWriter
     from data.latents import LatentCache
-    from pipelines.engine import make_accelerator, same_everywhere
+    from pipelines.engine import make_accelerator, matrix_products, same_everywhere
 
     accelerator = make_accelerator()
     main = accelerator.is_main_process
     vae, clips, fingerprint, folder = open_parts(config, accelerator)
     with accelerator.main_process_first():
         writer = LatentCacheWriter(folder, fingerprint, len(clips) * draws(config), config.cache.shard_size)
-    vae.to(accelerator.device)
+    frozen = for_inference(vae, accelerator.device, config.precision)
     todo = same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
     log.info("%s: %d videos x %d draws", folder, len(clips), draws(config))
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
-    with torch.inference_mode():
+    with torch.inference_mode(), matrix_products(config):
         for shard in tqdm(mine, desc="cache", unit="shard", disable=not main or None):
             if shard in again or not writer.is_written(shard):  # else another launch was quicker
-                tensors, failed = encode_shard(config, vae, clips, writer.entries(shard), accelerator.device)
+                tensors, failed = encode_shard(
+                    config, frozen, clips, writer.entries(shard), accelerator.device
+                )
                 writer.write(shard, tensors, failed)
     accelerator.wait_for_everyone()
     if main:

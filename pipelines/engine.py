@@ -1,7 +1,8 @@
 """The distributed engine is accelerate (with DeepSpeed by launch configuration); here is the little it needs from us."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def make_accelerator(config: Any = None) -> Accelerator:
     """An Accelerator for 1 process, DDP or DeepSpeed, on GPUs or CPUs, as the launcher set it up.
 
     config: a trainer's settings; global_batch and micro_batch decide the accumulation. Weights, optimizer and EMA stay
-    fp32; precision=bf16 is autocast, see `autocast`.
+    fp32; precision=bf16 is autocast, see `autocast`; precision=tf32 see `matrix_products`.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, world) if config else 1
@@ -81,6 +82,17 @@ def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision.value == "bf16")
 
 
+@contextlib.contextmanager
+def matrix_products(config: Any) -> Iterator[None]:
+    """Inside, float32 matrix products take TF32 for precision=tf32 and are exact else; afterwards as they were."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if config.precision.value == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
     """The loss itself; one that is not finite gets a NaN gradient, whatever its own would be.
 
@@ -109,12 +121,32 @@ def same_everywhere(accelerator: Accelerator, value: Any) -> Any:
     return box[0]
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """True on every process when it is true on one."""
-    if accelerator.num_processes == 1:
-        return flag
-    count = torch.tensor([float(flag)], device=accelerator.device)
-    return bool(accelerator.reduce(count, "sum").item() > 0)
+def send(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, without waiting for what is queued there: that takes page-locked memory on this side."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+class Later:
+    """A number on its way from the device. `read` waits for it alone, not for what was queued since."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value, self.event = value, None
+        if value.device.type == "cuda":
+            self.value = value.to("cpu", non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> Later:
+    """Reads above 0 on every process when the flag is true on one."""
+    return Later(accelerator.reduce(send(torch.tensor(float(flag)), accelerator.device), "sum"))
 
 
 def largest_of(accelerator: Accelerator, number: int) -> int:
@@ -143,4 +175,4 @@ def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
 
 def normal(draws: list[torch.Generator], shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """(B, *shape) standard normal, row i from its own generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in draws]).to(device)
+    return send(torch.stack([torch.randn(tuple(shape), generator=g) for g in draws]), device)

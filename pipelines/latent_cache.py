@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def cached_clips(config: TrainLatteConfig) -> "VideoClips":
     """The videos whose clips are cached. Flips are stored, not drawn."""
-    return open_clips(config.source, config.clip.spec(flip=False), config.seed)
+    clips = open_clips(config.source, config.clip.spec(flip=False), config.seed)
+    if config.cache.num_videos:
+        if config.source.name == "mixture":
+            raise ValueError(f"cache.num_videos={config.cache.num_videos}: of one source, not of a mixture")
+        clips.keep_first(config.cache.num_videos)
+    return clips
 
 
 def cache_fingerprint(config: TrainLatteConfig, vae: Any, clips: "VideoClips") -> dict[str, Any]:

@@ -25,6 +25,7 @@ class DenoiserConfig:
 class CacheConfig:
     dir: str = option("", "folder; empty: runs/cache/<source>-<vae>-<fingerprint>", free=True)
     crops: int = option(4, "clips drawn of each video")
+    num_videos: int = option(0, "only the first so many videos, to time a training; 0: all")
     flips: bool = option(False, "store each clip mirrored too (encoded from mirrored pixels)")
     dtype: str = option("float32", "of the stored moments: float32|float16|bfloat16")
     shard_size: int = option(256, "clips of a shard")
@@ -57,7 +58,9 @@ class TrainLatteConfig:
         0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
     )
     ema_decay: float = option(0.9999, "of the averaged weights, which are what samples")
-    precision: Precision = option(Precision.fp32, "autocast of the denoiser, and of the VAE when it encodes")
+    precision: Precision = option(
+        Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
     )
@@ -80,7 +83,7 @@ class TrainLatteConfig:
         at_least(
             self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay", "workers", "weight_decay"
         )
-        at_least(self, 0, "samples.every", "source.val_fraction")
+        at_least(self, 0, "samples.every", "source.val_fraction", "cache.num_videos")
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"

@@ -23,6 +23,7 @@ from pipelines.engine import (
     finite_or_nan,
     generators,
     make_accelerator,
+    send,
     uses_deepspeed,
 )
 from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
@@ -33,14 +34,14 @@ from pipelines.media import grid, write_preview
 from pipelines.run import check_run, refuse_in_data, refuse_inside, summary
 from pipelines.settings import (
     Mode,
-    Precision,
     check_clip,
+    for_inference,
     normalization,
     open_clips,
     open_vae,
     vae_entry,
 )
-from pipelines.trainer import Trainer
+from pipelines.trainer import Trainer, average
 from pipelines.video_pipeline import LatentVideoPipeline
 from pipelines.zero import load_optimizer_state, load_weights, optimizer_state, whole_weights
 
@@ -141,14 +142,14 @@ def plan(config: TrainLatteConfig) -> str:
 class OnlineLatents:
     """mode=online: clips of the endless stream, encoded where the denoiser trains."""
 
-    def __init__(self, vae: Any, device: torch.device, precision: Precision):
-        self.vae, self.device, self.precision = vae, device, precision
+    def __init__(self, vae: Any, device: torch.device):
+        """vae: as `for_inference` returns it."""
+        self.vae, self.device = vae, device
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x = to_float(batch["video"].to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16):
-            posterior = self.vae.encode(x).latent_dist
+        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
 
@@ -168,7 +169,7 @@ class LatteTrainer(Trainer):
             latte.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(latte, optimizer)
         self.model.train()
@@ -188,15 +189,15 @@ class LatteTrainer(Trainer):
                     "drop": torch.rand((), generator=generator) < self.config.denoiser.label_dropout,
                 }
             )
-        drawn = {k: torch.stack([s[k] for s in samples]).to(mean.device) for k in samples[0]}
+        drawn = {k: send(torch.stack([s[k] for s in samples]), mean.device) for k in samples[0]}
         z = mean + torch.exp(0.5 * logvar) * drawn.pop("posterior")
         return drawn | {"x0": self.vae.normalize(z)}
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Mean loss of a micro-batch, and the terms to log, per timestep bucket too."""
         device = self.accelerator.device
         if self.encode is None:
-            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))  # pinned
         else:
             mean, logvar = self.encode(batch)
         drawn = self.draw(batch, mean, logvar)
@@ -204,20 +205,14 @@ class LatteTrainer(Trainer):
         x_t = self.diffusion.q_sample(drawn["x0"], drawn["noise"], t)
         labels = {}
         if self.latte.config.num_classes is not None:
-            labels = {"y": batch["label"].to(device), "force_drop": drawn["drop"]}
+            labels = {"y": batch["label"].to(device, non_blocking=True), "force_drop": drawn["drop"]}
         with autocast(self.accelerator, self.config):
             output = self.model(x_t, t, **labels).sample
         terms = self.diffusion.training_loss(output, drawn["x0"], drawn["noise"], t)
-        logged = {f"loss/{k}": v.mean() for k, v in terms.items() if k != "loss"} | {
-            "loss": terms["loss"].mean()
-        }
-        for sample, step in enumerate(t.tolist()):
-            logged.setdefault(f"loss_at_t/{step * BUCKETS // NUM_TRAIN_STEPS}_of_{BUCKETS}", []).append(
-                terms["mse"][sample]
-            )
-        return terms["loss"].mean(), {
-            k: torch.stack(v) if isinstance(v, list) else v for k, v in logged.items()
-        }
+        logged = {name if name == "loss" else f"loss/{name}": v.mean() for name, v in terms.items()}
+        bucket = t * BUCKETS // NUM_TRAIN_STEPS
+        logged |= {f"loss_at_t/{b}_of_{BUCKETS}": (terms["mse"], bucket == b) for b in range(BUCKETS)}
+        return terms["loss"].mean(), logged
 
     def train_step(self, batches: Any) -> None:
         """One optimizer step over all micro-batches."""
@@ -226,7 +221,6 @@ class LatteTrainer(Trainer):
         largest = config.grad_clip if self.step >= config.clip_start else 0.0
         if uses_deepspeed(accelerator):
             self.model.optimizer.clip_grad = largest  # it clips inside its own step
-        finite = True
         for _ in range(accelerator.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
                 loss, logged = self.loss(next(batches))
@@ -234,9 +228,8 @@ class LatteTrainer(Trainer):
                 self.note(logged)
                 if accelerator.sync_gradients:
                     finite = self.update(self.model, self.optimizer, largest, "grad_norm")
-        if finite:
-            with whole_weights(self.latte):
-                self.ema.update(self.latte)
+        with whole_weights(self.latte):
+            average(self.ema, self.latte, finite)
         self.finish_step(finite)
 
     def save(self, folder: Path) -> None:
@@ -272,12 +265,8 @@ def open_data(
             clips = cached_clips(config)
     counts = {"videos": len(clips), "damaged": len(clips.source.damaged), "short": len(clips.short)}
     if config.mode is Mode.online:
-        return (
-            clips,
-            OnlineLatents(vae, accelerator.device, config.precision),
-            clips.source.class_names,
-            counts,
-        )
+        encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
+        return clips, encode, clips.source.class_names, counts
     fingerprint = cache_fingerprint(config, vae, clips)
     cache = LatentCache(cache_folder(config, fingerprint), expect=fingerprint)
     counts |= {"cached": len(cache), "cache": str(cache.folder), "failed": len(cache.index["failed"])}
@@ -315,7 +304,6 @@ def train(config: TrainLatteConfig) -> Path:
     accelerator = make_accelerator(config)
     vae = open_vae(config.vae)
     check_clip(vae, config.clip)
-    vae.to(accelerator.device)
     if config.mode is Mode.online:
         scale_latents(vae, config)
     stream, encode, class_names, counts = open_data(config, accelerator, vae)
@@ -332,7 +320,11 @@ def train(config: TrainLatteConfig) -> Path:
         take_weights(latte, config.denoiser.init_from, class_names)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
-    pipeline = LatentVideoPipeline(vae=vae, transformer=trainer.ema.module, class_names=class_names)
+    frozen = encode.vae if encode else for_inference(vae, accelerator.device, config.precision)
+    pipeline, exported = (
+        LatentVideoPipeline(vae=v, transformer=trainer.ema.module, class_names=class_names)
+        for v in (frozen, vae)
+    )
 
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process:
@@ -368,7 +360,7 @@ def train(config: TrainLatteConfig) -> Path:
         look=look,
         look_every=config.samples.every,
         export_name="pipeline",
-        export=pipeline.save_pretrained,
+        export=exported.save_pretrained,
     )
     accelerator.wait_for_everyone()
     return run_dir / "pipeline"

@@ -19,7 +19,7 @@ from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.checkpoints import Checkpoints, export_folder, recover
 from pipelines.config import flatten
-from pipelines.engine import any_process, largest_of, same_everywhere
+from pipelines.engine import Later, any_process, largest_of, matrix_products, same_everywhere
 from pipelines.log import MetricLog
 from pipelines.quarantine import Quarantine
 from pipelines.run import Stopped, check_run, open_run, stop_on_signal
@@ -69,7 +69,8 @@ def fit(
         details = {"program": program, "git": git_commit(), "config": flatten(trainer.config), **info}
         loop = _Loop(trainer, run_dir, details, look, look_every)
         began = trainer.step
-        stopped = loop.run(stream, mode, look_at_start)
+        with matrix_products(trainer.config):
+            stopped = loop.run(stream, mode, look_at_start)
         main = trainer.accelerator.is_main_process
         if main and export_folder(run_dir / export_name, export, trainer.progress()):
             log.info("EMA weights: %s", run_dir / export_name)
@@ -146,7 +147,7 @@ class _Loop:
         lost = Quarantine(self.run_dir, stream, config.source.max_failed_share, self.accelerator)
         meter = Meter(self.accelerator.device, mode, config.global_batch)
         incoming = self._batches(stream, lost, meter)
-        stop = 0
+        stop, number = False, 0
         bar = tqdm(
             total=config.steps,
             initial=trainer.step,
@@ -157,24 +158,32 @@ class _Loop:
             with stop_on_signal() as stopping:
                 if look_at_start and trainer.step == 0:
                     self.look(self.metrics)
+                asked: Later | None = None  # whether a process was asked to stop in the step before
                 while trainer.step < config.steps and not stop:
                     trainer.train_step(incoming)
                     meter.step()
                     bar.update()
+                    stop = asked is not None and asked.read() > 0
+                    if self.accelerator.num_processes == 1:
+                        stop = bool(stopping())
+                    else:
+                        asked = any_process(self.accelerator, bool(stopping()))
+                    trainer.settle(self._records() or self._saves(stop))
                     self._stop_if_hopeless()
                     self._record(lost, meter, bar)
-                    stop = largest_of(self.accelerator, stopping())
-                    self._save_if_due(meter, bool(stop))
-                stop = 0 if trainer.step >= config.steps else stop
-                if stop:
-                    name = signal.Signals(stop).name
+                    self._save_if_due(meter, stop)
+                number = (
+                    largest_of(self.accelerator, stopping()) if stop and trainer.step < config.steps else 0
+                )
+                if number:
+                    name = signal.Signals(number).name
                     log.info("stopped by %s after step %d; the same command goes on", name, trainer.step)
         finally:
             bar.close()
             incoming.close()
             self.metrics.close()
         self._write_speed(meter, mode)
-        return stop
+        return number
 
     def _batches(self, stream: Any, lost: Quarantine, meter: Meter) -> Iterator[Any]:
         config, accelerator = self.config, self.accelerator
@@ -205,10 +214,18 @@ class _Loop:
             "precision=fp32 may be changed so too)"
         )
 
+    def _records(self) -> bool:
+        return self.trainer.step % self.config.log_every == 0 or self.trainer.step == self.config.steps
+
+    def _saves(self, stop: bool) -> bool:
+        return (
+            self.trainer.step % self.config.save_every == 0 or self.trainer.step == self.config.steps or stop
+        )
+
     def _record(self, lost: Quarantine, meter: Meter, bar: tqdm) -> None:
         """Numbers every log_every steps, a look every look_every, both at the end."""
         step, last = self.trainer.step, self.trainer.step == self.config.steps
-        if step % self.config.log_every == 0 or last:
+        if self._records():
             values = self.trainer.flush_window()
             self._warn_of_a_spike(values)
             self.metrics.scalars(step, values)
@@ -236,10 +253,10 @@ class _Loop:
 
     def _save_if_due(self, meter: Meter, stop: bool) -> None:
         step, healthy = self.trainer.step, not self.trainer.skipped_in_row
-        if step % self.config.save_every == 0 or step == self.config.steps or stop:
+        if self._saves(stop):
             meter.pause()
             self.metrics.sync()
-            if any_process(self.accelerator, not self.trainer.is_finite()):
+            if any_process(self.accelerator, not self.trainer.is_finite()).read() > 0:
                 self._give_up(f"step {step}: the weights are not finite; they are not saved")
             if self._folder() != self.folder:
                 raise OSError(
@@ -267,7 +284,8 @@ class _Loop:
         speed, file = meter.summary(), self.run_dir / "efficiency.json"
         if not self.main or not (speed["timed_steps"] or not file.is_file()):
             return
-        record = {"program": self.details["program"], "global_batch": self.config.global_batch, **speed}
+        record = {"program": self.details["program"], "global_batch": self.config.global_batch}
+        record |= {"precision": self.config.precision.value, **speed}
         try:
             write_json(file, record)
         except OSError as error:

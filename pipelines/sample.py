@@ -34,7 +34,7 @@ class SampleConfig:
         1.0, "classifier-free guidance; 1 turns it off (Latte evaluates UCF101 with 7)"
     )
     labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
-    precision: Precision = option(Precision.fp32, "autocast of the denoiser and decoder")
+    precision: Precision = option(Precision.fp32, "of the denoiser and decoder: fp32|tf32|bf16")
     tiling_frames: int = option(
         0, "decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
     )
@@ -131,9 +131,9 @@ def sample(config: SampleConfig) -> Path:
     from data.encode import write_ffv1, write_mp4
     from data.files import sha256_of, write_json
     from data.video import read_frames
-    from pipelines.engine import autocast, draw_seed, make_accelerator
+    from pipelines.engine import autocast, draw_seed, make_accelerator, matrix_products
     from pipelines.media import grid
-    from pipelines.settings import normalization, tile_time, weights_digest
+    from pipelines.settings import for_inference, normalization, tile_time, weights_digest
 
     accelerator = make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
@@ -143,6 +143,7 @@ def sample(config: SampleConfig) -> Path:
         made_by |= {"normalization": normalization(pipe.vae), "class_names": list(pipe.config.class_names)}
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
+    pipe.vae = for_inference(pipe.vae, accelerator.device, config.precision)
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def made(index: int) -> bool:
@@ -166,7 +167,7 @@ def sample(config: SampleConfig) -> Path:
                 if classes
                 else None
             )
-            with torch.inference_mode(), autocast(accelerator, config):
+            with torch.inference_mode(), autocast(accelerator, config), matrix_products(config):
                 result = pipe(
                     labels=labels,
                     num_videos=len(batch),

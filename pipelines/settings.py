@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Precision(enum.Enum):
+    """fp32: matrix products exact; cuDNN's convolutions may use TF32, torch's default. tf32: both may. bf16: autocast."""
+
     fp32 = "fp32"
+    tf32 = "tf32"
     bf16 = "bf16"
 
 
@@ -181,6 +184,20 @@ class VAEConfig:
 
     def __post_init__(self):
         check_groups(self.tiling_frames, "vae.tiling_frames")
+
+
+def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
+    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast anew in every step.
+
+    The VAE that was given keeps its float32 weights: they are what is exported, and what its digest names.
+    """
+    import copy
+
+    import torch
+
+    if precision is Precision.bf16:
+        return copy.deepcopy(vae).to(device, torch.bfloat16)
+    return vae.to(device)
 
 
 def check_groups(num_frames: int, key: str) -> None:

@@ -1,12 +1,17 @@
-"""What the trainers of both stages keep between steps: the counter, the means to log, updates that must be finite."""
+"""What the trainers of both stages keep between steps: the counter, the means to log, updates that must be finite.
+
+A step never waits for the device: whether its gradient was finite is decided there, and read later.
+"""
 
 import logging
-import math
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+
+from pipelines.engine import Later, uses_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +19,8 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
-    A subclass has `trained`, the module whose weights count, and `ema`, and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
+    A subclass has `trained`, the module whose weights count, and `ema`, and defines `train_step(batches)`, which ends with
+    `finish_step`, and `save(folder)` / `load(folder)`. `skipped_in_row` counts the steps whose verdict `settle` has read.
     """
 
     must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
@@ -24,17 +30,24 @@ class Trainer:
         self.step = 0
         self.skipped_in_row = 0
         self.window: dict[str, list[Any]] = {}
+        self._finite: list[tuple[int, Tensor | Later]] = []  # (step, verdict) not read yet
 
-    def note(self, values: dict[str, Tensor]) -> None:
-        """Add tensors to the means of the current log window; nothing is copied from the GPU yet."""
+    def note(self, values: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+        """Add tensors to the means of the current log window; nothing is copied from the GPU yet.
+
+        Of a pair (values, where) the elements count at which `where`, a bool tensor of that shape, holds.
+        """
         for name, value in values.items():
+            if not isinstance(value, tuple):
+                value = value, torch.ones_like(value, dtype=torch.bool)
+            value, where = value
             total, count = self.window.get(name, [0.0, 0])
-            value = value.detach().double()
-            self.window[name] = [total + value.sum(), count + value.numel()]
+            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            self.window[name] = [total + torch.where(where, value, 0.0).sum(), count + where.sum()]
 
     def whole_window(self) -> dict[str, list[Any]]:
         """The window of all processes together; every process calls it."""
-        tables = [{n: [float(total), count] for n, (total, count) in self.window.items()}]
+        tables = [{n: [float(total), int(count)] for n, (total, count) in self.window.items()}]
         if self.accelerator.num_processes > 1:
             tables = gather_object(tables)
         merged: dict[str, list[Any]] = {}
@@ -42,7 +55,7 @@ class Trainer:
             for name, (total, count) in table.items():
                 old = merged.get(name, [0.0, 0])
                 merged[name] = [old[0] + total, old[1] + count]
-        return merged
+        return {name: entry for name, entry in merged.items() if entry[1]}
 
     def flush_window(self) -> dict[str, float]:
         """Means since the last call, over all processes."""
@@ -56,24 +69,27 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def update(self, module: nn.Module, optimizer: Any, largest: float, name: str) -> bool:
-        """Clip the gradient to norm `largest` (0: no limit) and step; False if it is not finite: then no step."""
-        norm = self.accelerator.clip_grad_norm_(module.parameters(), largest or math.inf)
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-        if finite:
-            optimizer.step()
-            if norm is not None and self.accelerator.is_main_process:  # the same on all: counted once
-                self.note({name: torch.as_tensor(norm)})
+    def update(self, module: nn.Module, optimizer: Any, largest: float, name: str) -> Tensor:
+        """Clip the gradient to norm `largest` (0: no limit) and step; a bool tensor, False where it is not finite.
+
+        Then there was no step: the fused optimizers leave it out on the device. DeepSpeed has made its own by now.
+        """
+        if largest or uses_deepspeed(self.accelerator):
+            norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
+        finite = norm.isfinite()
+        optimizer.optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        if self.accelerator.is_main_process:  # the same on all: counted once
+            self.note({name: (norm, finite)})
         optimizer.zero_grad()
         return finite
 
-    def finish_step(self, finite: bool) -> None:
-        if finite:
-            self.skipped_in_row = 0
-        else:
-            self.skipped_in_row += 1
-            self.note({"skipped": torch.ones(())})
-            log.warning("step %d: loss or gradient is not finite, update left out", self.step)
+    def finish_step(self, finite: Tensor) -> None:
+        self.note({"skipped": (torch.ones_like(finite), ~finite)})
+        self._finite.append((self.step, finite))
         self.step += 1
 
     def is_finite(self) -> bool:
@@ -81,16 +97,39 @@ class Trainer:
         tensors = [*self.trained.parameters(), *self.ema.module.parameters()]
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
+    def settle(self, everything: bool = True) -> None:
+        """Count and name the steps left out, but for the newest one unless `everything`: so nobody waits for the device."""
+        self._finite = [(n, v if isinstance(v, Later) else Later(v)) for n, v in self._finite]
+        ready = len(self._finite) if everything else len(self._finite) - 1
+        for step, finite in self._finite[: max(0, ready)]:
+            self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
+            if self.skipped_in_row:
+                log.warning("step %d: loss or gradient is not finite, update left out", step)
+        del self._finite[: max(0, ready)]
+
     def progress(self) -> dict[str, int]:
         """How far the training is: stored with checkpoints and exports."""
         return {"step": self.step, "samples_seen": self.step * self.config.global_batch}
 
     def counters(self) -> dict[str, Any]:
         """What `save` stores of this class; every process calls it."""
+        self.settle()
         return {"step": self.step, "skipped_in_row": self.skipped_in_row, "window": self.whole_window()}
 
     def load_counters(self, state: dict[str, Any]) -> None:
         self.step, self.skipped_in_row = state["step"], state["skipped_in_row"]
         # the main process takes what all had gathered, on however many
         window = state["window"] if self.accelerator.is_main_process else {}
-        self.window = {n: [torch.tensor(t, dtype=torch.float64), c] for n, (t, c) in window.items()}
+        self.window = {n: list(entry) for n, entry in window.items()}
+
+
+def as_fused(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state_dict as the fused one takes it; older checkpoints of stage one come from another."""
+    return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
+
+
+@torch.no_grad()
+def average(ema: ModelEmaV3, model: nn.Module, where: Tensor) -> None:
+    """The next step of a moving average of float32 weights, if `where`, a bool tensor on their device, holds."""
+    mine, theirs = list(ema.module.parameters()), list(model.parameters())
+    torch._foreach_lerp_(mine, theirs, [where * (1.0 - ema.decay)] * len(mine))

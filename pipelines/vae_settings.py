@@ -71,7 +71,7 @@ class TrainVAEConfig:
     adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
     grad_clip: float = option(0.0, "largest gradient norm of an update; 0: not clipped")
     ema_decay: float = option(0.999, "of the averaged weights, which are what is exported")
-    precision: Precision = option(Precision.fp32, "autocast of forward and backward")
+    precision: Precision = option(Precision.fp32, "of forward and backward: fp32|tf32|bf16")
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
     )

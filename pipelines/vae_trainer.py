@@ -27,7 +27,7 @@ from pipelines.loop import fit
 from pipelines.media import comparison, write_preview
 from pipelines.run import check_run, refuse_in_data, refuse_inside
 from pipelines.settings import check_clip, open_clips
-from pipelines.trainer import Trainer
+from pipelines.trainer import Trainer, as_fused, average
 from pipelines.vae_settings import GANSchedule, TrainVAEConfig
 from pipelines.vae_start import build_vae_model, initialize, start_digest
 from vae.discriminator import PatchDiscriminator3D
@@ -78,7 +78,7 @@ class VAETrainer(Trainer):
 
     def _prepare(self, module: nn.Module) -> tuple[nn.Module, Any]:
         optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.config.learning_rate, betas=tuple(self.config.adam_betas)
+            module.parameters(), lr=self.config.learning_rate, betas=tuple(self.config.adam_betas), fused=True
         )
         return self.accelerator.prepare(module, optimizer)
 
@@ -170,16 +170,15 @@ class VAETrainer(Trainer):
                     total, logged = self.discriminator_loss(x, xhat)
                     accelerator.backward(finite_or_nan(total))
                     self.note(logged)
-        finite = True
+        verdicts = []
         if train_vae:
-            finite = self.update(self.autoencode, self.optimizer, largest, "grad_norm/vae")
-            if finite:
-                self.ema.update(self.vae)
+            verdicts += [self.update(self.autoencode, self.optimizer, largest, "grad_norm/vae")]
+            average(self.ema, self.vae, verdicts[0])
         if train_judge:
-            finite &= self.update(self.judge, self.judge_optimizer, largest, "grad_norm/discriminator")
-        if not finite:
-            for buffer, value in zip(seen, before, strict=True):
-                buffer.copy_(value)
+            verdicts += [self.update(self.judge, self.judge_optimizer, largest, "grad_norm/discriminator")]
+        finite = torch.stack(verdicts).all()
+        for buffer, value in zip(seen, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
         self.finish_step(finite)
 
     def rehearse(self) -> None:
@@ -241,10 +240,10 @@ class VAETrainer(Trainer):
             config = json.loads((folder / name / "config.json").read_text())
             module.register_to_config(scaling_factor=config["scaling_factor"])
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(as_fused(state["optimizer"]))
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
-            self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+            self.judge_optimizer.load_state_dict(as_fused(state["judge_optimizer"]))
         self.load_counters(state)
 
 

@@ -122,7 +122,11 @@ class LatentVideoPipeline(DiffusionPipeline):
         whole video.
         """
         z = self.vae.denormalize(latents).to(self.vae.dtype)
-        return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2) for one in z])
+        device = z.device.type
+        # half-precision weights say what is wanted; a caller's autocast would run the norms between in float32
+        wanted = torch.is_autocast_enabled(device) and z.dtype == torch.float32
+        with torch.autocast(device, torch.get_autocast_dtype(device), enabled=wanted):
+            return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2) for one in z])
 
     def _decoded(self, z: Tensor) -> Iterator[Tensor]:
         """Frames of (1, C, t, h, w) in pieces (1, 3, n, H, W), in [-1, 1], on the CPU."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.engine import uses_deepspeed
+from pipelines.trainer import as_fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -61,7 +62,7 @@ def optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any) -> dict[
 def load_optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
     """Take a whole `optimizer_state`, on every process; each keeps what it owns."""
     if not uses_deepspeed(accelerator):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(as_fused(state))
         return
     states = state["state"]
     if not states:

@@ -138,7 +138,9 @@ class VideoVAE:
         if mean is None or std is None:
             return None
         shape = (1, -1) + (1,) * (z.ndim - 2)
-        return tuple(torch.tensor(v, dtype=z.dtype, device=z.device).view(shape) for v in (mean, std))
+        return tuple(
+            torch.tensor(v, dtype=z.dtype).view(shape).to(z.device, non_blocking=True) for v in (mean, std)
+        )
 
     @property
     def has_scaling_rule(self) -> bool:

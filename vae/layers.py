@@ -126,7 +126,11 @@ class VideoGroupNorm(nn.GroupNorm):
     def write_silu(self, x: Tensor, out: Tensor) -> None:
         """SiLU of the normed x straight into `out`, without gradients."""
         if self._native(x):
-            torch.ops.aten.silu.out(self(x), out=out)
+            y = self(x)
+            if y.dtype == out.dtype:
+                torch.ops.aten.silu.out(y, out=out)
+            else:  # CUDA's autocast gives float32 norms among bf16 convolutions, and silu.out takes one dtype
+                out.copy_(F.silu(y, inplace=True))
             return
         scale, shift = self._scale_shift(x)
         F.silu(torch.addcmul(shift, x, scale, out=out), inplace=True)

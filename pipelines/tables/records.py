@@ -159,12 +159,14 @@ def _benchmark(step: Step) -> Found:
     file, config = step.folder / "rows.jsonl", config_of(step)
     asked = {"frames": config.num_frames, "height": config.size, "width": config.size, "batch": config.batch}
     asked["dtype"] = "bfloat16" if config.precision.value == "bf16" else "float32"
+    asked["precision"] = config.precision.value  # rows of before it have a dtype only
     note = ""
     for row in reversed(_rows(file)):
         encode = row["encode"]
-        note = differences(asked | {"variant": config.variants[0]}, encode | {"variant": row["variant"]})
+        made_with = encode | {k: row[k] for k in ("variant", "precision") if k in row}
+        note = differences(asked | {"variant": config.variants[0]}, made_with)
         if not note:
-            shape = {k: encode.get(k) for k in (*asked, "device")}
+            shape = {k: made_with.get(k) for k in (*asked, "device")}
             made = row["versions"].get("git", "")
             return Found("done", record=file, values=_flat(row), protocol=shape, git=made)
     return Found("other" if note else "none", note, record=file)

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from pipelines.benchmark import BenchmarkConfig, main, measure
+from pipelines.benchmark import BenchmarkConfig, line, main, measure
 from pipelines.config import load
+from vae import ODVAE
 
 SMALL = ["num_frames=5", "size=16", "block_out_channels=[32,32,32,32]", "repeats=1", "warmup=0"]
 
@@ -31,6 +33,33 @@ def test_every_preset_and_variant_is_measured_in_half_precision_too(preset):
     rows = [measure(config, variant) for variant in config.variants]
     assert all("decode" not in row and row["encode"]["dtype"] == "bfloat16" for row in rows)
     assert len({row["params"] for row in rows}) == 4
+
+
+def test_a_row_that_does_not_fit_says_so_from_its_first_run_on(monkeypatch):
+    def full(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ODVAE, "encode", full)
+    row = measure(load(BenchmarkConfig, None, [*SMALL, "batch=2", "precision=tf32"]), 4)
+    assert row["encode"]["out_of_memory"] == "OOM at b=2"
+    assert row["decode"]["batches_per_s"] > 0
+    assert row["precision"] == "tf32"
+    assert "encode    OOM at b=2  decode" in line(row)
+
+
+@pytest.mark.parametrize("preset", ["odvae", pytest.param("osp_v1_2", marks=pytest.mark.slow)])
+def test_what_is_compiled_is_a_step_however_long_the_clip_is(preset, monkeypatch):
+    graphs, compile_ = [], torch.nn.Module.compile
+    backend = lambda module, _: graphs.append(len(module.graph.nodes)) or module.forward  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    sizes = []
+    for frames in (13, 29):
+        torch.compiler.reset()
+        config = [*SMALL, f"preset={preset}", f"num_frames={frames}", "layers_per_block=1", "compile=true"]
+        measure(load(BenchmarkConfig, None, config), 4)
+        sizes.append(list(graphs))
+        graphs.clear()
+    assert sizes[0] == sizes[1] != []
 
 
 def test_the_plan_is_the_paper_s_clip(capsys):

@@ -242,6 +242,80 @@ def test_bf16_and_checkpointing_train_near_plain_fp32(stage_two, setting):
         assert curves[1] != curves[0]
 
 
+def test_a_frozen_vae_encodes_and_decodes_with_bf16_weights_and_is_exported_with_its_own(
+    stage_two, own_vae, tmp_path, monkeypatch
+):
+    from pipelines import sample
+    from vae import ODVAE
+
+    seen, files = [], {}
+
+    def spy(way, original):
+        def spied(self, x):
+            seen.append((way, self.dtype, torch.is_autocast_enabled("cpu")))
+            return original(self, x)
+
+        monkeypatch.setattr(ODVAE, way, spied)
+
+    for way in ("_moments", "_pixels", "_encode_steps", "_decode_steps"):
+        spy(way, getattr(ODVAE, way))
+    more = ["precision=bf16", "steps=1", "samples.every=1", "samples.steps=2"]
+    run = stage_two("cached", *more)
+    online = stage_two("online", *more, "mode=online", cache=False)
+    sample.main([f"pipeline={run / 'pipeline'}", "num_videos=1", "num_steps=2", "precision=bf16"])
+    assert {way for way, *_ in seen} == {"_moments", "_encode_steps", "_decode_steps"}
+    assert {tuple(how) for _, *how in seen} == {(torch.bfloat16, False)}
+    for folder in (own_vae, run / "pipeline" / "vae", online / "pipeline" / "vae"):
+        files[folder] = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert len(set(files.values())) == 1
+
+
+def test_bf16_weights_of_the_vae_move_latents_by_less_than_two_percent(stage_two, tmp_path):
+    means = []
+    for precision in ("fp32", "bf16"):
+        stage_two(
+            f"run-{precision}",
+            f"precision={precision}",
+            "steps=1",
+            f"cache.dir={tmp_path / precision / 'cache'}",
+        )
+        cache = LatentCache(tmp_path / precision / "cache")
+        means.append(torch.stack([cache[k]["mean"] for k in range(len(cache))]))
+    assert 0 < (means[1] - means[0]).norm() / means[0].norm() < 0.02
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_products_take_tf32_inside_the_run_only_and_the_speed_record_names_the_precision(
+    precision, stage_two, monkeypatch
+):
+    from pipelines import latte_trainer, sample
+    from pipelines.video_pipeline import LatentVideoPipeline
+    from vae import ODVAE
+
+    seen, before = set(), torch.get_float32_matmul_precision()
+    assert before == "highest"
+
+    def spy(cls, name, original):
+        def spied(self, *a, **k):
+            seen.add((name, torch.get_float32_matmul_precision()))
+            return original(self, *a, **k)
+
+        monkeypatch.setattr(cls, name, spied)
+
+    for cls, name in (
+        (ODVAE, "encode"),
+        (latte_trainer.LatteTrainer, "train_step"),
+        (LatentVideoPipeline, "__call__"),
+    ):
+        spy(cls, name, getattr(cls, name))
+    run = stage_two("run", f"precision={precision}", "steps=1", "samples.every=1", "samples.steps=2")
+    sample.main([f"pipeline={run / 'pipeline'}", "num_videos=1", "num_steps=2", f"precision={precision}"])
+    wanted = "high" if precision == "tf32" else "highest"
+    assert seen == {(name, wanted) for name in ("encode", "train_step", "__call__")}
+    assert torch.get_float32_matmul_precision() == before
+    assert json.loads((run / "efficiency.json").read_text())["precision"] == precision
+
+
 def test_a_run_goes_on_with_its_own_normalization_and_classes_only(stage_two, own_vae):
     stage_two("run", "steps=1", "save_every=1")
     config = own_vae / "config.json"
@@ -258,15 +332,20 @@ def test_drawn_flips_have_no_place_in_a_cache(stage_two):
         stage_two("run", "steps=1", "clip.flip=true")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["sd2_1", "svd", "cvvae", "ops"])
-def test_every_continuous_vae_of_the_paper_feeds_stage_two_and_sampling(name, latte_settings, tmp_path):
+def test_every_continuous_vae_of_the_paper_feeds_stage_two_and_sampling(
+    name, precision, latte_settings, tmp_path
+):
     from pipelines import sample
     from tests.unit.vae.test_baselines import tiny
 
     tiny(name).save_pretrained(tmp_path / "vae")
     common = [f"vae.name={name}", f"vae.path={tmp_path / 'vae'}", f"cache.dir={tmp_path / 'cache'}"]
     settings = [*latte_settings, *common, f"run_dir={tmp_path / 'run'}", "steps=1", "cache.crops=1"]
+    settings += [f"precision={precision}"]
     cache_latents.main(settings)
     train_latte.main(settings)
-    sample.main([f"pipeline={tmp_path / 'run' / 'pipeline'}", "num_videos=1", "num_steps=2"])
+    pipeline = f"pipeline={tmp_path / 'run' / 'pipeline'}"
+    sample.main([pipeline, "num_videos=1", "num_steps=2", f"precision={precision}"])
     assert (tmp_path / "run" / "samples" / "000000.mkv").stat().st_size > 0

@@ -94,7 +94,7 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
     text = capsys.readouterr().out
     assert "steps=5  how many" in text
     assert "inner.rate=0.1  a rate" in text
-    assert "precision='fp32' [fp32|bf16]" in text
+    assert "precision='fp32' [fp32|tf32|bf16]" in text
 
 
 def test_text_stays_text_and_nothing_of_the_environment_gets_into_a_setting(tmp_path, monkeypatch):

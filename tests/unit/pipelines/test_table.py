@@ -86,6 +86,26 @@ def test_no_two_tables_write_different_things_to_one_folder(preset, places):
             assert steps.setdefault(step.name, step) == step
 
 
+@pytest.mark.parametrize(("name", "preset"), EVERY)
+def test_what_runs_on_several_processes_can_share_its_batch_among_eight(name, preset, places):
+    steps = load_table(name, preset, places).steps.values()
+    batches = {s.name: wanted(s)["global_batch"] for s in steps if s.parallel and "train" in s.program}
+    if preset == "paper":
+        assert {k: b for k, b in batches.items() if b % 8} == {}
+    assert not [s.name for s in steps if s.parallel and s.name.startswith("speed-")]
+
+
+def test_the_paper_s_speeds_are_timed_with_its_arithmetic_and_table_3_caches_no_data_set_for_them(places):
+    for name in ("table2", "table3"):
+        table = load_table(name, "paper", places)
+        speeds = [s for s in table.steps.values() if s.name.startswith("speed-")]
+        assert {wanted(s)["precision"] for s in speeds} == {"tf32"}
+        assert speeds
+    caches = [wanted(s) for s in table.steps.values() if s.program == "pipelines.cache_latents"]
+    assert {(c["cache.num_videos"], c["cache.crops"], c["cache.flips"]) for c in caches} == {(256, 1, False)}
+    assert sum(float(s.cost.get("hours", 0)) for s in table.steps.values()) < 3
+
+
 def test_no_column_mixes_the_online_and_the_cached_training_speed(places):
     for name in ("table2", "table3"):
         table = load_table(name, "paper", places)

@@ -1,0 +1,194 @@
+"""A CUDA device that is not there: torch's CUDA dispatch and autocast rules on tensors that have no data.
+
+Tensors are torch's FakeTensors: they have a device, a shape, a dtype and strides, and every operation checks them as the
+real one would. A program's own classes run on them unchanged, in full size, on any machine, in seconds.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipelines.plan.backward import python_backward
+from pipelines.plan.cost import is_composite
+
+DEVICE = torch.device("cuda", 0)
+SMALL_COPY = 64 * 2**10  # bytes: the driver takes such a copy from ordinary memory without waiting
+aten = torch.ops.aten
+
+
+class Syncs(TorchDispatchMode):
+    """Notes each point where the host waits for the device: values read from it, copies that block.
+
+    found: one line each, what happened and where. A value that is read is 1: a finite, true one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self.note("a value is read from the device")
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        out = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            self._check_copy(args[0], out, kwargs.get("non_blocking", False))
+        elif func is aten.copy_.default:
+            self._check_copy(
+                args[1], args[0], args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            )
+        return out
+
+    def _check_copy(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        ends = {source.device.type, target.device.type}
+        if ends != {"cpu", "cuda"}:
+            return
+        if not non_blocking:
+            self.note(f"a blocking copy of {tuple(source.shape)} from {source.device} to {target.device}")
+        elif source.device.type == "cpu" and not is_pinned(source) and source.nbytes > SMALL_COPY:
+            self.note(f"a copy of {tuple(source.shape)} from memory that is not pinned")
+
+    def note(self, what: str) -> None:
+        self.found.append(f"{what} at {_caller()}")
+
+
+def _caller() -> str:
+    """file:line of the innermost frame of this project outside this room."""
+    import traceback
+
+    for frame in reversed(traceback.extract_stack()):
+        if any(f"/{room}/" in frame.filename for room in ("vae", "denoiser", "eval", "data")) or (
+            "/pipelines/" in frame.filename and "/pipelines/plan/" not in frame.filename
+        ):
+            if "site-packages" not in frame.filename:
+                return (
+                    f"{frame.filename.rsplit('/', 2)[-2]}/{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
+                )
+    return "?"
+
+
+_PINNED = "_pretended_pinned"
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor, _PINNED, False)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    setattr(tensor, _PINNED, True)
+    return tensor
+
+
+def _attention(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """scaled_dot_product_attention that picks its kernel as CUDA does: flash for half precision, else memory-efficient."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **more: Any,
+    ) -> Tensor:
+        if q.device.type != "cuda" or attn_mask is not None:
+            return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
+        three = q.ndim == 3
+        if three:
+            q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+        if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+            out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[
+                0
+            ]
+        else:
+            keep = torch.is_grad_enabled() and q.requires_grad
+            out = aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, keep, dropout_p, is_causal, scale=scale
+            )[0]
+        return out.squeeze(0) if three else out
+
+    return attention
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply for tensors without data: parameters keep their identity, as real ones do."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    for param in module._parameters.values():
+        if param is None:
+            continue
+        with torch.no_grad():
+            new = fn(param.detach())
+            if isinstance(param, FakeTensor):
+                param.data = new
+                param.fake_device = new.fake_device
+            if param.grad is not None:
+                param.grad = fn(param.grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+class Pretended:
+    """What `pretended_gpu` yields. syncs: see `Syncs`."""
+
+    def __init__(self, mode: FakeTensorMode, syncs: Syncs):
+        self.mode, self.syncs = mode, syncs
+
+
+@contextmanager
+def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
+    """Inside, device "cuda" exists, tensors have no data, and CUDA's rules hold.
+
+    Models are built and moved as always (`.to("cuda")`), autocast follows CUDA's lists, attention takes the kernels of a
+    GPU, and an operation on tensors of two devices raises. Everything is put back at the end.
+    """
+    from torch.optim import optimizer as optim
+
+    mode, syncs = FakeTensorMode(allow_non_fake_inputs=True), Syncs()
+
+    def tolist(self: FakeTensor) -> Any:
+        if self.device.type == "cuda":
+            syncs.note("values are read from the device")
+        return torch.ones(tuple(self.shape)).tolist() if self.dtype.is_floating_point else _zeros(self.shape)
+
+    with ExitStack() as stack:
+        patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
+        patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+        patch("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+        patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+        patch("torch.cuda.get_device_capability", lambda *_, **__: capability)
+        patch("torch.nn.functional.scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
+        stack.enter_context(mock.patch.object(FakeTensor, "pin_memory", pinned))
+        stack.enter_context(mock.patch.object(FakeTensor, "is_pinned", is_pinned))
+        # optimizers choose their grouped kernels by the type of the parameters
+        types = optim._foreach_supported_types
+        types.append(FakeTensor)
+        stack.callback(types.remove, FakeTensor)
+        stack.enter_context(python_backward())
+        stack.enter_context(mode)
+        stack.enter_context(syncs)
+        yield Pretended(mode, syncs)
+
+
+def _zeros(shape: Any) -> Any:
+    return 0 if not shape else [_zeros(shape[1:]) for _ in range(shape[0])]

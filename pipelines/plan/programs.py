@@ -1,0 +1,314 @@
+"""Run the programs' own steps on the pretended GPU, with the settings of a run, and count what they cost.
+
+No data and no weights are needed: networks have their sizes from the settings, or from a VAE's config.json where its
+folder is there; clips and latents are empty tensors.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pipelines.plan.cost import Cost, Costs
+from pipelines.plan.pretend import DEVICE, Pretended, pretended_gpu
+
+
+@dataclass
+class Task:
+    """One kind of work of a program. times: how often it runs in the unit that the plan states, e.g. steps of a video."""
+
+    name: str
+    cost: Cost
+    times: float = 1.0
+
+
+@dataclass
+class Simulation:
+    """unit: what the summed times make up, e.g. "step" or "video". weights: bytes that stay, by what they are."""
+
+    unit: str
+    tasks: list[Task]
+    syncs: list[str] = field(default_factory=list)
+    resident: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return max(task.cost.peak for task in self.tasks)
+
+
+@contextmanager
+def _device() -> Iterator[tuple[Pretended, Costs]]:
+    """The pretended GPU with a counter; accelerate believes in it too."""
+    from accelerate import Accelerator
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of torch, that such tensors have no data
+        gpu = stack.enter_context(pretended_gpu())
+        costs = stack.enter_context(Costs())
+        stack.enter_context(mock.patch.object(Accelerator, "device", DEVICE))
+        yield gpu, costs
+
+
+def _measure(costs: Costs, work: Callable[[], Any]) -> Cost:
+    costs.start()
+    work()
+    return costs.cost
+
+
+def _train_step(trainer: Any, costs: Costs, batches: Iterator[Any]) -> Cost:
+    """A whole optimizer step, from steps of one and of two micro-batches: the further ones cost what the second does."""
+    count = trainer.config.global_batch // trainer.config.micro_batch
+
+    def of(micro_batches: int) -> Cost:
+        at, accelerator = trainer.step, trainer.accelerator
+        accelerator.gradient_accumulation_steps, accelerator.step = micro_batches, 0
+        cost = _measure(costs, lambda: trainer.train_step(batches))
+        trainer.step = at
+        return cost
+
+    one = of(1)
+    if count == 1:
+        return one
+    two = of(2)
+    micro_batch = two.works - one.works
+    for work, times in micro_batch.items():
+        two.works[work] += (count - 2) * times
+    two.layout_copies += (count - 2) * (two.layout_copies - one.layout_copies)
+    return two
+
+
+# ---- stage one -------------------------------------------------------------------------------------------
+
+
+def _perceptual_network(*_: Any, net: str = "vgg", **__: Any) -> torch.nn.Module:
+    """LPIPSLoss without its weights."""
+    import lpips
+
+    from vae.losses import LPIPSLoss
+
+    loss = LPIPSLoss.__new__(LPIPSLoss)
+    torch.nn.Module.__init__(loss)
+    loss.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    return loss.requires_grad_(False)
+
+
+def stage_one_parts(
+    config: Any, accelerator: Any, where: torch.device
+) -> tuple[Any, Iterator[Any], dict[str, tuple]]:
+    """(trainer, endless batches, {phase: (a step of it, its share of all steps)}) of train_vae without data and weights.
+
+    where: the device on which the networks are made; the trainer moves them to the accelerator's.
+    """
+    import pipelines.vae_trainer as trainer_module
+    from pipelines.vae_settings import GANSchedule
+    from pipelines.vae_start import build_vae_model
+
+    loss, clip = config.loss, config.clip
+    with mock.patch.object(trainer_module, "LPIPSLoss", _perceptual_network), where:
+        trainer = trainer_module.VAETrainer(config, accelerator, build_vae_model(config))
+    shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
+    batches = _endless(
+        lambda: {"video": _pinned(torch.rand(shape) * 2 - 1), "number": list(range(config.micro_batch))}
+    )
+    if trainer.discriminator is None:
+        return trainer, batches, {"VAE": (0, 1.0)}
+    full = loss.gan_start + loss.gan_warmup
+    even = full + full % 2
+    before = min(loss.gan_start, config.steps) / config.steps
+    phases: dict[str, tuple[int, float]] = {"before the discriminator": (0, before)} if before else {}
+    if loss.gan_schedule is GANSchedule.both:
+        phases["VAE and discriminator"] = (full, 1 - before)
+    elif before < 1:
+        phases["VAE, with the discriminator's term"] = (even, (1 - before) / 2)
+        phases["discriminator"] = (even + 1, (1 - before) / 2)
+    return trainer, batches, phases
+
+
+def stage_one(config: Any) -> Simulation:
+    """A step of train_vae in each of its phases, optimizer states present. config: TrainVAEConfig."""
+    from pipelines.engine import make_accelerator
+
+    accelerator = make_accelerator(config)
+    with _device() as (gpu, costs):
+        trainer, batches, phases = stage_one_parts(config, accelerator, torch.device("cpu"))
+        for at, _ in phases.values():  # the optimizers' states come with the first updates
+            trainer.step, accelerator.gradient_accumulation_steps = at, 1
+            trainer.train_step(batches)
+        gpu.syncs.found.clear()
+        tasks = []
+        for name, (at, share) in phases.items():
+            trainer.step = at
+            tasks.append(Task(name, _train_step(trainer, costs, batches), share))
+        return Simulation("step", tasks, list(gpu.syncs.found), {"weights, optimizers, EMA": costs.live})
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if isinstance(tensor, FakeTensor) or torch.cuda.is_available() else tensor
+
+
+def _endless(make: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while True:
+        yield make()
+
+
+# ---- stage two -------------------------------------------------------------------------------------------
+
+
+def imagined_vae(settings: Any) -> Any:
+    """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
+    from pipelines.settings import tile_time
+    from vae import build_vae
+    from vae.registry import FAMILIES, _class, vae_folder
+
+    file = Path(vae_folder(settings.name, settings.path or None) if settings.path else "") / "config.json"
+    if settings.path and file.is_file():
+        cls = _class(settings.name)
+        known = json.loads(file.read_text())
+        vae = cls.from_config({k: v for k, v in known.items() if not k.startswith("_")})
+    else:
+        vae = build_vae(settings.name)
+    assert settings.name in FAMILIES
+    if not vae.has_scaling_rule:
+        vae.register_to_config(scaling_factor=1.0)
+    tile_time(vae, settings.tiling_frames, "vae.tiling_frames")
+    return vae.eval().requires_grad_(False)
+
+
+CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; the others' are in their files
+
+
+def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any]]:
+    """(trainer, endless batches) of train_latte without data and weights. where: as of `stage_one_parts`."""
+    from pipelines.latte_trainer import LatteTrainer, OnlineLatents, build_latte
+    from pipelines.settings import Mode, for_inference
+
+    device = accelerator.device
+    with where:
+        vae = imagined_vae(config.vae)
+        latte = build_latte(config, vae, CLASSES.get(config.source.name))
+    frozen = for_inference(vae, device, config.precision)  # also what draws the sample grids
+    online = config.mode is Mode.online
+    encode = OnlineLatents(frozen, device) if online else None
+    trainer = LatteTrainer(config, accelerator, latte, vae, encode)
+    B, clip = config.micro_batch, config.clip
+    side = clip.size // vae.spatial_compression_ratio
+    latent = (B, vae.config.latent_channels, vae.latent_frames(clip.num_frames), side, side)
+
+    def batch() -> dict[str, Any]:
+        one: dict[str, Any] = {"label": _pinned(torch.zeros(B, dtype=torch.int64)), "number": list(range(B))}
+        if online:
+            return one | {"video": _pinned(torch.rand(B, 3, clip.num_frames, clip.size, clip.size) * 2 - 1)}
+        return one | {k: _pinned(0.1 * torch.randn(latent)) for k in ("mean", "logvar")}
+
+    return trainer, _endless(batch)
+
+
+def stage_two(config: Any) -> Simulation:
+    """A step of train_latte with optimizer states present. config: TrainLatteConfig."""
+    from pipelines.engine import make_accelerator
+
+    accelerator = make_accelerator(config)
+    with _device() as (gpu, costs):
+        trainer, batches = stage_two_parts(config, accelerator, torch.device("cpu"))
+        accelerator.gradient_accumulation_steps = 1
+        trainer.train_step(batches)  # makes the optimizer's state
+        gpu.syncs.found.clear()
+        cost = _train_step(trainer, costs, batches)
+        return Simulation(
+            "step", [Task("step", cost)], list(gpu.syncs.found), {"weights, optimizer, EMA, VAE": costs.live}
+        )
+
+
+# ---- the VAE alone, caches, samples ----------------------------------------------------------------------
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, device=DEVICE, dtype=dtype)
+
+
+def encode_and_decode(
+    vae_of: Callable[[], Any],
+    frames: int,
+    size: int,
+    batch: int = 1,
+    autocast: bool = False,
+    dtype: torch.dtype = torch.float32,
+    decode: bool = True,
+) -> Simulation:
+    """encode and decode of one batch of clips. vae_of: makes the VAE; autocast: bf16; dtype: of weights and clip."""
+    with _device() as (_, costs):
+        vae = vae_of().to(DEVICE, dtype)
+        resident = costs.live
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            x = _empty(batch, 3, frames, size, size, dtype=dtype)
+            tasks = [Task("encode", _measure(costs, lambda: vae.encode(x).latent_dist.mode()))]
+            if decode:
+                z = vae.encode(x).latent_dist.mode().to(dtype)
+                del x
+                tasks.append(Task("decode", _measure(costs, lambda: vae.decode(z).sample)))
+        return Simulation("batch", tasks, [], {"weights": resident})
+
+
+def cache(config: Any) -> Simulation:
+    """cache_latents: encoding one batch of clips. config: TrainLatteConfig."""
+    from pipelines.settings import for_inference
+
+    with _device() as (_, costs):
+        vae = for_inference(imagined_vae(config.vae), DEVICE, config.precision)
+        resident, clip = costs.live, config.clip
+        with torch.inference_mode():
+            shape = (config.cache.batch, 3, clip.num_frames, clip.size, clip.size)
+            cost = _measure(costs, lambda: vae.encode(_empty(*shape).to(vae.dtype)))
+        return Simulation("clip", [Task("encode", cost, 1 / config.cache.batch)], [], {"VAE": resident})
+
+
+def _half(config: Any) -> bool:
+    return config.precision.value == "bf16"
+
+
+def sample(config: Any) -> Simulation:
+    """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; its pipeline may be absent."""
+    from denoiser.latte import Latte
+    from denoiser.sampling import cfg_forward
+    from pipelines.settings import for_inference, tile_time
+    from pipelines.video_pipeline import LatentVideoPipeline
+
+    geometry, classes, vae_settings = _pipeline_parts(Path(config.pipeline))
+    with _device() as (_, costs):
+        vae = imagined_vae(vae_settings)
+        tile_time(vae, config.tiling_frames, "tiling_frames")
+        latte = Latte(**geometry).to(DEVICE).eval().requires_grad_(False)
+        pipe = LatentVideoPipeline(vae=for_inference(vae, DEVICE, config.precision), transformer=latte)
+        resident, B = costs.live, config.batch
+        shape = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):
+            x, t = _empty(B, *shape), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+            y = torch.zeros(B, dtype=torch.int64, device=DEVICE) if classes else None
+            one = _measure(costs, lambda: cfg_forward(latte, x, t, y, config.guidance_scale))
+            two = _measure(costs, lambda: pipe.decode_latents(_empty(1, *shape)))
+        tasks = [Task("denoising step of the batch", one, config.num_steps / B), Task("decode", two)]
+        return Simulation("video", tasks, [], {"denoiser and VAE": resident})
+
+
+def _pipeline_parts(folder: Path) -> tuple[dict[str, Any], bool, Any]:
+    """(Latte's settings, has classes, VAE's settings) of a pipeline's folder; Latte-XL/2 on UCF101 with OD-VAE without one."""
+    from denoiser.latte import LATTE_SIZES
+    from pipelines.settings import VAEConfig
+    from vae.registry import FAMILIES
+
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():
+        return {**LATTE_SIZES["XL/2"], "num_classes": 101}, True, VAEConfig()
+    config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+    kind = json.loads((folder / "vae" / "config.json").read_text()).get("_class_name")
+    name = next((n for n, family in FAMILIES.items() if family.cls == kind), "odvae")
+    return config, config.get("num_classes") is not None, VAEConfig(name=name, path=str(folder / "vae"))

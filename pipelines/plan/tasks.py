@@ -1,0 +1,83 @@
+"""The tasks of docs/hardware.md and of gpu_check: one name, one set of settings, for what is predicted and what is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.plan.programs import Simulation
+
+STAGE1, STAGE2, SAMPLE = (
+    "configs/stage1/odvae.yaml",
+    "configs/stage2/ucf101.yaml",
+    "configs/sample/ucf101.yaml",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """program: train_vae, train_latte, cache_latents, sample or vae; settings: what differs from its shipped config."""
+
+    name: str
+    program: str
+    settings: tuple[str, ...]
+    tf32: bool = False
+
+    def config(self, extra: tuple[str, ...] = ()) -> Any:
+        from pipelines.config import load
+
+        cls, file = _program(self.program)
+        return load(cls, file, [*self.settings, *extra])
+
+
+def _program(name: str) -> tuple[type, str]:
+    from pipelines.latte_settings import TrainLatteConfig
+    from pipelines.sample import SampleConfig
+    from pipelines.vae_settings import TrainVAEConfig
+
+    return {
+        "train_vae": (TrainVAEConfig, STAGE1),
+        "train_latte": (TrainLatteConfig, STAGE2),
+        "cache_latents": (TrainLatteConfig, STAGE2),
+        "sample": (SampleConfig, SAMPLE),
+    }[name]
+
+
+def _one(size: int) -> tuple[str, ...]:
+    return (f"global_batch={size}", f"micro_batch={size}")
+
+
+ROWS = (
+    Row("stage one, 25 x 256 x 256, bf16", "train_vae", _one(1)),
+    Row("the same, gradient checkpointing", "train_vae", (*_one(1), "gradient_checkpointing=true")),
+    Row("the same, fp32", "train_vae", (*_one(1), "precision=fp32")),
+    Row("Latte-XL/2 on cached latents of 81 frames, bf16, 1 clip", "train_latte", _one(1)),
+    Row("the same, 4 clips", "train_latte", _one(4)),
+    Row("the same, 8 clips", "train_latte", _one(8)),
+    Row(
+        "the same, 8 clips, gradient checkpointing", "train_latte", (*_one(8), "gradient_checkpointing=true")
+    ),
+    Row("the same, 1 clip, online", "train_latte", (*_one(1), "mode=online")),
+    Row("the same, 1 clip, tf32", "train_latte", (*_one(1), "precision=tf32"), tf32=True),
+    Row(
+        "the same, 1 clip, tf32, online",
+        "train_latte",
+        (*_one(1), "precision=tf32", "mode=online"),
+        tf32=True,
+    ),
+    Row("caching latents, 81 x 256 x 256, bf16", "cache_latents", ()),
+    Row("sampling 81 x 256 x 256, DDPM-250, guidance, bf16", "sample", ("batch=4",)),
+)
+
+
+def simulate(program: str, config: Any) -> "Simulation":
+    """The costs of a program with these settings, on the pretended GPU."""
+    from pipelines.plan import programs
+
+    run: dict[str, Callable[[Any], Simulation]] = {
+        "train_vae": programs.stage_one,
+        "train_latte": programs.stage_two,
+        "cache_latents": programs.cache,
+        "sample": programs.sample,
+    }
+    return run[program](config)
