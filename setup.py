@@ -26,6 +26,7 @@ DEPENDENCIES = [
     "omegaconf>=2.3",  # YAML + key=value merged strictly into dataclasses
     "pyyaml>=6",  # plain reading of tables and run settings; omegaconf brings it
     "lpips>=0.1.4",
+    "google-crc32c>=1.5",  # checksums of the TF-Hub checkpoint: I3D's 50 MB in milliseconds
     "pillow>=10",
     "tqdm>=4.66",
     "matplotlib>=3.8",  # curves of the report

@@ -10,10 +10,12 @@ encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from data.files import sha256_of, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -103,7 +107,8 @@ class LatentCache:
     """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw.
 
     expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first read, and every row against
-    what it was then, so one that is damaged, or changes meanwhile, is named instead of trained on. Threads may share it.
+    what it was then, so one that is damaged, or changes meanwhile, is named instead of trained on. A shard that has not
+    been written to since the last check is not read through again (--verify of cache_latents does). Threads may share it.
     """
 
     def __init__(self, folder: str | Path, expect: dict[str, Any] | None = None):
@@ -132,7 +137,7 @@ class LatentCache:
             yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"
         for shard in range(len(self.ends)):
             try:
-                record = self._check(shard)
+                record = self._check(shard, again=True)
                 rows = [self._shard(shard).row(row) for row in range(record["rows"])]
                 entries = np.array([row["video"] * self.draws + row["draw"] for row in rows])
                 entries = np.append(entries, [f["entry"] for f in record["failed"]]).astype(np.int64)
@@ -149,7 +154,7 @@ class LatentCache:
         drawn = self.fingerprint["draws"]
         return drawn["crops"] * (2 if drawn["flips"] else 1)
 
-    def _check(self, shard: int) -> dict[str, Any]:
+    def _check(self, shard: int, again: bool = False) -> dict[str, Any]:
         """The shard's record; ValueError that names the shard and the way out when it is damaged or missing."""
         path, record = shard_file(self.folder, shard), read_sidecar(self.folder, shard)
         if record["rows"] != self.index["rows"][shard]:
@@ -158,7 +163,7 @@ class LatentCache:
                 "cache_latents command again: an earlier one did not end"
             )
         try:
-            self._open[shard] = _Shard(path, record)
+            self._open[shard] = _Shard(path, record, again)
         except OSError as error:
             raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         except ValueError as error:
@@ -192,25 +197,39 @@ class _Shard:
     Raises ValueError if the file is not the one of its record or no shard; `row` OSError if a row has changed since.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]):
+    def __init__(self, path: Path, record: dict[str, Any], again: bool):
+        """again: read it through even if a note of an earlier check fits."""
         self.path = path
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+        found = path.stat()
+        now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
+        place = hashlib.sha256(bytes(path.resolve())).hexdigest()
+        note = Path(tempfile.gettempdir(), f"omnilatte-{os.getuid()}", place)
+        sums = None if again else _noted(note, now)
+        if sums is None and sha256_of(path) != record["sha256"]:
             raise ValueError(" is damaged (sha256)")
         try:
-            (length,) = struct.unpack_from("<Q", content)
-            header = json.loads(content[8 : 8 + length])
-            self.columns = {}
+            self.columns = self._columns(sums)
+        except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f": no shard of latents ({type(error).__name__}: {str(error)[:60]})") from error
+        if sums is None:
+            sums = {name: column[-1] for name, column in self.columns.items()}
+            with contextlib.suppress(OSError):  # then each process looks for itself
+                write_atomic(note, json.dumps({"of": now, "sums": sums}))
+
+    def _columns(self, sums: dict[str, list[int]] | None) -> dict[str, tuple]:
+        """{name: (dtype, shape of a row, place of the first, bytes of one, checksums)}."""
+        columns = {}
+        with open(self.path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length) if length < 1 << 20 else b"")
             for name in ("mean", "logvar", "label", "video", "draw"):
                 dtype, shape = TYPES[header[name]["dtype"]], header[name]["shape"]
                 start, end = (8 + length + place for place in header[name]["data_offsets"])
                 size = (end - start) // shape[0] if shape[0] else 0
-                sums = [
-                    zlib.crc32(content[start + n * size : start + (n + 1) * size]) for n in range(shape[0])
-                ]
-                self.columns[name] = dtype, shape[1:], start, size, np.array(sums, np.uint32)
-        except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f": no shard of latents ({type(error).__name__}: {str(error)[:60]})") from error
+                file.seek(start)
+                known = sums[name] if sums else [zlib.crc32(file.read(size)) for _ in range(shape[0])]
+                columns[name] = dtype, shape[1:], start, size, known
+        return columns
 
     def row(self, row: int) -> dict[str, torch.Tensor]:
         found, handle = {}, os.open(self.path, os.O_RDONLY)
@@ -223,6 +242,15 @@ class _Shard:
         finally:
             os.close(handle)
         return found
+
+
+def _noted(note: Path, now: str) -> dict[str, list[int]] | None:
+    """The checksums of the rows, if a check of the very file left them."""
+    try:
+        content = json.loads(note.read_text())
+        return content["sums"] if content["of"] == now else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class LatentStream:

@@ -13,13 +13,14 @@ if __name__ == "__main__" and not __package__:
 
 from data.cli import run
 from data.files import sha256_of
-from eval.weights import WEIGHT_FILES, find_weights, identify
+from eval.weight_files import TRUNKS, WEIGHT_FILES
+from eval.weights import accepted_names, find_weights, identify, weights_folder
 
 
 def kind_of(path: Path) -> str:
     """Which of WEIGHT_FILES a file is meant to be, by its name. Raises ValueError for none."""
-    for kind, official in WEIGHT_FILES.items():
-        if path.name in (official.file, Path(official.file).with_suffix(".safetensors").name):
+    for kind in reversed(WEIGHT_FILES):  # i3d, which takes a TorchScript's name too, last
+        if path.name in accepted_names(kind):
             return kind
     if "i3d" in path.name.lower() or path.name.startswith("rgb_imagenet"):
         return "i3d"
@@ -29,18 +30,24 @@ def kind_of(path: Path) -> str:
 
 def verify(path: Path) -> tuple[bool, str]:
     """(verified, what was found). Raises ValueError for a file that is missing, wrong, or does not fit."""
-    from eval.weights import load_c3d, load_i3d
+    from eval.fidelity import load_lpips
+    from eval.weights import load_c3d, load_c3d_mean, load_i3d
 
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     kind = kind_of(path)
-    provenance = identify(path, kind)
-    if kind == "i3d":
-        provenance = load_i3d(path)[1]
-    elif kind == "c3d":
-        load_c3d(path)
-    if kind == "i3d_torchscript" and not provenance.known:
-        raise ValueError(f"{path}: not the published file, and a TorchScript file runs code; do not load it")
+    if kind == "i3d_torchscript":
+        provenance = identify(path, kind)
+        if not provenance.known:
+            raise ValueError(
+                f"{path}: not the published file, and a TorchScript file runs code; do not load it"
+            )
+    elif kind in TRUNKS.values():
+        provenance = load_lpips(path, net=next(net for net, trunk in TRUNKS.items() if trunk == kind))[1]
+    elif kind == "c3d_mean":
+        provenance = load_c3d_mean(path)[1]
+    else:
+        provenance = {"i3d": load_i3d, "c3d": load_c3d}[kind](path)[1]
     if provenance.known:
         return True, provenance.tensors or "the published digest"
     return False, provenance.tensors or f"readable; {WEIGHT_FILES[kind].digest}; sha256 {sha256_of(path)}"
@@ -52,9 +59,14 @@ def listing() -> list[str]:
     for kind, official in WEIGHT_FILES.items():
         try:
             path = find_weights(kind)
-            place = f"found: {path}" if path.name == official.file else f"not needed: {path} is there"
+            place = (
+                f"found: {path}"
+                if path.name in (official.file, official.fetched)
+                else f"not needed: {path} is there"
+            )
         except ValueError:
-            place = "not found below $OMNILATTE_WEIGHTS"
+            place = f"not found in {weights_folder()}"
+            place += "; bash scripts/fetch_weights.sh gets it" if official.fetched else ""
         lines.append(
             f"{official.file} ({official.network}, {official.digest})\n  {official.source}\n  {place}"
         )

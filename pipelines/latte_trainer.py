@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clip import to_float, to_uint8
 from data.files import read_json, sha256_of
@@ -22,6 +22,7 @@ from pipelines.engine import (
     autocast,
     finite_or_nan,
     generators,
+    main_process_first,
     make_accelerator,
     send,
     uses_deepspeed,
@@ -161,7 +162,6 @@ class LatteTrainer(Trainer):
     def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: Latte, vae: Any, encode: Any):
         super().__init__(config, accelerator)
         self.latte, self.vae, self.encode = latte, vae, encode
-        self.trained = latte
         self.ema = ModelEmaV3(latte, decay=config.ema_decay)
         if config.gradient_checkpointing:
             latte.enable_gradient_checkpointing()
@@ -232,6 +232,18 @@ class LatteTrainer(Trainer):
             average(self.ema, self.latte, finite)
         self.finish_step(finite)
 
+    def trained(self) -> list[nn.Module]:
+        return [self.model]
+
+    def try_step(self) -> None:
+        """One micro-batch of empty clips or latents."""
+        size, c, clip = self.config.micro_batch, self.latte.config, self.config.clip
+        batch = {"number": torch.arange(size), "label": torch.zeros(size, dtype=torch.int64)}
+        latents = torch.zeros(size, c.in_channels, c.num_frames, *self.latte.latent_hw)
+        shape = (size, clip.num_frames, clip.size, clip.size, 3)
+        batch |= {"video": torch.zeros(shape, dtype=torch.uint8)} if self.encode else {}
+        self.loss(batch | {"mean": latents, "logvar": latents})[0].backward()
+
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
 
@@ -258,7 +270,7 @@ def open_data(
     config: TrainLatteConfig, accelerator: Any, vae: Any
 ) -> tuple[Any, Any, list[str], dict[str, Any]]:
     """(endless stream, encoder or None, class names, counts) for the mode; refuses a cache of anything else."""
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if config.mode is Mode.online:
             clips = open_clips(config.source, config.clip.spec(), config.seed)
         else:
@@ -319,22 +331,27 @@ def train(config: TrainLatteConfig) -> Path:
     if config.denoiser.init_from and not going_on:
         take_weights(latte, config.denoiser.init_from, class_names)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
-    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
     frozen = encode.vae if encode else for_inference(vae, accelerator.device, config.precision)
     pipeline, exported = (
         LatentVideoPipeline(vae=v, transformer=trainer.ema.module, class_names=class_names)
         for v in (frozen, vae)
     )
 
+    def sample(steps: int) -> Tensor:
+        n = config.samples.num_videos
+        labels = [i % len(class_names) for i in range(n)] if class_names else None
+        with autocast(accelerator, config):
+            scale = config.samples.guidance_scale
+            return pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale).videos
+
+    trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process:
-            n = config.samples.num_videos
-            labels = [i % len(class_names) for i in range(n)] if class_names else None
-            steps, scale = config.samples.steps, config.samples.guidance_scale
-            with autocast(accelerator, config):
-                result = pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale)
-            if result.videos.isfinite().all():
-                sheet = grid(list(to_uint8(result.videos)))
+            videos = sample(config.samples.steps)
+            if videos.isfinite().all():
+                sheet = grid(list(to_uint8(videos)))
                 metrics.video(trainer.step, "samples/ema", sheet)
                 write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
             else:

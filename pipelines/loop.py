@@ -41,6 +41,7 @@ def fit(
     export_name: str,
     export: Callable[[Path], None],
     look_at_start: bool = False,
+    weights: dict[str, dict] | None = None,
 ) -> int:
     """Resume from the newest good checkpoint, then train to config.steps; returns the number of steps made.
 
@@ -48,7 +49,7 @@ def fit(
 
     stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed records. info: goes into each
     checkpoint's manifest. look(metrics): validation or samples, every look_every steps (0: never) and at the end.
-    export(folder): writes the EMA model, for run_dir / export_name, while the run's folder is still ours.
+    weights: for `open_run`. export(folder): writes the EMA model, for run_dir / export_name, while the run's folder is still ours.
     Raises ValueError when updates or videos fail too often, OSError when a checkpoint cannot be written, Stopped after a
     signal when the checkpoint and the export are there.
     """
@@ -64,7 +65,7 @@ def fit(
             ) from None
     try:
         if trainer.accelerator.is_main_process:
-            open_run(run_dir, trainer.config, program)
+            open_run(run_dir, trainer.config, program, weights)
             recover(run_dir)
         details = {"program": program, "git": git_commit(), "config": flatten(trainer.config), **info}
         loop = _Loop(trainer, run_dir, details, look, look_every)

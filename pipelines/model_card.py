@@ -74,10 +74,15 @@ def read_scores(paths: Sequence[Path], digest: str) -> list[Score]:
 
 
 def _summary_scores(path: Path, digest: str) -> list[Score]:
+    from pipelines.reconstruct import lpips_of
+
     try:
         summary = json.loads(path.read_text())
         clip, source = summary["settings"]["clip"], summary["settings"]["source"]["name"]
-        values = {m: float(summary[m.lower()]) for m in SCORES["vae"] if m.lower() in summary}
+        values = {m: float(summary[m.lower()]) for m in ("PSNR", "SSIM")}
+        name, lpips = lpips_of(summary)
+        values |= {} if lpips is None else {name: float(lpips)}
+        whole = summary["settings"].get("stream", False) and summary["settings"].get("whole", True)
         videos, made_by = summary["videos"], summary["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--records {path}: no summary of pipelines.reconstruct ({error})") from error
@@ -85,9 +90,8 @@ def _summary_scores(path: Path, digest: str) -> list[Score]:
         raise ValueError(
             f"--records {path}: measured with another VAE (weights {made_by[:12]}, exported {digest[:12]}); measure this one"
         )
-    how = (
-        f"{source}, {videos} videos, {clip['num_frames']} frames of {clip['size']} pixels, on uint8 in memory"
-    )
+    frames = "all" if whole else clip["num_frames"]
+    how = f"{source}, {videos} videos, {frames} frames of {clip['size']} pixels, on uint8 in memory"
     return [Score(m, f"{v:.4f}", how, path.name) for m, v in values.items()]
 
 
@@ -163,6 +167,7 @@ def _training(card: Card) -> str:
     counts = ", ".join(f"{v:,} {k}" for k, v in data.items() if isinstance(v, int)) or "counts not known"
     cores = sorted({s.get("host_cores") for s in run.starts if s.get("host_cores")})
     memory = run.efficiency.get("tmem", {}).get("device_mib")
+    weights = run.starts[-1].get("weights", {}).get("loss") if run.starts else None
     lines = [
         f"- program: `{run.program}`, step {card.step:,} of {run.steps:,}, global batch {run.settings.get('global_batch')}",
         f"- data: `{cell(str(run.settings.get('source.name')))}` ({counts})",
@@ -170,6 +175,9 @@ def _training(card: Card) -> str:
         f"- machine: {' or '.join(map(str, cores)) or 'unknown number of'} CPU cores; no other hardware is recorded",
         f"- code: {', '.join(f'{k} {v}' for k, v in run.versions.items() if k in ('git', 'python', 'torch', 'diffusers'))}",
     ]
+    if weights:
+        known = "the published tensors" if weights["known"] else "UNKNOWN tensors"
+        lines.append(f"- LPIPS of the loss: `{cell(weights['file'])}`, {known}, sha256 `{weights['sha256']}`")
     kept = {k: v for k, v in run.settings.items() if k not in HIDDEN}
     rows = "\n".join(f"{k}: {json.dumps(public(v), ensure_ascii=False)}" for k, v in kept.items())
     block = (

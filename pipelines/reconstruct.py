@@ -36,19 +36,19 @@ class ReconstructConfig:
     whole: bool = option(True, "stream=true: whole videos; false: the clip that is taken without stream")
     held_out: bool = option(False, "only the clips that training holds out (source.val_fraction)")
     lpips: bool = option(True, "measure LPIPS too (AlexNet)")
-    lpips_weights: str = option("", "AlexNet file; empty: $OMNILATTE_WEIGHTS or the torch hub cache")
+    lpips_weights: str = option("", "AlexNet file or folder; empty: $OMNILATTE_WEIGHTS or weights/")
     pictures: int = option(4, "side-by-side videos written: original | reconstruction | error x 4")
     seed: int = option(0, "of clip positions, where they are random")
 
 
-def score_frames(original: Any, decoded: Any, network: Any) -> dict[str, list[float]]:
-    """Per-frame scores of two uint8 videos (T, H, W, 3)."""
+def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
+    """Per-frame scores of two uint8 videos (T, H, W, 3). lpips: the name that the network's distance may have."""
     from eval.fidelity import lpips_distance, psnr, ssim
 
     pairs = [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
     scores = {"psnr": [psnr(*p) for p in pairs], "ssim": [ssim(*p) for p in pairs]}
     if network is not None:
-        scores["lpips"] = [lpips_distance(*p, network) for p in pairs]
+        scores[lpips] = [lpips_distance(*p, network) for p in pairs]
     return scores
 
 
@@ -108,6 +108,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     from data.encode import write_mp4
     from data.files import claim_folder, write_atomic, write_json
     from eval.fidelity import load_lpips
+    from eval.weights import score_name
     from pipelines.engine import make_accelerator
     from pipelines.media import comparison
     from pipelines.run import refuse_in_data, versions
@@ -120,6 +121,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     network, judge = (
         load_lpips(config.lpips_weights or None, accelerator.device) if config.lpips else (None, None)
     )
+    lpips = score_name("lpips", judge.as_dict() if judge else None)
     whole = config.stream and config.whole
     if not whole:
         check_clip(vae, config.clip)
@@ -143,7 +145,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         shown: list[Any] = []
         with torch.inference_mode():
             for original, decoded in pairs_of(config, vae, clips, index, accelerator.device):
-                for name, values in score_frames(original, decoded, network).items():
+                for name, values in score_frames(original, decoded, network, lpips).items():
                     scores.setdefault(name, []).extend(values)
                 if index < config.pictures and sum(map(len, shown)) < 81:
                     shown.append(comparison(original, decoded))
@@ -155,7 +157,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     if accelerator.num_processes > 1:
         records = gather_object(records)
     records.sort(key=lambda r: r["index"])
-    names = [n for n in ("psnr", "ssim", "lpips") if n in records[0]]
+    names = [n for n in ("psnr", "ssim", lpips) if n in records[0]]
     summary = {
         "vae": config.vae.name,
         "videos": len(records),
@@ -197,13 +199,23 @@ def prepare(config: ReconstructConfig, vae: Any) -> None:
         vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
 
 
+def lpips_of(summary: dict[str, Any]) -> tuple[str, float | None]:
+    """LPIPS of a summary.json under the name it may have, None when it was not measured."""
+    from eval.weights import score_name
+
+    weights = summary.get("lpips_weights")
+    key = score_name("lpips", weights)  # older records have the plain key for random weights too
+    return score_name("LPIPS", weights), summary.get(key, summary.get("lpips"))
+
+
 def row(summary: dict[str, Any]) -> str:
     """The summary in the form of Table 1."""
-    lpips = f"{summary['lpips']:.4f}" if "lpips" in summary else "not run"
-    head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6} {'PSNR':>7} {'SSIM':>7} {'LPIPS':>8}"
+    name, value = lpips_of(summary)
+    lpips = "not run" if value is None else f"{value:.4f}"
+    head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6} {'PSNR':>7} {'SSIM':>7} {name:>8}"
     return (
         f"{head}\n{summary['vae']:8} {summary['vcpr']:5d} {summary['params']:12,d} {summary['videos']:6d} "
-        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>8}"
+        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>{max(8, len(name))}}"
     )
 
 
@@ -228,6 +240,10 @@ def main(argv: list[str] | None = None) -> int:
         from pipelines.run import summary
 
         print(summary(config))
+        if config.lpips:
+            from eval.weights import weights_line
+
+            print(f"\nLPIPS (alex): {weights_line('alexnet', config.lpips_weights or None)}")
         return 0
     found = reconstruct(config)
     from accelerate import PartialState

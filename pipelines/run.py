@@ -64,9 +64,11 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
                 f"run_dir={folder} is not empty and holds no run (no config.yaml); choose another run_dir"
             )
         return {}
-    if not (before := read_yaml(saved)):
-        raise ValueError(f"config {saved}: damaged, it is empty; restore it, or choose another run_dir")
-    old, new, free = flatten_yaml(before), flatten_yaml(_plain(config)), free_keys(config)
+    old, new, free = flatten_yaml(read_yaml(saved)), flatten_yaml(_plain(config)), free_keys(config)
+    if not old.keys() & new.keys():
+        raise ValueError(
+            f"{saved} is damaged: none of the settings is in it; restore it, or choose another run_dir"
+        )
     # a key that the old run did not know has its default there
     old = {**{k: v for k, v in flatten_yaml(_plain(type(config)())).items() if k in new}, **old}
     wanted = config.resume.names if hasattr(config, "resume") else []
@@ -83,10 +85,10 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     return {k: [old[k], new[k]] for k in differing}
 
 
-def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
+def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, dict] | None = None) -> Path:
     """Create the folder, or re-enter it, under the rules of `check_run`; what resume.change changes is noted in env.json.
 
-    Call it while the folder is this process's own.
+    weights: provenance of the judging networks that take part, for env.json. Call it while the folder is this process's own.
     """
     folder = Path(run_dir)
     changed = check_run(folder, config)
@@ -97,7 +99,8 @@ def open_run(run_dir: str | Path, config: Any, program: str) -> Path:
         raise ValueError(f"{env_file} is damaged (starts is no list); remove it")
     write_atomic(folder / "config.yaml", dump(config))
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
-    starts.append(start | ({"changed": changed} if changed else {}))
+    start |= {"changed": changed} if changed else {}
+    starts.append(start | ({"weights": weights} if weights else {}))
     write_json(env_file, {"program": program, "versions": versions(), "starts": starts})
     return folder
 

@@ -193,10 +193,8 @@ def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
     """
     import copy
 
-    import torch
-
     if precision is Precision.bf16:
-        return copy.deepcopy(vae).to(device, torch.bfloat16)
+        return copy.deepcopy(vae).bfloat16().to(device)
     return vae.to(device)
 
 

@@ -10,7 +10,6 @@ Every call writes OUT/NAME/NAME.md, .html, .csv and .tex with what there is. doc
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data", default="data-sets", help="folder with one sub-folder a data set (data-sets)"
     )
     parser.add_argument(
-        "--weights-dir", help="folder of VAEs and judges (default $OMNILATTE_WEIGHTS, else weights)"
+        "--weights-dir",
+        help="folder of VAEs and judges (default $OMNILATTE_WEIGHTS, else weights/ of the repository)",
     )
     parser.add_argument("--out", help="folder of runs, logs and tables (default runs/tables-PRESET)")
     parser.add_argument(
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return 0
+    from eval.weights import weights_folder
     from pipelines.log import console
     from pipelines.tables.plan import load_table
     from pipelines.tables.render import render
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.tables.spec import Places
 
     console()
-    weights = args.weights_dir or os.environ.get("OMNILATTE_WEIGHTS") or "weights"
+    weights = args.weights_dir or weights_folder()
     out = args.out or f"runs/tables-{args.preset}"
     places = Places(*(str(Path(p).expanduser().absolute()) for p in (args.data, weights, out)))
     chosen = [name for name in args.rows.split(";") if name]

@@ -3,7 +3,9 @@
 A step never waits for the device: whether its gradient was finite is decided there, and read later.
 """
 
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from pipelines.engine import Later, uses_deepspeed
 
 log = logging.getLogger(__name__)
+REHEARSED = ("cuda",)  # devices whose memory ends before the host's does
 
 
 class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
-    A subclass has `trained`, the module whose weights count, and `ema`, and defines `train_step(batches)`, which ends with
-    `finish_step`, and `save(folder)` / `load(folder)`. `skipped_in_row` counts the steps whose verdict `settle` has read.
+    A subclass has `ema` and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
+    `skipped_in_row` counts the steps whose verdict `settle` has read.
     """
 
     must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
@@ -87,6 +90,54 @@ class Trainer:
         optimizer.zero_grad()
         return finite
 
+    def trained(self) -> list[nn.Module]:
+        """The prepared modules with optimizers."""
+        raise NotImplementedError
+
+    def try_step(self) -> None:
+        """Forward and backward of a micro-batch of nothing, in every phase that there will be."""
+        raise NotImplementedError
+
+    def rehearse(self, look: Callable[[], Any] | None = None) -> None:
+        """On a GPU: the heaviest step there will be, without an update, then `look`, what runs between steps.
+
+        So a lack of memory, or of a kernel, shows now and not hours later, also when a run goes on with another micro_batch
+        or on another card. Weights, optimizers, D's statistics and random states are afterwards what they were; no process
+        talks to another. Not under DeepSpeed, whose backward is part of its step.
+        Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
+        """
+        device = self.accelerator.device
+        if device.type not in REHEARSED or uses_deepspeed(self.accelerator):
+            return
+        models, now = self.trained(), self.step
+        buffers = [b for m in models for b in m.buffers()]
+        before = [b.clone() for b in buffers]
+        try:
+            # what Adam will hold from the first update on
+            moments = [torch.empty_like(p) for m in models for p in m.parameters() for _ in range(2)]
+            with contextlib.ExitStack() as alone:
+                for model in models:
+                    alone.enter_context(self.accelerator.no_sync(model))
+                self.try_step()
+            for model in models:
+                model.zero_grad()
+            if look is not None:
+                look()
+            del moments
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            raise ValueError(
+                f"a step does not fit on {device} ({str(error).split('. ')[0]}): "
+                "gradient_checkpointing=true, precision=bf16 or a smaller micro_batch, clip.num_frames or clip.size need less"
+            ) from error
+        finally:
+            self.step = now
+            for model in models:
+                model.zero_grad()
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
     def finish_step(self, finite: Tensor) -> None:
         self.note({"skipped": (torch.ones_like(finite), ~finite)})
         self._finite.append((self.step, finite))
@@ -94,7 +145,8 @@ class Trainer:
 
     def is_finite(self) -> bool:
         """Whether the weights, as far as this process holds them, and their averages are numbers."""
-        tensors = [*self.trained.parameters(), *self.ema.module.parameters()]
+        modules = [*self.trained(), self.ema.module]
+        tensors = (tensor for module in modules for tensor in module.parameters())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def settle(self, everything: bool = True) -> None:
@@ -121,6 +173,12 @@ class Trainer:
         # the main process takes what all had gathered, on however many
         window = state["window"] if self.accelerator.is_main_process else {}
         self.window = {n: list(entry) for n, entry in window.items()}
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """torch's own error, or cuDNN and cuBLAS, which say it in other words."""
+    words = ("out of memory", "alloc_failed", "unable to find an engine")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
 
 
 def as_fused(state: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,11 @@ class Init(enum.Enum):
     weights = "weights"
 
 
+class PerceptualNet(enum.Enum):
+    vgg = "vgg"
+    alex = "alex"
+
+
 class GANSchedule(enum.Enum):
     alternate = "alternate"
     both = "both"
@@ -41,8 +46,13 @@ class ODVAEConfig:
 class LossConfig:
     type: str = option("l1", "reconstruction: l1|l2")
     kl_weight: float = option(1e-6, "weight of the KL term")
-    perceptual_weight: float = option(1.0, "weight of LPIPS (VGG); 0 turns it off and needs no weights")
-    perceptual_weights: str = option("", "VGG16 backbone file; empty: the torch hub cache")
+    perceptual_weight: float = option(1.0, "weight of LPIPS; 0 turns it off and needs no weights")
+    perceptual_net: PerceptualNet = option(
+        PerceptualNet.vgg, "its network: vgg, the paper's, or alex, a tenth of the time"
+    )
+    perceptual_weights: str = option(
+        "", "file or folder of its weights; empty: $OMNILATTE_WEIGHTS or weights/"
+    )
     gan_weight: float = option(
         0.5, "factor on the adaptive weight of the adversarial term; 0: no discriminator"
     )
@@ -112,6 +122,11 @@ class TrainVAEConfig:
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
+            )
+        if self.loss.perceptual_weights.startswith("random:"):
+            raise ValueError(
+                f"loss.perceptual_weights={self.loss.perceptual_weights}: a loss of random features teaches nothing; "
+                "loss.perceptual_weight=0 trains without one"
             )
         if self.val_lpips and self.source.val_fraction == 0:
             raise ValueError("val_lpips=true: source.val_fraction=0 holds no clips out; use e.g. 0.05")

@@ -2,17 +2,22 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.files import read_json, sha256_of
+from eval.fidelity import check_lpips_size, load_lpips
+from eval.weight_files import TRUNKS
+from eval.weights import weights_line
 from pipelines.config import read_yaml
 from pipelines.engine import accumulation_steps
 from pipelines.run import summary
 from pipelines.settings import check_clip
-from pipelines.vae_settings import Init, TrainVAEConfig
+from pipelines.vae_settings import Init, PerceptualNet, TrainVAEConfig
 from vae import load_vae
 from vae.inflate import inflate
+from vae.losses import LPIPSLoss
 from vae.odvae import ODVAE
 
 log = logging.getLogger(__name__)
@@ -91,8 +96,27 @@ def start_digest(config: TrainVAEConfig) -> str | None:
     return sha256_of(file) if file.is_file() else None
 
 
+def lpips_networks(
+    config: TrainVAEConfig, device: torch.device
+) -> tuple[LPIPSLoss | None, Any, dict[str, dict]]:
+    """(loss, judge of the validations, which weights they have): None for what the settings leave out.
+
+    It draws random numbers, so it comes before the seed. ValueError when clips are too small or weights are missing.
+    """
+    loss, perceptual, judge, weights = config.loss, None, None, {}
+    if config.val_lpips or (loss.perceptual_weight > 0 and loss.perceptual_net is PerceptualNet.alex):
+        check_lpips_size(config.clip.size, config.clip.size)
+    if loss.perceptual_weight > 0:
+        network, found = load_lpips(loss.perceptual_weights or None, device, loss.perceptual_net.value)
+        perceptual, weights["loss"] = LPIPSLoss(network), found.as_dict()
+    if config.val_lpips:
+        judge, found = load_lpips(None, device)
+        weights["val_lpips"] = found.as_dict()
+    return perceptual, judge, weights
+
+
 def plan(config: TrainVAEConfig) -> str:
-    """The resolved settings, sizes and schedule, for --dry-run; nothing is allocated."""
+    """The resolved settings, sizes, schedule and missing weights, for --dry-run; nothing is allocated."""
     with torch.device("meta"):
         vae = build_vae_model(config)
     check_clip(vae, config.clip)
@@ -103,5 +127,16 @@ def plan(config: TrainVAEConfig) -> str:
         f"{summary(config)}\n\nOD-VAE variant {config.model.variant}: {count:,} parameters; "
         f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.config.latent_channels}"
         f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
-        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation})"
+        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation}){lpips_lines(config)}"
     )
+
+
+def lpips_lines(config: TrainVAEConfig) -> str:
+    """A line for each LPIPS network that the run needs: its file, or that it is missing."""
+    loss, lines = config.loss, ""
+    if loss.perceptual_weight > 0:
+        net = loss.perceptual_net.value
+        lines += f"\nLPIPS of the loss ({net}): {weights_line(TRUNKS[net], loss.perceptual_weights or None)}"
+    if config.val_lpips:
+        lines += f"\nLPIPS of the validations (alex): {weights_line('alexnet')}"
+    return lines

@@ -12,12 +12,13 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from data.clip import to_float, to_uint8
-from eval.fidelity import check_lpips_size, load_lpips, lpips_distance, psnr, ssim
+from eval.fidelity import lpips_distance, psnr, ssim
 from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
     autocast,
     finite_or_nan,
     generators,
+    main_process_first,
     make_accelerator,
     normal,
     uses_deepspeed,
@@ -29,10 +30,10 @@ from pipelines.run import check_run, refuse_in_data, refuse_inside
 from pipelines.settings import check_clip, open_clips
 from pipelines.trainer import Trainer, as_fused, average
 from pipelines.vae_settings import GANSchedule, TrainVAEConfig
-from pipelines.vae_start import build_vae_model, initialize, start_digest
+from pipelines.vae_start import build_vae_model, initialize, lpips_networks, start_digest
 from vae.discriminator import PatchDiscriminator3D
 from vae.interface import VideoGaussian
-from vae.losses import LPIPSLoss, adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
+from vae.losses import adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
 from vae.odvae import ODVAE
 
 log = logging.getLogger(__name__)
@@ -55,14 +56,12 @@ class Autoencode(nn.Module):
 class VAETrainer(Trainer):
     """Everything a step touches, built once, by name."""
 
-    def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE):
+    def __init__(self, config: TrainVAEConfig, accelerator: Any, vae: ODVAE, perceptual: Any = None):
         super().__init__(config, accelerator)
-        self.vae = self.trained = vae
+        self.vae = vae
         self.ema = ModelEmaV3(vae, decay=config.ema_decay)
         loss = config.loss
-        self.perceptual = None
-        if loss.perceptual_weight > 0:
-            self.perceptual = LPIPSLoss(weights=loss.perceptual_weights or None).to(accelerator.device)
+        self.perceptual = perceptual
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         self.autoencode, self.optimizer = self._prepare(Autoencode(vae))
@@ -181,41 +180,27 @@ class VAETrainer(Trainer):
             buffer.copy_(torch.where(finite, buffer, value))
         self.finish_step(finite)
 
-    def rehearse(self) -> None:
-        """The heaviest step there will be, on an empty clip, without an update: a lack of memory shows now, not at gan_start.
+    def trained(self) -> list[nn.Module]:
+        return [self.autoencode] + ([self.judge] if self.discriminator is not None else [])
 
-        Weights, optimizers, D's statistics and random states are afterwards what they were; no process talks to another.
-        Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
-        """
-        config, loss, device = self.config, self.config.loss, self.accelerator.device
-        models = (self.autoencode, self.judge)
-        statistics = [b.clone() for b in self.discriminator.buffers()]
-        now, self.step = self.step, loss.gan_start + loss.gan_warmup
-        try:
-            # what Adam will hold from the first update on
-            moments = [torch.empty_like(p) for m in models for p in m.parameters() for _ in range(2)]
-            clip = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
-            x = torch.zeros(clip, device=device)
-            noise = self.latent_noise(x, range(config.micro_batch))
-            with self.accelerator.no_sync(models[0]), self.accelerator.no_sync(models[1]):
-                with autocast(self.accelerator, config):
-                    total, xhat, _ = self.generator_loss(x, noise)
-                    total.backward()
-                    if loss.gan_schedule is GANSchedule.alternate:
-                        self.autoencode.zero_grad()  # then D has a step of its own
-                    self.discriminator_loss(x, xhat)[0].backward()
-            del moments
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"a step with the discriminator does not fit on {device} ({str(error).split('. ')[0]}): "
-                "gradient_checkpointing=true, precision=bf16 or a smaller micro_batch, clip.num_frames or clip.size need less"
-            ) from error
-        finally:
-            self.step = now
-            for model in models:
-                model.zero_grad()
-            for buffer, value in zip(self.discriminator.buffers(), statistics, strict=True):
-                buffer.copy_(value)
+    def try_step(self) -> None:
+        """Both phases at their heaviest; D's own, when it has one, with the VAE's forward that keeps no gradients."""
+        config, loss = self.config, self.config.loss
+        self.step = max(self.step, loss.gan_start + loss.gan_warmup)
+        clip = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
+        x = torch.zeros(clip, device=self.accelerator.device)
+        noise = self.latent_noise(x, range(config.micro_batch))
+        with autocast(self.accelerator, config):
+            total, xhat, _ = self.generator_loss(x, noise)
+            total.backward()
+            if self.discriminator is None:
+                return
+            if loss.gan_schedule is GANSchedule.alternate:
+                self.autoencode.zero_grad()
+                del total, xhat
+                with torch.no_grad():
+                    xhat = self.autoencode(x, noise)[0].float()
+            self.discriminator_loss(x, xhat)[0].backward()
 
     def progress(self) -> dict[str, int]:
         """Of the base class, and the frames of a clip: 1 makes an image VAE, which another run may inflate."""
@@ -273,14 +258,6 @@ def validate(
     return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
 
 
-def validation_judge(config: TrainVAEConfig, device: torch.device) -> Any:
-    """The network of val_lpips, None without. ValueError when clips are too small for it or its weights are missing."""
-    if not config.val_lpips:
-        return None
-    check_lpips_size(config.clip.size, config.clip.size)
-    return load_lpips(None, device)[0]
-
-
 def train(config: TrainVAEConfig) -> Path:
     """Train, or go on, to config.steps; returns the folder of the exported EMA weights."""
     accelerator = make_accelerator(config)
@@ -288,11 +265,11 @@ def train(config: TrainVAEConfig) -> Path:
         raise ValueError(
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
-    network = validation_judge(config, accelerator.device)  # before the seed: it draws
+    perceptual, network, weights = lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
     vae = build_vae_model(config)
     check_clip(vae, config.clip)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         clips = open_clips(config.source, config.clip.spec(), config.seed)
         held_out: Any = []
         if config.source.val_fraction > 0:
@@ -306,9 +283,10 @@ def train(config: TrainVAEConfig) -> Path:
     going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps()) and not config.resume.names
     if not going_on:
         initialize(vae, config)
-    trainer = VAETrainer(config, accelerator, vae)
-    if trainer.discriminator is not None and accelerator.device.type == "cuda" and not going_on:
-        trainer.rehearse()
+    trainer = VAETrainer(config, accelerator, vae, perceptual)
+    shape = (config.clip.num_frames, config.clip.size, config.clip.size, 3)
+    empty = [{"video": torch.zeros(shape, dtype=torch.uint8)}]
+    trainer.rehearse(lambda: validate(trainer.ema.module, empty, 1, accelerator.device, network))
     counts = {"videos": len(clips), "held_out": len(held_out)}
     counts |= {"damaged": len(clips.source.damaged), "short": len(clips.short)}
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
@@ -340,6 +318,7 @@ def train(config: TrainVAEConfig) -> Path:
         look=look,
         look_every=config.val_every,
         export_name="vae",
+        weights=weights,
         export=trainer.ema.module.save_pretrained,
         look_at_start=True,
     )

@@ -3,7 +3,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 needed='import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))'
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "$needed" torch diffusers accelerate omegaconf av; then
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "$needed" torch diffusers accelerate omegaconf av google_crc32c; then
     python=python
 else
     bash "$root/scripts/setup.sh"

@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
-# Prints where the judges' official weights are (it downloads nothing), or verifies downloaded ones.
-# bash scripts/fetch_weights.sh [FILE...]
+# Get the judging networks I3D, AlexNet and VGG16 (111 MB to download), verified.   bash scripts/fetch_weights.sh [DIR]
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-bash "$root/scripts/setup.sh"
-exec "${OMNILATTE_VENV:-$root/.venv}/bin/python" "$root/eval/check_weights.py" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+exec "$python" "$root/eval/fetch_weights.py" "$@"

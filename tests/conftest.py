@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+_ROOT = Path(__file__).parents[1]
+# No test finds a weight file that happens to lie on the machine; those of `real_weights` are looked for here
+os.environ.setdefault("OMNILATTE_TEST_WEIGHTS", os.environ.get("OMNILATTE_WEIGHTS") or str(_ROOT / "weights"))
+os.environ["OMNILATTE_WEIGHTS"] = os.environ["TORCH_HOME"] = str(_ROOT / "tests" / "no_such_folder")
+
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "parity" / "golden"
 
@@ -44,3 +49,14 @@ def assets():
     if not folder or not Path(folder).is_dir():
         pytest.skip("not run: OMNILATTE_ASSETS names no folder of real clips")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real_weights():
+    """Folder of the judging networks, fetched and verified; the test is listed as not run without them."""
+    from eval.fetch_weights import missing
+
+    folder = Path(os.environ["OMNILATTE_TEST_WEIGHTS"])
+    if lacking := missing(folder):
+        pytest.skip(f"not run: {', '.join(lacking)} missing in {folder}; bash scripts/fetch_weights.sh")
+    return folder

@@ -6,14 +6,12 @@ weights (1e-6 for KL, 0.5 for the adversarial term) only mean something together
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.interface import VideoGaussian
-from vae.reading import read_checkpoint
 
 
 @dataclass
@@ -83,31 +81,12 @@ def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Te
     return weight.clamp(0.0, 1e4).detach()
 
 
-_BACKBONE_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
-
-
 class LPIPSLoss(nn.Module):
-    """LPIPS distance per frame (PyPI package `lpips`), frozen; gradients flow to the frames only.
+    """LPIPS distance per frame by a frozen network (PyPI package `lpips`); gradients flow to the frames only."""
 
-    The linear heads come with the package. The ImageNet backbone is read from `weights` (torchvision's file) or from
-    torch's hub cache, never downloaded. Raises ValueError if it is in neither place.
-    """
-
-    def __init__(self, net: str = "vgg", weights: str | Path | None = None):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        if net not in _BACKBONE_FILES:
-            raise ValueError(f"net={net!r}: needs one of {', '.join(_BACKBONE_FILES)}")
-        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE_FILES[net])
-        if not path.is_file():
-            raise ValueError(
-                f"{path}: no {net} backbone for LPIPS. Put torchvision's {_BACKBONE_FILES[net]} there or give its path, "
-                "or train without the perceptual term: loss.perceptual_weight=0"
-            )
-        import lpips
-
-        self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        load_backbone(self.lpips.net, read_checkpoint(path))
-        self.requires_grad_(False)
+        self.lpips = network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
         """Stays in eval mode: its heads have dropout."""
@@ -116,15 +95,3 @@ class LPIPSLoss(nn.Module):
     def forward(self, x: Tensor, xhat: Tensor) -> Tensor:
         """x, xhat: (N, 3, H, W) in [-1, 1] -> (N,)."""
         return self.lpips(x, xhat).flatten()
-
-
-def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill lpips' sliced backbone (`sliceK.INDEX.weight`) from torchvision's `features.INDEX.weight`, strictly."""
-    own = net.state_dict()
-    names = {key: "features." + key.split(".", 1)[1] for key in own}
-    wrong = [n for key, n in names.items() if n not in weights or weights[n].shape != own[key].shape]
-    if wrong:
-        raise ValueError(
-            f"not a torchvision backbone: {len(wrong)} tensors missing or misshapen, first {wrong[0]}"
-        )
-    net.load_state_dict({key: weights[name] for key, name in names.items()})

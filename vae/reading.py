@@ -105,7 +105,10 @@ def _torch_load(file: Path):
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as weights without running code: {error}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
+            reason = "it is damaged, or holds Python objects that are no tensors"
+        raise ValueError(f"{file}: cannot be read as weights without running code: {reason}") from error
 
 
 def read_checkpoint(file: Path) -> dict:

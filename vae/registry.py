@@ -106,17 +106,16 @@ def build_vae(name: str, **config):
 
 def _weights_folder(name: str) -> Path:
     row = _row(name)
-    root = os.environ.get("OMNILATTE_WEIGHTS")
-    folder = Path(root) / name if root else None
-    if folder is not None and folder.is_dir():
+    root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
+    folder = root.expanduser() / name
+    if folder.is_dir():
         return folder
     get = f"get {row.source}"
     if row.convert:
         get += f", run `python scripts/convert.py {row.convert} --src FILE --dst DIR`"
-    state = f"{folder} is no folder" if folder else "OMNILATTE_WEIGHTS is not set"
     raise ValueError(
-        f"no weights for VAE {name!r} ({state}): {get}; then name the folder itself in place of {name!r}, "
-        f"or put it at $OMNILATTE_WEIGHTS/{name}"
+        f"no weights for VAE {name!r} ({folder} is no folder): {get}; then name the folder itself in place of {name!r}, "
+        f"or put it at {folder}"
     )
 
 
@@ -155,7 +154,7 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
 
     name_or_folder: a folder with config.json and safetensors (ours, or a plain diffusers AutoencoderKL or
     AutoencoderKLTemporalDecoder), or a name of list_vaes(). With a name, `path` is its folder; without `path`
-    the folder is $OMNILATTE_WEIGHTS/<name>. dtype: torch dtype of the weights, float32 if not given.
+    the folder is <name> in $OMNILATTE_WEIGHTS, else in weights/ of the repository. dtype: torch dtype of the weights, float32 if not given.
     Raises ValueError if nothing is there (with the official source and what to do), if the folder is of another
     family than the name, or if a weight is missing, extra or of another shape.
     """

@@ -6,6 +6,7 @@ order of their making, gradients summed, reduced to the shape and dtype of what 
 """
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,9 +46,21 @@ def _fit(grad: Tensor | None, metadata: Any) -> Tensor | None:
     return grad if grad.dtype == metadata.dtype else grad.to(metadata.dtype)
 
 
+_passes = itertools.count()
+
+
 def _walk(
     roots: Sequence[Tensor], grads: Sequence[Tensor | None], retain: bool, wanted: dict[Any, int]
-) -> dict:
+) -> dict[int, Tensor]:
+    """One backward pass. Checkpointing asks for its number, to make a block's activations anew once in each."""
+    number = next(_passes)
+    with torch.no_grad(), mock.patch("torch._C._current_graph_task_id", return_value=number):
+        return _run_graph(roots, grads, retain, wanted)
+
+
+def _run_graph(
+    roots: Sequence[Tensor], grads: Sequence[Tensor | None], retain: bool, wanted: dict[Any, int]
+) -> dict[int, Tensor]:
     """Run the graph below the roots. wanted: {accumulator node: index}; empty: add to every leaf's .grad."""
     needed = _leads_to(roots, wanted) if wanted else None
     waiting: dict[Any, list[Tensor | None]] = {}
@@ -127,8 +140,7 @@ def _backward(
 ) -> None:
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     grads = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
-    with torch.no_grad():
-        _walk(roots, grads, bool(retain_graph or create_graph), {})
+    _walk(roots, grads, bool(retain_graph or create_graph), {})
 
 
 def _grad(
@@ -138,8 +150,7 @@ def _grad(
     leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     grads = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs or [None] * len(roots))
     wanted = {_gradient_accumulator(leaf): i for i, leaf in enumerate(leaves)}
-    with torch.no_grad():
-        found = _walk(roots, grads, bool(retain_graph), wanted)
+    found = _walk(roots, grads, bool(retain_graph), wanted)
     return tuple(found.get(i) for i in range(len(leaves)))
 
 

@@ -33,9 +33,11 @@ _NO_WORK = frozenset(
 @functools.cache
 def is_composite(func: Any) -> bool:
     """Whether an operation is made of others. In inference mode torch dispatches such ones whole."""
-    name = func.name()
-    return not name.startswith("prim") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        name, "CompositeImplicitAutograd"
+    name, has = func.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    return (
+        not name.startswith("prim")
+        and has(name, "CompositeImplicitAutograd")
+        and not (has(name, "CPU") or has(name, "CUDA"))
     )
 
 

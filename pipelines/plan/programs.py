@@ -89,16 +89,17 @@ def _train_step(trainer: Any, costs: Costs, batches: Iterator[Any]) -> Cost:
 # ---- stage one -------------------------------------------------------------------------------------------
 
 
-def _perceptual_network(*_: Any, net: str = "vgg", **__: Any) -> torch.nn.Module:
-    """LPIPSLoss without its weights."""
+def _perceptual(config: Any) -> Any:
+    """The perceptual loss of the settings with random weights, None without one."""
+    if config.loss.perceptual_weight == 0:
+        return None
     import lpips
 
     from vae.losses import LPIPSLoss
 
-    loss = LPIPSLoss.__new__(LPIPSLoss)
-    torch.nn.Module.__init__(loss)
-    loss.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    return loss.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, about lpips' way to call it
+        return LPIPSLoss(lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False))
 
 
 def stage_one_parts(
@@ -108,17 +109,17 @@ def stage_one_parts(
 
     where: the device on which the networks are made; the trainer moves them to the accelerator's.
     """
-    import pipelines.vae_trainer as trainer_module
     from pipelines.vae_settings import GANSchedule
     from pipelines.vae_start import build_vae_model
+    from pipelines.vae_trainer import VAETrainer
 
     loss, clip = config.loss, config.clip
-    with mock.patch.object(trainer_module, "LPIPSLoss", _perceptual_network), where:
-        trainer = trainer_module.VAETrainer(config, accelerator, build_vae_model(config))
-    shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
-    batches = _endless(
-        lambda: {"video": _pinned(torch.rand(shape) * 2 - 1), "number": list(range(config.micro_batch))}
-    )
+    with where:
+        perceptual = _perceptual(config)
+        vae = build_vae_model(config)
+    trainer = VAETrainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
+    shape = (config.micro_batch, clip.num_frames, clip.size, clip.size, 3)
+    batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
     if trainer.discriminator is None:
         return trainer, batches, {"VAE": (0, 1.0)}
     full = loss.gan_start + loss.gan_warmup
@@ -149,6 +150,11 @@ def stage_one(config: Any) -> Simulation:
             trainer.step = at
             tasks.append(Task(name, _train_step(trainer, costs, batches), share))
         return Simulation("step", tasks, list(gpu.syncs.found), {"weights, optimizers, EMA": costs.live})
+
+
+def _pixels(shape: tuple[int, ...]) -> Tensor:
+    """Clips as the loader hands them over."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple
     def batch() -> dict[str, Any]:
         one: dict[str, Any] = {"label": _pinned(torch.zeros(B, dtype=torch.int64)), "number": list(range(B))}
         if online:
-            return one | {"video": _pinned(torch.rand(B, 3, clip.num_frames, clip.size, clip.size) * 2 - 1)}
+            return one | {"video": _pinned(_pixels((B, clip.num_frames, clip.size, clip.size, 3)))}
         return one | {k: _pinned(0.1 * torch.randn(latent)) for k in ("mean", "logvar")}
 
     return trainer, _endless(batch)

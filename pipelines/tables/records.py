@@ -138,6 +138,8 @@ def _sample(step: Step) -> Found:
 
 
 def _reconstruct(step: Step) -> Found:
+    from pipelines.reconstruct import lpips_of
+
     file = step.folder / "summary.json"
     if not file.is_file():
         return Found("partly" if step.folder.is_dir() else "none")
@@ -146,10 +148,11 @@ def _reconstruct(step: Step) -> Found:
     if "tiling_frames" in recorded:  # its name in older records
         recorded["vae.tiling_frames"] = recorded.pop("tiling_frames")
     protocol = {k: recorded[k] for k in asked if k in recorded}
-    found = Found("done", record=file, values=_flat(content), protocol=protocol)
+    name, lpips = lpips_of(content)
+    values = _flat(content) | ({} if lpips is None else {"lpips": lpips})
+    found = Found("done", record=file, values=values, protocol=protocol)
     found.git = content["versions"].get("git", "")
-    random = str(recorded.get("lpips_weights", "")).startswith("random:")
-    found.label = "random-feature LPIPS" if random else ""
+    found.label = "random-feature LPIPS" if name != "LPIPS" else ""
     if difference := differences(asked, recorded):
         found.state, found.note, found.again = "other", difference, False
     return found

@@ -70,6 +70,35 @@ def test_the_way_out_that_a_damaged_shard_names_works(cache, capsys, tmp_path):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == good
 
 
+def test_a_shard_is_read_through_once_and_again_only_after_it_was_written_to(cache, monkeypatch, caplog):
+    from data import latents
+
+    folder, _ = cache
+    read, original = [], latents.sha256_of
+    monkeypatch.setattr(latents, "sha256_of", lambda path: read.append(path.name) or original(path))
+
+    def rows():
+        read.clear()
+        rows = latents.LatentCache(folder)  # as each process of a loader has it
+        return [rows[k]["mean"] for k in range(len(rows))]
+
+    first = rows()
+    shards = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert sorted(read) == shards
+    assert all(torch.equal(a, b) for a, b in zip(first, rows(), strict=True))
+    assert read == []
+    assert list(latents.LatentCache(folder).verify()) == []
+    assert sorted(read) == shards  # --verify believes no note
+    shard = folder / shards[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shards[1]} is damaged"):
+        rows()
+    with pytest.raises(ValueError, match=f"{shards[1]} is damaged"):  # nor did that leave a note
+        rows()
+
+
 def test_a_clip_that_is_there_twice_or_not_at_all_is_found(cache, capsys):
     from safetensors.torch import load_file, save_file
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data.files import machine
-from pipelines.checkpoints import Checkpoints, export_folder, recover
+from pipelines.checkpoints import Checkpoints, export_folder, recover, writing
 from pipelines.train_vae import main
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
@@ -251,3 +252,25 @@ def test_an_export_is_made_while_the_run_is_still_locked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "export_folder", probe)
     main([*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=2", "steps=2"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), OSError),
+    ],
+)
+def test_an_error_of_the_device_is_not_told_as_a_full_disk(error, kind, tmp_path):
+    temporary = tmp_path / ".new"
+    temporary.mkdir()
+
+    def write():
+        with writing(temporary, tmp_path / "new"):
+            raise error
+
+    with pytest.raises(kind) as caught:
+        write()
+    assert (caught.value is error) == (kind is not OSError)
+    assert not temporary.exists()

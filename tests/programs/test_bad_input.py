@@ -74,8 +74,7 @@ def test_settings_that_cannot_work(fails, tmp_path, setting, message):
     assert message in train(fails, tmp_path, "source.name=demo", "source.demo_videos=4", setting)
 
 
-def test_stage_two_without_a_vae(fails, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMNILATTE_WEIGHTS", raising=False)
+def test_stage_two_without_a_vae(fails, tmp_path):
     for main in (cache_latents.main, train_latte.main):
         line = fails(
             main, "source.name=demo", f"run_dir={tmp_path / 'run'}", f"cache.dir={tmp_path / 'cache'}"

@@ -18,7 +18,7 @@ from eval.inception_score import main as is_main
 from eval.report import main as report_main
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("fvd", "inception_score", "fidelity", "report", "check_weights")
+PROGRAMS = ("fvd", "inception_score", "fidelity", "report", "check_weights", "fetch_weights")
 
 
 def video(seed: int, T: int, side: int = 24) -> np.ndarray:
@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
 
 
 def execute(program: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMNILATTE_WEIGHTS")} | env
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
     command = [sys.executable, str(ROOT / "eval" / f"{program}.py"), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,10 +1,12 @@
 """The discriminator of stage one: when it begins, what its numbers are, and that its memory is known at the start."""
 
+import re
 import shutil
 
 import pytest
 import torch
 
+import pipelines.trainer
 from pipelines import vae_trainer
 from pipelines.config import load
 from pipelines.engine import finite_or_nan, make_accelerator
@@ -41,6 +43,11 @@ def test_the_vae_trains_in_the_warmup_as_without_a_discriminator(train):
     assert losses[0] == losses[1]
 
 
+@pytest.fixture(autouse=True)
+def rehearsed_on_a_cpu_too(monkeypatch):
+    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ("cpu",))
+
+
 def state(trainer):
     parts = (trainer.vae, trainer.ema.module, trainer.discriminator)
     tensors = [v.clone() for p in parts for v in p.state_dict().values()]
@@ -60,8 +67,11 @@ def test_a_rehearsal_makes_the_heaviest_step_and_changes_nothing(schedule, train
     monkeypatch.setattr(
         vae_trainer, "adaptive_weight", lambda *a: weighed.append(original(*a)) or weighed[-1]
     )
+    forwards = []
+    rehearsed.autoencode.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     before = state(rehearsed)
-    rehearsed.rehearse()
+    rehearsed.rehearse(lambda: forwards.append("look"))
+    assert forwards == [True, *([False] if schedule == "alternate" else []), "look"]
     assert len(weighed) == 1
     assert weighed[0].isfinite()
     after = state(rehearsed)
@@ -71,29 +81,59 @@ def test_a_rehearsal_makes_the_heaviest_step_and_changes_nothing(schedule, train
     assert all(p.grad is None and p.requires_grad for p in parameters)
 
 
-def test_a_rehearsed_run_is_the_same_run_to_the_bit(train, monkeypatch):
-    plain = train("plain", "steps=4")
-    built = vae_trainer.VAETrainer.__init__
+def test_every_start_is_rehearsed_with_a_validation_and_the_run_is_the_same_to_the_bit(train, monkeypatch):
+    rehearsals, original = [], vae_trainer.VAETrainer.rehearse
 
-    def rehearsing(self, *arguments):
-        built(self, *arguments)
-        self.rehearse()
+    def counted(self, look):
+        looked = []
+        original(self, lambda: looked.append(look()))
+        rehearsals.append((self.step, len(looked)))
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "__init__", rehearsing)
-    rehearsed = train("rehearsed", "steps=4")
+    monkeypatch.setattr(vae_trainer.VAETrainer, "rehearse", counted)
+    rehearsed = train("rehearsed", "steps=2")
+    train(
+        "rehearsed", "steps=4", "micro_batch=1", "gradient_checkpointing=true"
+    )  # it goes on, with other memory
+    assert rehearsals == [(0, 1), (0, 1)]
+    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ())
+    plain = train("plain", "steps=2")
+    train("plain", "steps=4", "micro_batch=1", "gradient_checkpointing=true")
+    assert rehearsals[2:] == [(0, 0), (0, 0)]
     assert (plain / "metrics.jsonl").read_text() == (rehearsed / "metrics.jsonl").read_text()
 
 
-def test_memory_that_does_not_suffice_is_named_before_the_first_step_with_what_helps(trainer, monkeypatch):
+def test_a_run_without_a_discriminator_is_rehearsed_too(trainer):
+    rehearsed = trainer("loss.gan_weight=0")
+    forwards = []
+    rehearsed.autoencode.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    rehearsed.rehearse()
+    assert forwards == [True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (torch.OutOfMemoryError, "Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free"),
+        (RuntimeError, "FIND was unable to find an engine to execute this computation"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_named_before_the_first_step_with_what_helps(
+    kind, text, trainer, monkeypatch
+):
     def full(*_):
-        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free")
+        raise kind(text)
 
     rehearsed = trainer()
     monkeypatch.setattr(rehearsed, "discriminator_loss", full)
     before = state(rehearsed)
-    with pytest.raises(ValueError, match=r"Tried to allocate 2.00 GiB\): gradient_checkpointing=true"):
+    with pytest.raises(ValueError, match=re.escape(text.split(". ")[0]) + r"\): gradient_checkpointing=true"):
         rehearsed.rehearse()
     assert all(torch.equal(a, b) for a, b in zip(before, state(rehearsed), strict=True))
+    monkeypatch.setattr(rehearsed, "discriminator_loss", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # no lack of memory: it stays what it is
+        rehearsed.rehearse()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -41,7 +41,14 @@ def test_deepspeed_files_have_the_stage_of_their_name_and_are_found_from_any_fol
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named)
         _find_deepspeed_config()
         found = os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-        assert DeepSpeedPlugin(hf_ds_config=found).deepspeed_config["zero_optimization"]["stage"] == stage
+        zero = DeepSpeedPlugin(hf_ds_config=found).deepspeed_config["zero_optimization"]
+        assert zero["stage"] == stage
+        # staging of 0.2 GB each, not DeepSpeed's default of 2 GB, which would be more than ZeRO saves with XL/2
+        assert zero["reduce_bucket_size"] == zero.get("allgather_bucket_size", 5e7) == 5e7
+        if (
+            stage == 3
+        ):  # below XL/2's 6.7e8 parameters, or all weights stay whole between forward and backward
+            assert max(zero[f"stage3_max_{k}"] for k in ("live_parameters", "reuse_distance")) < 6.7e8
         (folder / named).parent.mkdir(parents=True)
         (folder / named).write_text("{}")  # a file of the user's own comes first
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named)

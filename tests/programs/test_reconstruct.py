@@ -90,7 +90,7 @@ def test_frames_too_small_for_lpips_are_refused_by_size_before_a_video_is_read(m
         measure("small", *words)
     assert not (tmp_path / "small").exists()
     assert not (tmp_path / "index").exists()
-    assert measure("large", *words, "clip.size=32")[1]["lpips"] > 0
+    assert measure("large", *words, "clip.size=32")[1]["random-feature lpips (AlexNet, seed 0)"] > 0
 
 
 def test_side_by_side_videos_are_written(measure, tmp_path):

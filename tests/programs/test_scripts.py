@@ -1,6 +1,7 @@
 """The starters in scripts/, as a user calls them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,27 @@ def test_the_demo_s_parts_all_run_and_make_a_page_with_pictures(tmp_path):
     assert page.count("data:image/webp") == 3
     assert page.count("data:image/svg+xml") == 3
     assert "random-feature FVD" in page
+    assert "stage one without LPIPS" in done.stderr
+
+
+@pytest.mark.slow
+def test_with_real_networks_the_demo_trains_with_lpips_and_its_page_shows_fvd(tmp_path, real_weights):
+    done = bash(
+        "demo.sh", "--short", "--out", tmp_path / "demo", cwd=tmp_path, OMNILATTE_WEIGHTS=str(real_weights)
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "random" not in re.sub(r"data:[^\"]*", "", page.partition("<h2>Curves")[0])
+    for name in ("FVD", "KVD", "LPIPS"):
+        assert f"<td>{name}</td>" in page
+    assert "loss/lpips" in (tmp_path / "demo" / "vae" / "metrics.jsonl").read_text()
+
+
+def test_fetching_offline_is_one_line_and_leaves_nothing(tmp_path):
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    done = bash("fetch_weights.sh", tmp_path / "weights", cwd=tmp_path, **offline)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: the judging networks cannot be downloaded: pip: .*connection.*\n", done.stderr
+    )
+    assert not list(tmp_path.glob("weights/*"))

@@ -316,6 +316,37 @@ def test_products_take_tf32_inside_the_run_only_and_the_speed_record_names_the_p
     assert json.loads((run / "efficiency.json").read_text())["precision"] == precision
 
 
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_stage_two_is_rehearsed_with_its_samples_and_nothing_changes(mode, stage_two, own_vae, monkeypatch):
+    import pipelines.trainer
+    from denoiser import Latte
+    from pipelines.latte_trainer import LatteTrainer
+
+    file = own_vae / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 1.0}))
+    more = ["steps=2", "save_every=2", "samples.every=2", "samples.steps=2", "precision=bf16", f"mode={mode}"]
+    plain = stage_two("plain", *more)
+    seen, original = [], Latte.forward
+
+    def spied(self, *a, **k):
+        seen.append((torch.is_grad_enabled(), self.training, tuple(a[0].shape)))
+        return original(self, *a, **k)
+
+    def first(self, batches):
+        rehearsed.append(list(seen))
+        return train_step(self, batches)
+
+    rehearsed, train_step = [], LatteTrainer.train_step
+    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ("cpu",))
+    monkeypatch.setattr(Latte, "forward", spied)
+    monkeypatch.setattr(LatteTrainer, "train_step", first)
+    run = stage_two("rehearsed", *more, cache=False)
+    assert rehearsed[0] == [(True, True, (2, 4, 3, 2, 2)), *[(False, False, (9, 4, 3, 2, 2))] * 2]
+    for name in ("latte", "latte_ema"):
+        assert equal(weights(plain, 2, name), weights(run, 2, name))
+    assert records(plain) == records(run)
+
+
 def test_a_run_goes_on_with_its_own_normalization_and_classes_only(stage_two, own_vae):
     stage_two("run", "steps=1", "save_every=1")
     config = own_vae / "config.json"

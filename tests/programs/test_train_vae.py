@@ -118,11 +118,7 @@ def test_a_run_dir_of_other_settings_is_refused_with_the_setting(train):
         train("run", "steps=1", "learning_rate=0.1")
 
 
-def test_gan_off_perceptual_off_needs_no_weights_and_perceptual_on_names_the_option(
-    train, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("OMNILATTE_WEIGHTS", raising=False)
+def test_gan_off_perceptual_off_needs_no_weights_and_perceptual_on_names_the_option(train):
     with pytest.raises(ValueError, match=r"perceptual_weight=0"):
         train("lpips", "steps=1", "loss.perceptual_weight=1")
 

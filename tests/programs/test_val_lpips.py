@@ -1,5 +1,6 @@
 """LPIPS in the validations of stage one, by the judge's network with random weights from a file."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.clip import to_uint8
+from data.clip import to_float, to_uint8
 from data.video import read_frames
 from eval.fidelity import load_lpips, lpips_distance
 from pipelines.train_vae import main
@@ -61,7 +62,7 @@ def test_the_logged_lpips_is_that_of_the_exported_vae_on_the_held_out_clips(weig
     values = []
     with torch.no_grad():
         for n in (0, len(clips) // 2):  # spread over all held-out clips
-            x = clips[n]["video"][None]
+            x = to_float(clips[n]["video"])[None]
             decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample
             values.append(lpips_distance(to_uint8(x)[0], to_uint8(decoded)[0], network))
     assert records(run)[-1]["val/lpips"] == pytest.approx(np.mean(values), rel=1e-5)
@@ -83,8 +84,65 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-def test_missing_weights_are_named_before_anything_is_written(train, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMNILATTE_WEIGHTS", raising=False)
+def test_missing_weights_are_named_before_anything_is_written(train, tmp_path):
     with pytest.raises(ValueError, match=r"LPIPS weights are missing .*val_lpips=false"):
         train("run", "val_lpips=true")
     assert list(tmp_path.iterdir()) == []
+
+
+def network_file(folder, net, seed=0):
+    """Random layers of a trunk under the name that is looked for: readable, and not the published ones."""
+    trunk = load_lpips(f"random:{seed}", net=net)[0].net.state_dict()
+    folder.mkdir(exist_ok=True)
+    file = folder / {"alex": "lpips_alexnet.safetensors", "vgg": "lpips_vgg16.safetensors"}[net]
+    save_file({f"features.{k.split('.', 1)[1]}": v for k, v in trunk.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_stage_one_trains_with_either_network_and_env_json_says_which_weights_it_had(
+    net, train, tmp_path, monkeypatch, caplog
+):
+    file = network_file(tmp_path / "nets", net)
+    settings = ["loss.perceptual_weight=1", f"loss.perceptual_net={net}", "loss.gan_weight=0"]
+    by_folder = train("folder", *settings, f"loss.perceptual_weights={file.parent}")
+    assert f"{file.name}: tensors differ from the trunk" in caplog.text
+    monkeypatch.setenv("OMNILATTE_WEIGHTS", str(file.parent))
+    found = train("found", *settings)
+    used = json.loads((found / "env.json").read_text())["starts"][0]["weights"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert used == {
+        "loss": {
+            "network": "LPIPS",
+            "file": file.name,
+            "sha256": digest,
+            "known": False,
+            "seed": None,
+            "tensors": used["loss"]["tensors"],
+        }
+    }
+    losses = [[r["loss/lpips"] for r in records(run) if "loss/lpips" in r] for run in (by_folder, found)]
+    assert losses[0] == losses[1]
+    assert min(losses[0]) > 0
+    assert not [r for r in records(train("off")) if "loss/lpips" in r]
+
+
+def test_a_missing_network_is_said_before_videos_are_scanned_and_by_the_dry_run(train, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"vgg16-397923af.pth .*loss.perceptual_weight=0\) leaves LPIPS out"):
+        train("run", "loss.perceptual_weight=1")
+    assert list(tmp_path.iterdir()) == []
+    train("run", "loss.perceptual_weight=1", "val_lpips=true", "--dry-run")
+    plan = capsys.readouterr().out
+    assert "LPIPS of the loss (vgg): MISSING: LPIPS weights are missing" in plan
+    assert "LPIPS of the validations (alex): MISSING: " in plan
+    file = network_file(tmp_path / "nets", "alex")
+    given = ["loss.perceptual_weight=1", "loss.perceptual_net=alex", f"loss.perceptual_weights={file}"]
+    train("run", *given, "--dry-run")
+    assert f"LPIPS of the loss (alex): {file}" in capsys.readouterr().out
+
+
+def test_a_loss_of_random_features_is_refused(train):
+    with pytest.raises(ValueError, match="a loss of random features teaches nothing"):
+        train("run", "loss.perceptual_weight=1", "loss.perceptual_weights=random:0")
+    with pytest.raises(ValueError, match="24x24: LPIPS's AlexNet needs at least 31 x 31"):
+        train("run", "loss.perceptual_weight=1", "loss.perceptual_net=alex", "clip.size=24")

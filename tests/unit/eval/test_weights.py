@@ -15,12 +15,7 @@ from eval.weight_files import WeightFile
 from eval.weights import Provenance, find_weights, identify, load_i3d, random_seed, read_state
 
 
-@pytest.fixture(autouse=True)
-def _no_weights_folder(monkeypatch):
-    monkeypatch.delenv("OMNILATTE_WEIGHTS", raising=False)
-
-
-@pytest.mark.parametrize("kind", ["i3d", "c3d", "c3d_mean", "alexnet"])
+@pytest.mark.parametrize("kind", ["i3d", "c3d", "c3d_mean", "alexnet", "vgg16"])
 def test_missing_weights_name_the_file_its_source_its_digest_and_the_way_out(kind, tmp_path, monkeypatch):
     official = weights.WEIGHT_FILES[kind]
     for setting in (None, tmp_path, tmp_path / "nowhere"):
@@ -172,7 +167,7 @@ def test_weights_of_other_values_are_not_known_by_the_real_table(checkpoint, tmp
         load_i3d(tmp_path / "any.pt")[1].tensors
         == "230 of 230 differ from TF-Hub deepmind/i3d-kinetics-400/1"
     )
-    assert "compares with no published one" in caplog.text
+    assert "compare with no published one" in caplog.text
 
 
 def test_a_dump_of_the_tf_hub_checkpoint_by_its_own_names_loads(checkpoint, tmp_path):
@@ -230,3 +225,83 @@ def test_the_listing_names_every_file_and_verification_has_three_outcomes(
     ):
         with pytest.raises(ValueError, match=message):
             check_main([str(tmp_path / name)])
+
+
+def test_lpips_trunks_are_known_by_their_tensors_in_any_file_and_never_read_by_another_network(
+    tmp_path, monkeypatch, caplog
+):
+    from dataclasses import replace
+
+    from eval.checksums import tensor_digest
+    from eval.fidelity import load_lpips
+
+    trunk = {
+        f"features.{k.split('.', 1)[1]}": v for k, v in load_lpips("random:1")[0].net.state_dict().items()
+    }
+    digest = tensor_digest({k: v.numpy() for k, v in trunk.items()})
+    monkeypatch.setitem(
+        weights.WEIGHT_FILES, "alexnet", replace(weights.WEIGHT_FILES["alexnet"], tensors=digest)
+    )
+    torch.save({**trunk, "classifier.1.weight": torch.zeros(3)}, tmp_path / "alexnet-owt-7be5be79.pth")
+    network, provenance = load_lpips(tmp_path)
+    assert provenance.known
+    assert provenance.tensors.startswith("all equal to the trunk of alexnet")
+    assert caplog.text == ""  # known: no word about the file's digest
+    own = network.net.state_dict()
+    assert all(torch.equal(own[k], trunk[f"features.{k.split('.', 1)[1]}"]) for k in own)
+    tuned = {**trunk, "features.3.bias": trunk["features.3.bias"] + 1e-3}
+    torch.save(tuned, tmp_path / "tuned.pth")
+    assert not load_lpips(tmp_path / "tuned.pth")[1].known
+    assert "tuned.pth: tensors differ from the trunk of alexnet" in caplog.text
+    with pytest.raises(ValueError, match=r"keys do not fit vgg16"):
+        load_lpips(tmp_path / "tuned.pth", net="vgg")
+    with pytest.raises(ValueError, match="LPIPS has alex, vgg"):
+        load_lpips(net="squeeze")
+
+
+def test_the_finder_looks_in_the_folder_then_for_trunks_in_torchs_cache_and_one_folder_serves_vaes_too(
+    tmp_path, monkeypatch
+):
+    from vae.registry import vae_folder
+
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    for name in ("vgg16-397923af.pth", "i3d_pretrained_400.pt"):
+        (cache / name).touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.delenv("OMNILATTE_WEIGHTS")
+    assert find_weights("vgg16") == cache / "vgg16-397923af.pth"
+    with pytest.raises(ValueError, match=r"weights does not exist.*bash scripts/fetch_weights.sh"):
+        find_weights("i3d")  # judges are not looked for in torch's cache
+    for folder in (tmp_path / "weights", tmp_path / "set"):
+        folder.mkdir()
+        (folder / "lpips_vgg16.safetensors").touch()
+        assert find_weights("vgg16") == folder / "lpips_vgg16.safetensors"
+        monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path / "set"))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/set/odvae is no folder"):
+        vae_folder("odvae")
+    monkeypatch.delenv("OMNILATTE_WEIGHTS")
+    with pytest.raises(ValueError, match=rf"{weights.Path(weights.__file__).parents[1]}/weights/odvae"):
+        vae_folder("odvae")
+
+
+@pytest.mark.parametrize("name", ["alexnet-owt-7be5be79.pth", "lpips_vgg16.safetensors", "mean2.npz"])
+def test_verification_opens_every_kind_of_file(name, tmp_path):
+    (tmp_path / name).write_text("hello\n")
+    with pytest.raises(ValueError, match="not a plain weight file") as caught:
+        check_main([str(tmp_path / name)])
+    assert "weights_only=False" not in str(caught.value)
+
+
+def test_a_refused_pickle_is_told_in_our_words(tmp_path):
+    from vae.reading import read_checkpoint
+
+    torch.save({"a": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match=r"bomb\.pt: .*holds Python objects beside tensors.*never run"):
+        read_state(tmp_path / "bomb.pt")
+    (tmp_path / "old.ckpt").write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n.")
+    for read in (read_state, read_checkpoint):
+        with pytest.raises(ValueError, match="damaged, or holds Python objects") as caught:
+            read(tmp_path / "old.ckpt")
+        assert "weights_only" not in str(caught.value)

@@ -1,0 +1,126 @@
+"""A score of random weights is never called by the score's own name, whoever writes it."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data.encode import write_ffv1
+from eval import fidelity, fvd
+from eval.report import read_records, render, row_of
+from eval.weights import Provenance, score_name
+from pipelines import demo, reconstruct
+from pipelines.export import main as export
+from pipelines.model_card import Card
+from pipelines.model_card import render as render_card
+from pipelines.read_run import read_run
+from pipelines.reconstruct import lpips_of
+from pipelines.tables.records import find
+from pipelines.tables.spec import Step
+from vae import ODVAE
+
+SCORE = re.compile(r"(?<!random-feature )\b(?:LPIPS|lpips|FVD|KVD|IS)\b")
+RANDOM = Provenance("AlexNet", "random:0", "", False, 0).as_dict()
+
+
+def unlabelled(text: str) -> list[str]:
+    """Names of scores in a text that stand there without their label; settings and places of weights are none."""
+    text = re.sub(r"lpips_weights|lpips\b[\"']?\s*[:=] ?(?:true|false)|val_lpips", "", text)
+    return SCORE.findall(text)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    rng = np.random.default_rng(0)
+    for side in ("real", "fake"):
+        (tmp_path / side).mkdir()
+        for n in range(2):
+            write_ffv1(tmp_path / side / f"{n}.mkv", rng.integers(0, 255, (9, 32, 32, 3)).astype(np.uint8), 8)
+    return tmp_path
+
+
+def test_one_function_names_scores_and_real_weights_keep_the_name():
+    assert score_name("LPIPS", RANDOM) == "random-feature LPIPS (AlexNet, seed 0)"
+    assert score_name("LPIPS", RANDOM | {"seed": None}) == score_name("LPIPS", None) == "LPIPS"
+
+
+def test_reconstruct_names_it_in_console_json_card_and_table(videos, trained_vae, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [
+        f"vae.path={trained_vae}",
+        f"source.root={videos / 'real'}",
+        f"source.index_dir={tmp_path / 'index'}",
+        f"out={out}",
+        "lpips_weights=random:0",
+        "clip.num_frames=9",
+        "clip.size=32",
+        "pictures=0",
+    ]
+    assert reconstruct.main(words) == 0
+    console = capsys.readouterr().out
+    assert "random-feature LPIPS (AlexNet, seed 0)" in console
+    summary = json.loads((out / "summary.json").read_text())
+    per_video = (out / "videos.jsonl").read_text()
+    stored = json.dumps({k: v for k, v in summary.items() if k != "versions"})
+    for text in (console, stored, per_video):
+        assert unlabelled(text) == []
+    assert summary["random-feature lpips (AlexNet, seed 0)"] > 0
+
+    step = Step("reconstruct", out, out, "pipelines.reconstruct", tuple(words))
+    found = find(step)
+    assert found.state == "done", found.note
+    assert found.label == "random-feature LPIPS"
+    assert found.values["lpips"] == lpips_of(summary)[1] > 0
+
+    old = {k: v for k, v in summary.items() if not k.startswith("random-feature")} | {"lpips": 0.1276}
+    for content, value in ((summary, lpips_of(summary)[1]), (old, 0.1276)):  # as commit 397c5c1 wrote it
+        (out / "summary.json").write_text(json.dumps(content))
+        share = tmp_path / f"share{value}"
+        assert export([str(trained_vae), "--out", str(share), "--records", str(out / "summary.json")]) == 0
+        card = (share / "README.md").read_text()
+        assert f"| random-feature LPIPS (AlexNet, seed 0) | {value:.4f} |" in card
+        assert "| LPIPS | not measured | | |" in card
+        assert unlabelled(card.replace("| LPIPS | not measured", "")) == []
+        assert find(step).values["lpips"] == value
+
+
+def test_the_judges_name_it_in_console_records_and_all_reports(videos, tmp_path, capsys):
+    sides = ["--real", str(videos / "real"), "--fake", str(videos / "fake"), "--weights", "random:0"]
+    file = tmp_path / "scores.jsonl"
+    fidelity.main([*sides, "--device", "cpu", "--out", str(file)])
+    few = ["--num-videos", "2", "--num-frames", "9", "--workers", "0", "--no-cache", "--device", "cpu"]
+    fvd.main([*sides, *few, "--out", str(file)])
+    console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is no score
+    records = read_records([file])
+    names = [record["metric"] for record in records]
+    reports = [render([row_of(record) for record in records], form) for form in ("md", "csv", "html")]
+    for text in (console, *names, *reports):
+        assert unlabelled(text) == []
+    for text in (console, *reports):
+        for name in ("LPIPS (AlexNet", "FVD (I3D", "KVD (I3D"):
+            assert f"random-feature {name}, seed 0)" in text
+
+
+def test_the_demo_s_page_names_it(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = list(rng.integers(0, 255, (6, 9, 32, 32, 3)).astype(np.uint8))
+    found, protocol, provenance = demo.score(clips[:2], np.arange(2), clips[2:4], clips[4:])
+    rows = demo.score_rows(found, protocol, provenance)
+    assert [row[0] for row in rows[:2]] == [f"random-feature {m} (I3D, seed 0)" for m in ("FVD", "KVD")]
+    assert rows[2][1] == demo.lpips_row([])[1] == "not run"  # no random network stands in for these
+    assert "C3D weights are missing" in rows[2][2]
+
+
+def test_the_card_says_which_weights_taught_a_model(trained_vae):
+    run, vae = read_run(trained_vae.parent), ODVAE.from_pretrained(trained_vae)
+
+    def card(start: dict) -> str:
+        return render_card(Card("vae", vae, "x", "other", run=replace(run, starts=[start]), step=1))
+
+    files = {"file": "lpips_vgg16.safetensors", "sha256": "ab" * 32}
+    for known, text in ((True, "the published tensors"), (False, "UNKNOWN tensors")):
+        found = card({"weights": {"loss": {**files, "known": known}}})
+        assert f"LPIPS of the loss: `lpips_vgg16.safetensors`, {text}, sha256 `{'ab' * 32}`" in found
+    assert "LPIPS of the loss" not in card({})

@@ -1,0 +1,62 @@
+"""What a launch brings along: accelerate's own accumulation, a cuDNN that is wrong, a main process that takes long."""
+
+import datetime
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from pipelines import engine
+from pipelines.settings import Precision
+
+CONFIG = SimpleNamespace(global_batch=8, micro_batch=2, precision=Precision.fp32, grad_clip=0.0)
+
+
+def test_accelerate_s_own_accumulation_is_refused_when_it_is_another(monkeypatch):
+    assert engine.make_accelerator(CONFIG).gradient_accumulation_steps == 4
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert engine.make_accelerator(CONFIG).gradient_accumulation_steps == 4
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(ValueError, match=r"make 4 micro-batches an update, accelerate was told 1 .*say auto"):
+        engine.make_accelerator(CONFIG)
+    engine.make_accelerator()  # without an update there is nothing to accumulate
+
+
+@pytest.mark.parametrize(
+    ("version", "bad"), [(90701, 0), (90800, 1), (91002, 1), (91400, 1), (91500, 0), (92400, 0), (None, 0)]
+)
+def test_a_cudnn_with_broken_3d_convolutions_is_named_at_the_start(version, bad, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    try:
+        engine.make_accelerator()
+    except (RuntimeError, AssertionError):  # there is no card behind it
+        pass
+    assert ("install cuDNN 9.15" in caplog.text) == bool(bad)
+
+
+def _rank(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    engine.PATIENCE = datetime.timedelta(seconds=2)
+    accelerator = engine.make_accelerator()
+    with engine.main_process_first(accelerator):
+        with open(f"{folder}/order", "a") as file:
+            file.write(f"{rank} begins\n")
+        if rank == 0:
+            time.sleep(6)  # a first scan
+        with open(f"{folder}/order", "a") as file:
+            file.write(f"{rank} ends\n")
+    accelerator.wait_for_everyone()
+
+
+@pytest.mark.distributed
+def test_a_first_scan_may_take_longer_than_the_patience_of_the_process_group(tmp_path, monkeypatch):
+    from tests.programs.test_distributed import free_port
+
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    lines = (tmp_path / "order").read_text().splitlines()
+    assert lines == ["0 begins", "0 ends", "1 begins", "1 ends"]
