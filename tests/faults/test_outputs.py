@@ -13,7 +13,7 @@ from data.encode import write_mp4
 from data.files import claim_file, claim_folder, is_json_object, machine, remove_leftovers
 from data.latent_writer import LatentCacheWriter
 from eval import report
-from eval.feature_cache import FeatureCache
+from eval.feature_cache import FeatureCache, cache_folder
 from pipelines import cache_latents, reconstruct, sample, train_vae
 from pipelines.checkpoints import Checkpoints, replace_folder
 
@@ -280,3 +280,50 @@ def test_a_shard_that_changes_while_it_is_in_use_is_named_and_ends_no_process(
     shard.write_bytes(changed)
     with pytest.raises(ValueError, match="has changed"):
         [cache[n] for n in range(6)]
+
+
+def test_a_second_start_in_the_folder_of_a_running_training_changes_nothing_there(
+    vae_settings, trained_vae, tmp_path
+):
+    from filelock import FileLock
+
+    run = shutil.copytree(trained_vae.parent, tmp_path / "run")
+    settings = [*vae_settings, f"run_dir={run}", f"source.index_dir={trained_vae.parents[1] / 'index'}"]
+    lock = FileLock(run / ".lock")
+    lock.acquire()
+    before = content(run)
+    with pytest.raises(ValueError, match="another process is training here"):
+        train_vae.main([*settings, "steps=77"])
+    assert content(run) == before
+    lock.release()
+
+
+@pytest.mark.parametrize("place", ["/proc/omnilatte", "/dev/null/cache"])
+def test_a_place_of_the_judges_cache_that_cannot_be_written_is_named_with_the_way_out(place):
+    with pytest.raises(ValueError, match="cannot be written .*--cache-dir, or --no-cache"):
+        cache_folder(place)
+
+
+def test_a_run_folder_that_is_moved_while_it_trains_gets_no_second_half(vae_settings, tmp_path, monkeypatch):
+    from pipelines import vae_trainer
+
+    original = vae_trainer.VAETrainer.train_step
+
+    def moved(self, batches):
+        original(self, batches)
+        if self.step == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", moved)
+    settings = [
+        *vae_settings,
+        f"run_dir={tmp_path / 'run'}",
+        "save_every=1",
+        "steps=3",
+        "loss.gan_weight=0",
+        "val_every=99",
+    ]
+    with pytest.raises(OSError, match="moved or replaced since the start"):
+        train_vae.main(settings)
+    assert Checkpoints(tmp_path / "moved").steps() == [1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
