@@ -24,6 +24,7 @@ from typing import Any
 
 from data.video import BadVideo
 
+_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _START_S = 300.0  # for a process to import what it needs
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 _CODE = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data.processes import serve; serve(*map(int, sys.argv[2:]))"
@@ -31,7 +32,7 @@ _CODE = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data.proc
 
 def ignore_group_signals() -> None:
     """What is sent to the whole group is for the program, which then ends its helpers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in _GROUP:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -73,7 +74,12 @@ class _Process:
     def __init__(self, memory: int):
         self.connection, other = Pipe()
         command = [sys.executable, "-c", _CODE, json.dumps(sys.path), str(other.fileno()), str(memory)]
-        self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+        # blocked from its first instruction on: one that comes before the process can ignore it would end it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP)
+        try:
+            self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
         self.job: int | None = None
         self.ready, self.deadline, self.cpu_s, self.timeout_s = False, time.monotonic() + _START_S, 0.0, 0.0

@@ -81,3 +81,16 @@ def sample_differences(one: Path, two: Path) -> list[str]:
         wrong += [] if (a == b).all() else [name]
     complete = json.loads((two / "out" / "manifest.json").read_text())["complete"]
     return wrong if complete else [*wrong, "manifest.json: not complete"]
+
+
+def score_differences(one: Path, two: Path) -> list[str]:
+    """The last record of each metric, the files judged, and the features kept; a record is a line of its own."""
+
+    def scores(folder: Path) -> dict[str, tuple]:
+        records = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        return {
+            r["metric"]: (r["value"], r["real"]["files_sha256"], r["fake"]["files_sha256"]) for r in records
+        }
+
+    wrong = [] if scores(one) == scores(two) else [f"scores: {scores(one)} and {scores(two)}"]
+    return wrong + different_files(one / "judge/features", two / "judge/features")

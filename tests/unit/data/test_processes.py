@@ -101,6 +101,15 @@ def test_the_processes_ignore_the_signals_of_the_group_and_end_with_the_program(
     pytest.fail("a process outlived its program")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_before_a_process_is_ready_does_not_end_it(jobs, number):
+    with Pool(1) as pool:
+        pool.submit(jobs.pid)
+        process = pool._processes[0].process.pid
+        os.kill(process, number)  # it has not even begun to import
+        assert pool.wait() == (1, process)
+
+
 @pytest.fixture
 def clips(tmp_path, scene, encode):
     for n in range(6):
