@@ -240,6 +240,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}
     command = f"bash scripts/kill_test.sh --kills {args.kills} --saves {args.saves} --steps {args.steps} --seed {args.seed}"
+    command += f" --programs {args.programs}"
     hardware = f"{os.cpu_count()} {platform.machine()} CPU cores, no GPU"
     head = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": known}
     file.write_text(json.dumps({**head, "seconds": seconds, "programs": results}, indent=1) + "\n")
