@@ -17,8 +17,7 @@ DEPENDENCIES = [
     "accelerate>=1.6",
     "deepspeed>=0.16",
     "transformers>=4.46",  # accelerate's DeepSpeed plugin asks for its version
-    'decord>=0.6; platform_machine == "x86_64"',
-    "av>=14",  # second reader, the scanner, and the only writer of video
+    "av>=14.1",  # the reader, the scanner and the writer of video; VideoFrame.rotation is from 14.1 on
     "numpy>=1.26",
     "scipy>=1.12",
     "tensorboard>=2.16",

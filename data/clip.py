@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data.video import Frames
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -115,34 +117,45 @@ def _crop_box(height: int, width: int, spec: ClipSpec, rng: np.random.Generator)
     return left * scale, top * scale, left * scale + side, top * scale + side
 
 
-def crop_resize_uint8(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
+def crop_resize_uint8(frames: np.ndarray | Frames, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
     """Resize, crop and maybe mirror decoded frames; the same window for all of them.
 
-    frames: uint8 (T, H, W, 3). Returns uint8 (T, size, size, 3).
+    frames: uint8 (T, H, W, 3), or Frames, of which one at a time is in memory. Returns uint8 (T, size, size, 3).
     Pillow's integer arithmetic: equal on every machine, within one level of exact antialiased bilinear.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+    box: list[float] = []
+
+    def fit(frame: np.ndarray) -> np.ndarray:
+        if not box:
+            box.extend(_crop_box(*frame.shape[:2], spec, rng))
+        left, top, right, bottom = box
+        if right - left == spec.size:
+            return frame[int(top) : int(bottom), int(left) : int(right)].copy()
+        picture = Image.fromarray(np.ascontiguousarray(frame))
+        shape = (spec.size, spec.size)
+        return np.asarray(picture.resize(shape, Image.Resampling.BILINEAR, box=tuple(box)))
+
+    if isinstance(frames, Frames):
+        clip = frames.map(fit)
+    elif frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames {frames.dtype} {frames.shape}: need uint8 (T, H, W, 3)")
-    _, height, width, _ = frames.shape
-    left, top, right, bottom = _crop_box(height, width, spec, rng)
-    if right - left == spec.size:
-        clip = frames[:, int(top) : int(bottom), int(left) : int(right)]
     else:
-        clip = np.empty((len(frames), spec.size, spec.size, 3), np.uint8)
-        for n, frame in enumerate(frames):
-            picture = Image.fromarray(np.ascontiguousarray(frame))
-            shape, box = (spec.size, spec.size), (left, top, right, bottom)
-            clip[n] = np.asarray(picture.resize(shape, Image.Resampling.BILINEAR, box=box))
+        clip = np.stack([fit(frame) for frame in frames])
     if spec.flip and rng.random() < 0.5:
         clip = clip[:, :, ::-1]
     return np.ascontiguousarray(clip)
 
 
-def to_float(clip: np.ndarray) -> Tensor:
-    """uint8 (T, H, W, 3) to float32 (3, T, H, W) in [-1, 1]: x / 127.5 - 1."""
+def to_float(clip: np.ndarray | Tensor) -> Tensor:
+    """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
     import torch
 
-    return torch.from_numpy(np.array(clip.transpose(3, 0, 1, 2), order="C")).float() / 127.5 - 1.0
+    clip = torch.as_tensor(clip)
+    if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
+        raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")
+    # a number would be a product with 1 / 127.5 on a GPU; filled there, so that nobody waits for a copy
+    divisor = torch.full((), 127.5, device=clip.device)
+    return clip.movedim(-1, -4).float().contiguous() / divisor - 1.0
 
 
 def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:

@@ -4,14 +4,49 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 
-from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span, to_float
-from data.sources import Source
-from data.table import VideoTable
+from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span
+from data.demo import DemoVideos
+from data.sources import Source, video_frames
+from data.table import Video, VideoTable
+from data.video import BadVideo
 
 logger = logging.getLogger(__name__)
+
+
+Attempts = Generator[tuple, Any, dict]
+
+
+def read_clip(
+    video: Video, spec: ClipSpec, rng: np.random.Generator, demo: DemoVideos | None = None
+) -> np.ndarray:
+    """A clip of one video: uint8 (T, size, size, 3), resized as it is decoded. Raises BadVideo if it cannot be read."""
+    indices = frame_indices(video.record.num_frames, spec, rng)
+    frames = video_frames(video, indices, spec.size, demo)
+    try:
+        return crop_resize_uint8(frames, spec, rng)
+    except BadVideo:
+        raise
+    except ValueError as error:  # too small for the clip
+        raise BadVideo(f"{video.record.path}: {error}") from error
+
+
+def made_here(attempts: Attempts) -> dict:
+    """The sample of `attempts`, read in this process."""
+    answer = None
+    while True:
+        try:
+            function, *args = attempts.send(answer)
+        except StopIteration as end:
+            return end.value
+        try:
+            answer = function(*args)
+        except BadVideo as error:
+            answer = error
 
 
 class VideoClips:
@@ -20,7 +55,7 @@ class VideoClips:
     `clips[n]`, any n >= 0, is sample n of an endless stream. Pass n // len(clips) goes through the videos in an
     order drawn from (seed, pass) when train is set, else in order; start frame, crop and mirroring are drawn from
     (seed, n). Each sample is a dict:
-    video float32 (3, T, size, size) in [-1, 1]; number int64, n itself; label int64, -1 when unconditional; index int64, which video;
+    video uint8 (T, size, size, 3), for `data.clip.to_float`; number int64, n itself; label int64, -1 when unconditional; index int64, which video;
     failed int64, how many videos were passed over because they could not be read any more; passed_over, a JSON
     object {source/name: reason} of these, "" when there are none.
     """
@@ -66,12 +101,16 @@ class VideoClips:
         return self.videos.label(video_index)
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """A clip of one video: uint8 (T, size, size, 3). Raises ValueError or OSError if it cannot be read."""
-        video = self.videos[video_index]
-        indices = frame_indices(video.record.num_frames, self.spec, rng)
-        return crop_resize_uint8(self.source.read(video, indices, self.spec.size), self.spec, rng)
+        """A clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
+        function, *args = self.clip_job(video_index, rng)
+        return function(*args)
 
-    def __getitem__(self, n: int) -> dict:
+    def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
+        """The same as a job for data/processes.py: a function and its arguments."""
+        return read_clip, self.videos[video_index], self.spec, rng, self.source.demo
+
+    def attempts(self, n: int) -> Attempts:
+        """How sample n comes about: yields jobs (a function and its arguments), is sent the clip or a BadVideo, until one is good."""
         import torch
 
         if n < 0:
@@ -80,20 +119,23 @@ class VideoClips:
         order, passed_over = self._pass(epoch), {}
         for failed in range(len(self)):
             video_index = int(order[(place + failed) % len(self)])
-            try:
-                clip = self.clip_uint8(video_index, np.random.default_rng((self.seed, int(n))))
-            except (ValueError, OSError) as error:
-                self._report(video_index, error)
-                passed_over[f"{self.source.name}/{self.name(video_index)}"] = str(error)
+            rng = np.random.default_rng((self.seed, int(n)))
+            clip = yield self.clip_job(video_index, rng)
+            if isinstance(clip, BadVideo):
+                self._report(video_index, clip)
+                passed_over[f"{self.source.name}/{self.name(video_index)}"] = str(clip)
                 continue
             label = self.label(video_index)
             numbers = {"number": n, "label": label, "index": video_index, "failed": failed}
-            sample = {"video": to_float(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
+            sample = {"video": torch.from_numpy(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
             return sample | {"passed_over": json.dumps(passed_over) if passed_over else ""}
         raise ValueError(
             f"{self.source.name}: none of the {len(self)} videos can be read; the last: {self.name(video_index)}: "
             f"{self.failed[self.name(video_index)]}"
         )
+
+    def __getitem__(self, n: int) -> dict:
+        return made_here(self.attempts(n))
 
     def _pass(self, epoch: int) -> np.ndarray:
         if not self.train:

@@ -11,26 +11,27 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.scan import ScanRecord, scan_all
+from data.scan import ScanRecord, plausible, reader_name, scan_all
+from data.table import Blobs
 from data.video import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _NUMBERS = {"num_frames": np.int32, "width": np.int32, "height": np.int32, "fps": np.float64}
 _COMMIT_EVERY_S = 5.0
 _TELL_EVERY_S = 60.0
 _TABLE = """CREATE TABLE IF NOT EXISTS scans (path BLOB PRIMARY KEY, files INT, bytes INT, changed INT,
- num_frames INT, width INT, height INT, fps REAL, damaged TEXT, times BLOB) WITHOUT ROWID"""
-_FIND = """SELECT n, num_frames, width, height, fps, damaged, {}, files, bytes, changed
+ num_frames INT, width INT, height INT, fps REAL, damaged TEXT, times BLOB, reader TEXT) WITHOUT ROWID"""
+_FIND = """SELECT n, num_frames, width, height, fps, damaged, times, files, bytes, changed, reader
  FROM asked CROSS JOIN scans USING (path)"""  # CROSS: in the order of asked
-_STORE = "INSERT OR REPLACE INTO scans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_STORE = "INSERT OR REPLACE INTO scans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Index:
 class Scans:
     """The scan of n files in columns, in the order asked: num_frames, width, height int32 (n,), fps float64 (n,).
 
-    damaged: number of the file -> reason. times: as data/cut.py packs them, [] unless asked for.
+    damaged: number of the file -> reason. times: as data/timeline.py packs them.
     """
 
     num_frames: np.ndarray
@@ -53,7 +54,7 @@ class Scans:
     height: np.ndarray
     fps: np.ndarray
     damaged: dict[int, str]
-    times: list[bytes]
+    times: Blobs
 
 
 def build_index(
@@ -73,6 +74,7 @@ def build_index(
             int(scans.height[n]),
             float(scans.fps[n]),
             scans.damaged.get(n, ""),
+            scans.times[n],
         )
         for n, name in enumerate(names)
     ]
@@ -84,51 +86,54 @@ def scan_paths(
     cache_file: str | Path | None = None,
     workers: int = 2,
     timeout_s: float = 120.0,
-    times: bool = False,
 ) -> Scans:
     """Scan files and folders of frames; those unchanged since the last scan (size, time) come from the cache.
 
+    A file that another version of the reader called damaged is looked at again; a reason that may be gone the next time
+    (no permission, a process that was killed) is not kept. Raises OSError for a fault of the machine.
+
     paths: each once. cache_file: SQLite, should not lie among the data; None: nothing is kept.
-    workers: processes. timeout_s: seconds for one file, after which it counts as damaged.
+    workers: processes. timeout_s: seconds for one file, after which it is left out.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: the scan needs at least one process")
     columns = {name: np.zeros(len(paths), dtype) for name, dtype in _NUMBERS.items()}
     damaged: dict[int, str] = {}
-    packed = [b""] * (len(paths) if times else 0)
+    times, known_good = Blobs(len(paths)), False
 
     def keep(rows: list[tuple]) -> None:
-        """rows: number of the file, num_frames, width, height, fps, damaged, times (or None)."""
+        """rows: number of the file, num_frames, width, height, fps, damaged, times."""
         numbers = [row[0] for row in rows]
         for at, name in enumerate(columns, 1):
             columns[name][numbers] = [row[at] for row in rows]
         for n, *_, reason, packed_times in rows:
             if reason:
                 damaged[n] = reason
-            if times:
-                packed[n] = packed_times
+            times.put(n, packed_times)
 
     todo = dict.fromkeys(range(len(paths)))
     with _store(cache_file) as store:
-        for rows in _stored(store, paths, times):
-            same = [row for row in rows if row[7:] == _stamp(paths[row[0]])]
+        for rows in _stored(store, paths):
+            same = [row for row in rows if row[7:10] == _stamp(paths[row[0]])]
+            same = [row for row in same if not row[5] or row[10] == reader_name()]
             keep([row[:7] for row in same])
             for row in same:
                 del todo[row[0]]
+                known_good |= not row[5] and row[10] == reader_name()
         if todo:
             logger.info("scanning %d of %d videos for damage", len(todo), len(paths))
-            for n, record in _scan_and_store(store, paths, todo, workers, timeout_s):
+            for n, record in _scan_and_store(store, paths, todo, workers, timeout_s, known_good):
                 keep([(n, *_values(record))])
-    return Scans(**columns, damaged=dict(sorted(damaged.items())), times=packed)
+    return Scans(**columns, damaged=dict(sorted(damaged.items())), times=times)
 
 
-def _stored(store: sqlite3.Connection, paths: Sequence[str], times: bool) -> Iterator[list[tuple]]:
-    """Rows (number of the file, its numbers, damaged, times, stamp) of those of the files that are in the table."""
+def _stored(store: sqlite3.Connection, paths: Sequence[str]) -> Iterator[list[tuple]]:
+    """Rows (number of the file, its numbers, damaged, times, stamp, reader) of those of the files that are in the table."""
     store.execute("CREATE TEMP TABLE asked (path BLOB, n INT)")
     order = sorted(range(len(paths)), key=paths.__getitem__)  # as the table is, so that pages are read once
     store.executemany("INSERT INTO asked VALUES (?, ?)", ((os.fsencode(paths[n]), n) for n in order))
     store.commit()
-    found = store.execute(_FIND.format("times" if times else "NULL"))
+    found = store.execute(_FIND)
     while rows := found.fetchmany(10_000):
         yield rows
 
@@ -138,15 +143,22 @@ def _values(record: ScanRecord) -> tuple:
 
 
 def _scan_and_store(
-    store: sqlite3.Connection, paths: Sequence[str], todo: Iterable[int], workers: int, timeout_s: float
+    store: sqlite3.Connection,
+    paths: Sequence[str],
+    todo: Iterable[int],
+    workers: int,
+    timeout_s: float,
+    known_good: bool,
 ) -> Iterator[tuple[int, ScanRecord]]:
     committed = told = time.monotonic()
     stamps = {paths[n]: (n, _stamp(paths[n])) for n in todo}  # before the scan: a file may change meanwhile
     try:
-        for done, record in enumerate(scan_all(list(stamps), min(workers, len(stamps)), timeout_s), 1):
+        records = scan_all(list(stamps), min(workers, len(stamps)), timeout_s)
+        for done, record in enumerate(records if known_good else plausible(records), 1):
             n, stamp = stamps[record.path]
-            key = os.fsencode(record.path)
-            store.execute(_STORE, (key, *stamp, *_values(record)))
+            if record.final:
+                key = os.fsencode(record.path)
+                store.execute(_STORE, (key, *stamp, *_values(record), reader_name()))
             now = time.monotonic()
             if now - committed > _COMMIT_EVERY_S:
                 store.commit()
@@ -167,8 +179,12 @@ def _stamp(path: str) -> tuple[int, int, int]:
         return 0, 0, 0  # a dangling link: the scan will say so
     if not stat.S_ISDIR(status.st_mode):
         return 1, status.st_size, status.st_mtime_ns
+    frames = []
     with os.scandir(path) as entries:
-        frames = [entry.stat() for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        for entry in entries:
+            with suppress(OSError):  # a link that leads nowhere: the scan will say so
+                if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    frames.append(entry.stat())
     newest = max((status.st_mtime_ns for status in frames), default=0)
     return len(frames), sum(status.st_size for status in frames), newest
 

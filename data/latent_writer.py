@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.files import fsync, remove_leftovers, sha256_of, temporary_name, write_json
+from data.files import fsync, remove_leftovers, sha256_of, temporary_name, usual_mode, write_json
 from data.latents import read_index, read_sidecar, refuse_other, shard_file, sidecar_file
 
 
@@ -42,6 +42,10 @@ class LatentCacheWriter:
                     f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
                     f"now {num_entries} in shards of {shard_size}; choose another cache folder"
                 )
+        elif any(p for p in self.folder.iterdir() if p.name[0] != "." and not p.name.startswith("latents-")):
+            raise ValueError(
+                f"cache {self.folder} holds other files and is no cache; choose another cache folder"
+            )
         elif any(self.folder.glob("latents-*")):
             raise ValueError(
                 f"cache {self.folder} has shards but no index.json, so nobody knows what they hold; remove the folder"
@@ -77,6 +81,7 @@ class LatentCacheWriter:
         temporary = temporary_name(path)
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            usual_mode(temporary)
             fsync(temporary)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)

@@ -8,22 +8,26 @@ A cut of a long latent is not the latent of the cut clip (the first latent stand
 encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x (2 when both flips are stored).
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from data.files import sha256_of, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def fingerprint_id(fingerprint: dict[str, Any]) -> str:
@@ -102,9 +106,9 @@ def refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> No
 class LatentCache:
     """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw.
 
-    expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first opened, so a damaged one is
-    named instead of trained on; one that has not been written to since the last check is not read through again (--verify
-    of cache_latents does). Safe to hand to worker processes: files are opened after the fork.
+    expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first read, and every row against
+    what it was then, so one that is damaged, or changes meanwhile, is named instead of trained on. A shard that has not
+    been written to since the last check is not read through again (--verify of cache_latents does). Threads may share it.
     """
 
     def __init__(self, folder: str | Path, expect: dict[str, Any] | None = None):
@@ -117,7 +121,7 @@ class LatentCache:
                 f"cache {self.folder} is not complete; run the same cache_latents command again to go on"
             )
         self.ends = np.cumsum(self.index["rows"])
-        self._open: dict[int, dict[str, Any]] = {}
+        self._open: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -134,8 +138,8 @@ class LatentCache:
         for shard in range(len(self.ends)):
             try:
                 record = self._check(shard, again=True)
-                slices = self._slices(shard)
-                entries = slices["video"][:].numpy() * self.draws + slices["draw"][:].numpy()
+                rows = [self._shard(shard).row(row) for row in range(record["rows"])]
+                entries = np.array([row["video"] * self.draws + row["draw"] for row in rows])
                 entries = np.append(entries, [f["entry"] for f in record["failed"]]).astype(np.int64)
             except ValueError as error:
                 yield str(error)
@@ -153,40 +157,22 @@ class LatentCache:
     def _check(self, shard: int, again: bool = False) -> dict[str, Any]:
         """The shard's record; ValueError that names the shard and the way out when it is damaged or missing."""
         path, record = shard_file(self.folder, shard), read_sidecar(self.folder, shard)
-        note = Path(
-            tempfile.gettempdir(),
-            f"omnilatte-{os.getuid()}",
-            hashlib.sha256(bytes(path.resolve())).hexdigest(),
-        )
-        try:
-            found = path.stat()
-            now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
-            known = not again and note.is_file() and note.read_text() == now
-            intact = known or sha256_of(path) == record["sha256"]
-            if intact and not known:
-                with contextlib.suppress(OSError):  # then each process looks for itself
-                    write_atomic(note, now)
-        except OSError as error:
-            raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
-        if not intact:
-            raise ValueError(f"latent shard {path} is damaged (sha256); {_way_out(self.folder, shard)}")
         if record["rows"] != self.index["rows"][shard]:
             raise ValueError(
                 f"latent shard {path} has {record['rows']} rows, index.json says {self.index['rows'][shard]}; run the same "
                 "cache_latents command again: an earlier one did not end"
             )
+        try:
+            self._open[shard] = _Shard(path, record, again)
+        except OSError as error:
+            raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
+        except ValueError as error:
+            raise ValueError(f"latent shard {path}{error}; {_way_out(self.folder, shard)}") from error
         return record
 
-    def _slices(self, shard: int) -> dict[str, Any]:
+    def _shard(self, shard: int) -> _Shard:
         if shard not in self._open:
             self._check(shard)
-            path = shard_file(self.folder, shard)
-            try:
-                file = safe_open(path, "pt")
-                names = ("mean", "logvar", "label", "video", "draw")
-                self._open[shard] = {name: file.get_slice(name) for name in names}
-            except SafetensorError as error:
-                raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,9 +183,74 @@ class LatentCache:
             raise IndexError(f"row {k}: the cache has {len(self)}")
         shard = int(np.searchsorted(self.ends, k, side="right"))
         row = k - (int(self.ends[shard - 1]) if shard else 0)
-        slices = self._slices(shard)
-        item = {name: slices[name][row : row + 1][0] for name in slices}
+        try:
+            item = self._shard(shard).row(row)
+        except OSError as error:
+            path = shard_file(self.folder, shard)
+            raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
         return {n: v.float() if v.is_floating_point() else int(v) for n, v in item.items()}
+
+
+class _Shard:
+    """Rows of a safetensors file, read one at a time: a mapped file that is cut short would end the process.
+
+    Raises ValueError if the file is not the one of its record or no shard; `row` OSError if a row has changed since.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], again: bool):
+        """again: read it through even if a note of an earlier check fits."""
+        self.path = path
+        found = path.stat()
+        now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
+        place = hashlib.sha256(bytes(path.resolve())).hexdigest()
+        note = Path(tempfile.gettempdir(), f"omnilatte-{os.getuid()}", place)
+        sums = None if again else _noted(note, now)
+        if sums is None and sha256_of(path) != record["sha256"]:
+            raise ValueError(" is damaged (sha256)")
+        try:
+            self.columns = self._columns(sums)
+        except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f": no shard of latents ({type(error).__name__}: {str(error)[:60]})") from error
+        if sums is None:
+            sums = {name: column[-1] for name, column in self.columns.items()}
+            with contextlib.suppress(OSError):  # then each process looks for itself
+                write_atomic(note, json.dumps({"of": now, "sums": sums}))
+
+    def _columns(self, sums: dict[str, list[int]] | None) -> dict[str, tuple]:
+        """{name: (dtype, shape of a row, place of the first, bytes of one, checksums)}."""
+        columns = {}
+        with open(self.path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length) if length < 1 << 20 else b"")
+            for name in ("mean", "logvar", "label", "video", "draw"):
+                dtype, shape = TYPES[header[name]["dtype"]], header[name]["shape"]
+                start, end = (8 + length + place for place in header[name]["data_offsets"])
+                size = (end - start) // shape[0] if shape[0] else 0
+                file.seek(start)
+                known = sums[name] if sums else [zlib.crc32(file.read(size)) for _ in range(shape[0])]
+                columns[name] = dtype, shape[1:], start, size, known
+        return columns
+
+    def row(self, row: int) -> dict[str, torch.Tensor]:
+        found, handle = {}, os.open(self.path, os.O_RDONLY)
+        try:
+            for name, (dtype, shape, start, size, sums) in self.columns.items():
+                data = bytearray(os.pread(handle, size, start + row * size))
+                if zlib.crc32(data) != sums[row]:
+                    raise OSError(f"row {row} has changed since the shard was checked")
+                found[name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+        finally:
+            os.close(handle)
+        return found
+
+
+def _noted(note: Path, now: str) -> dict[str, list[int]] | None:
+    """The checksums of the rows, if a check of the very file left them."""
+    try:
+        content = json.loads(note.read_text())
+        return content["sums"] if content["of"] == now else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class LatentStream:

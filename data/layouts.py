@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.video import VIDEO_SUFFIXES, video_names
+from data.video import VIDEO_SUFFIXES, folder_entries, video_names
 
 logger = logging.getLogger(__name__)
 
@@ -52,31 +52,30 @@ def files_below(root: Path) -> list[str]:
         if real in seen:  # a link back up the tree
             continue
         seen.add(real)
-        with os.scandir(real) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(f"{folder}{entry.name}/")
-                elif entry.name.lower().endswith(VIDEO_SUFFIXES):
-                    found.append(folder + entry.name)
+        folders, files = folder_entries(real)
+        waiting += [f"{folder}{name}/" for name in folders]
+        found += [folder + name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
     return sorted(found)
 
 
-def find_ucf101(root: Path) -> Found:
-    """Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
+def find_ucf101(root: Path, split: str = "train") -> Found:
+    """Videos in class folders, of UCF-101/ or of train/ and test/ (as some sites publish it) or of the root itself.
+
+    Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
 
     Not the order of classInd.txt (Hammering/HammerThrow and JumpingJack/JumpRope change places), and not the file
     name (v_HandStandPushups_* lies in HandstandPushups/).
     """
-    base = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+    base = next((root / name for name in ("UCF-101", split) if (root / name).is_dir()), root)
+    folders = folder_entries(base)[0] if base.is_dir() else []
     files = {
-        folder.name: sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".avi")
-        for folder in base.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".")
+        name: sorted(f for f in folder_entries(base / name)[1] if f.lower().endswith(VIDEO_SUFFIXES))
+        for name in folders
     }
     # A class may be empty, ucfTrainTestlist/ is none.
-    class_names = sorted(name for name, videos in files.items() if videos or not any((base / name).iterdir()))
+    class_names = sorted(
+        name for name, videos in files.items() if videos or not any(map(len, folder_entries(base / name)))
+    )
     if class_names and len(class_names) != 101:
         logger.warning(
             "%s: %d classes, UCF101 has 101; class ids follow these folders", base, len(class_names)

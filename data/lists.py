@@ -6,6 +6,7 @@ A list is data: its names are looked up among the files below the root, its time
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,15 +132,26 @@ def find_kinetics400_list(root: Path, split: str, list_file: Path) -> Found:
 
 
 def listed_ucf101(found: Found, list_file: Path) -> Found:
-    """The videos a ucfTrainTestlist file names. Labels in it are not used; letters' case in a name is no matter."""
+    """The videos a ucfTrainTestlist file names. Labels in it are not used; letters' case and the suffix are no matter.
+
+    What it names and the disk lacks goes to `missing`; ValueError when that is all.
+    """
     if not list_file.is_file():
         raise ValueError(f"list_file={list_file}: no such file")
-    numbers = {name.lower(): n for n, name in enumerate(found.names)}
-    lines = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
-    missing = [line for line in lines if line.lower() not in numbers]
-    if missing:
+    numbers = {_without_suffix(name): n for n, name in enumerate(found.names)}
+    text = list_file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line.split()[0] for line in re.split(r"\r\n?|\n", text) if line.strip()]
+    missing = [line for line in lines if _without_suffix(line) not in numbers]
+    if len(missing) == len(lines):
         raise ValueError(
-            f"{list_file}: {len(missing)} of {len(lines)} videos are not on disk, e.g. {missing[0]}; "
+            f"{list_file}: {len(missing)} of {len(lines)} videos are not on disk, e.g. {(missing or ['none'])[0]}; "
             "is root the folder that holds the class folders?"
         )
-    return found.choose(dict.fromkeys(numbers[line.lower()] for line in lines))
+    there = (_without_suffix(line) for line in lines if _without_suffix(line) in numbers)
+    chosen = found.choose(dict.fromkeys(numbers[name] for name in there))
+    chosen.missing = missing
+    return chosen
+
+
+def _without_suffix(name: str) -> str:
+    return os.path.splitext(name.lower())[0]

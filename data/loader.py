@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+from data.processes import Pool
 
 
 class StepBatches:
@@ -48,16 +52,97 @@ class StepBatches:
             step += 1
 
 
-def make_loader(dataset, batches: StepBatches, workers: int = 0) -> DataLoader:
-    """A loader of the batches. workers: decoding processes, 0 decodes in this one; the samples are the same.
+def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) -> Iterator[dict]:
+    """The batches, read ahead. workers: processes that decode clips (of a latent cache: threads), 0 reads here.
 
-    No worker needs a seed: every draw of a sample comes from its number.
+    The samples are the same for any number: every draw of a sample comes from its number. Clips come through pipes as
+    uint8 (data/processes.py), so /dev/shm may be small; a decoder that dies or hangs costs one process.
     """
-    import torch
-    from torch.utils.data import DataLoader
-
     if workers < 0:
         raise ValueError(f"workers={workers}: 0 or more processes")
-    return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
+    if not workers:
+        return (_collate([dataset[n] for n in numbers]) for numbers in batches)
+    made = _by_processes if hasattr(dataset, "attempts") else _by_threads
+    return _in_background(made(dataset, iter(batches), workers))
+
+
+def _collate(samples: list[dict]) -> dict:
+    import torch
+    from torch.utils.data import default_collate
+
+    batch = default_collate(samples)
+    if not torch.cuda.is_available():
+        return batch
+    return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _by_threads(dataset: Any, batches: Iterator[list[int]], workers: int) -> Iterator[dict]:
+    with ThreadPoolExecutor(workers) as pool:
+        for numbers in batches:
+            yield _collate(list(pool.map(dataset.__getitem__, numbers)))
+
+
+def _by_processes(dataset: Any, batches: Iterator[list[int]], workers: int) -> Iterator[dict]:
+    """At most 2 * workers samples, and a batch, are on their way or wait to be taken."""
+    waiting: deque[list[int]] = deque()
+    done: dict[int, dict] = {}
+    jobs: dict[int, tuple[int, Generator]] = {}
+    with Pool(workers) as pool:
+
+        def go_on(n: int, attempts: Generator, answer: Any) -> None:
+            try:
+                jobs[pool.submit(*attempts.send(answer))] = n, attempts
+            except StopIteration as end:
+                done[n] = end.value
+
+        while True:
+            while not waiting or len(jobs) + len(done) < 2 * workers:
+                if (numbers := next(batches, None)) is None:
+                    break
+                waiting.append(numbers)
+                for n in numbers:
+                    go_on(n, dataset.attempts(n), None)
+            if not waiting:
+                return
+            while not all(n in done for n in waiting[0]):
+                job, answer = pool.wait()
+                go_on(*jobs.pop(job), answer)
+            yield _collate([done.pop(n) for n in waiting.popleft()])
+
+
+def _in_background(batches: Iterator[dict]) -> Iterator[dict]:
+    """The batches, made in a thread that is one ahead: results are taken from the processes while the model trains."""
+    ready: queue.Queue = queue.Queue(1)
+    over = threading.Event()
+
+    def put(item: tuple[dict | None, BaseException | None]) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.2)
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                put((batch, None))
+                if over.is_set():
+                    break
+            else:
+                put((None, None))
+        except BaseException as error:
+            put((None, error))
+        finally:
+            batches.close()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        over.set()
+        thread.join(10)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.dataset import Attempts, made_here
 from data.sources import Source
 
 if TYPE_CHECKING:
@@ -171,18 +172,27 @@ class MixedClips:
         return -1
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """A clip of one video: uint8 (T, size, size, 3). Raises ValueError or OSError if it cannot be read."""
+        """A clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
         part, inner = self.videos.place(video_index)
         return self.parts[part].clip_uint8(inner, rng)
 
-    def __getitem__(self, n: int) -> dict:
-        """Sample n as VideoClips gives it; index counts the videos of all parts, part says which source it is of."""
+    def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
+        """The same as a job for data/processes.py: a function and its arguments."""
+        part, inner = self.videos.place(video_index)
+        return self.parts[part].clip_job(inner, rng)
+
+    def attempts(self, n: int) -> Attempts:
+        """How sample n comes about, as of VideoClips; index counts the videos of all parts, part says which source it is of."""
         import torch
 
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
         part, inner = self.shares[int(n)] if self.train else self.videos.place(int(n) % len(self))
-        sample = self.parts[part][inner]
+        sample = yield from self.parts[part].attempts(inner)
         first = self.videos.ends[part] - len(self.parts[part])
         numbers = {"number": int(n), "label": -1, "part": part, "index": int(sample["index"]) + first}
         return sample | {key: torch.tensor(value) for key, value in numbers.items()}
+
+    def __getitem__(self, n: int) -> dict:
+        """Sample n, read in this process."""
+        return made_here(self.attempts(n))

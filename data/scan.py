@@ -1,38 +1,43 @@
 """Find damaged videos before training does: decoders hand out grey or repeated frames of many of them without a word.
 
 A file is damaged when decoding raises, a frame is marked corrupt, FFmpeg reports an error, or frames are missing.
-Each file is decoded once, in a process of its own kind: a crash or a hang of the decoder is one damaged record.
+Each file is decoded once in a process of its own kind (data/processes.py), by the reader of training. Places where the
+reader may begin are tried, and kept if the frames after them are those of decoding from frame 0. A fault of the machine
+(no memory, no handles, a broken package) is no verdict: it stops the scan.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import multiprocessing
 import re
-import time
-from collections.abc import Iterator, Sequence
+import stat
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from data.cut import pack_times
-from data.video import av_errors, best_stream, list_frames
-
-logger = logging.getLogger(__name__)
+from data.processes import Pool
+from data.timeline import pack_times, rising
+from data.video import BadVideo, Screen, best_stream, list_frames, reading
 
 _MISSING_ALLOWED = 2  # frames: headers of intact AVI files with dropped frames are off by one or two
-_MEMORY_BYTES = 4 << 30  # what one worker may allocate
-_START_S = 300.0  # for a process to import what it needs
+_MEMORY_BYTES = 4 << 30  # what one process may allocate
+_ENTRIES_APART = 12  # frames, at least: what lies nearer is decoded quickly
+_TRIED = 8  # entries of a file: all of a clip, some of a film
+_COMPARED = 48  # frames after an entry
+_ALIKE = 20  # files of one and the same reason, with no good one before them: not the files' fault
 
 
 @dataclass(frozen=True)
 class ScanRecord:
     """What the scan saw of one file or folder of frames; damaged is "" or the reason in a few words.
 
-    times: presentation times of the frames as data/cut.py packs them, b"" when unknown.
+    times: when its frames are shown and where to enter, as data/timeline.py packs them; b"" when unknown.
+    final: False when the reason may be gone the next time: it is not kept.
     """
 
     path: str
@@ -42,78 +47,159 @@ class ScanRecord:
     fps: float = 0.0
     damaged: str = ""
     times: bytes = field(default=b"", repr=False, compare=False)
+    final: bool = field(default=True, repr=False, compare=False)
+
+
+@lru_cache(maxsize=1)
+def reader_name() -> str:
+    """Name and versions of what reads videos here: a verdict is theirs."""
+    import av
+
+    codec = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"av {av.__version__}, libavcodec {codec}"
 
 
 def scan_file(path: str | Path) -> ScanRecord:
-    """Decode a whole video file or folder of frames; the record says what is wrong, nothing is raised for damage."""
+    """Decode a whole video file or folder of frames; the record says what is wrong with it.
+
+    Raises OSError for a fault of the machine, and whatever a fault of the program raises.
+    """
     path = Path(path)
-    if path.is_dir():
-        return _scan_folder(path)
     try:
-        if path.stat().st_size == 0:
-            return ScanRecord(str(path), damaged="empty file")
-        return _scan_video(path)
-    except MemoryError:
-        return ScanRecord(str(path), damaged="decoding needs too much memory")
-    except av_errors() as error:
-        text = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f"{path}: ", "")
-        return ScanRecord(str(path), damaged=f"cannot be decoded: {text[:100] or type(error).__name__}")
+        with reading(path):
+            status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            return _scan_folder(path)
+        if not stat.S_ISREG(status.st_mode):
+            return ScanRecord(str(path), damaged="neither a file nor a folder")
+        return _scan_video(path) if status.st_size else ScanRecord(str(path), damaged="empty file")
+    except BadVideo as error:
+        return ScanRecord(str(path), damaged=f"cannot be decoded: {error}", final=error.final)
 
 
 def _scan_video(path: Path) -> ScanRecord:
     import av
 
-    sizes, ticks, corrupt, dropped = set(), [], 0, 0
+    sizes, ticks, digests, keys = set(), [], [], []
+    corrupt = dropped = packets = 0
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else a file is not told what a file before it was
     try:
-        with av.logging.Capture() as messages, av.open(str(path)) as container:
-            stream = best_stream(container, path)
+        with av.logging.Capture() as messages, reading(path), av.open(str(path)) as container:
+            stream = best_stream(container)
             if container.format.name.endswith("_pipe"):
                 return ScanRecord(str(path), damaged=f"a picture ({container.format.name}), not a video")
             fps, expected, tick = float(stream.average_rate or 0), stream.frames, stream.time_base
+            screen, is_mov = Screen(stream), "mov" in container.format.name
             for packet in container.demux(stream):
                 dropped += packet.is_discard  # cut away by the file's own edit list
+                packets += packet.size > 0
                 for frame in packet.decode():
+                    if frame.key_frame:
+                        keys.append(len(ticks))
                     ticks.append(frame.pts)
+                    digests.append(_digest(frame))
                     corrupt += frame.is_corrupt
-                    turned = frame.rotation % 180 != 0
-                    sizes.add((frame.height, frame.width) if turned else (frame.width, frame.height))
+                    sizes.add(screen.size(frame))
+        messages = list(messages)
+        count = len(ticks)
+        missing = expected - dropped - count
+        if missing > _MISSING_ALLOWED and is_mov:
+            missing -= _packets(path) - packets  # whole groups of pictures before the cut are not even read
+        reason = ""
+        if not count:
+            reason = "no frame could be decoded"
+        elif missing > _MISSING_ALLOWED:
+            reason = f"cut short: {count} of {expected} frames"
+        elif corrupt:
+            reason = f"{corrupt} of {count} frames corrupt"
+        elif len(sizes) > 1:
+            reason = f"the frame size changes: {sorted(sizes)}"
+        elif messages:
+            reason = f"decoder error: {' '.join(messages[0][2].split())[:100]}"
+        entries = _entries(path, ticks, digests, keys) if not reason and rising(ticks) else []
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
-    count = len(ticks)
-    missing = expected - dropped - count
-    reason = ""
-    if not count:
-        reason = "no frame could be decoded"
-    elif missing > _MISSING_ALLOWED:
-        reason = f"cut short: {count} of {expected} frames"
-    elif corrupt:
-        reason = f"{corrupt} of {count} frames corrupt"
-    elif len(sizes) > 1:
-        reason = f"the frame size changes: {sorted(sizes)}"
-    elif messages:
-        reason = f"decoder error: {' '.join(messages[0][2].split())[:100]}"
     width, height = min(sizes, default=(0, 0))
-    times = pack_times(ticks, *tick.as_integer_ratio()) if tick else b""
+    times = pack_times(ticks, *tick.as_integer_ratio(), entries) if tick else b""
     return ScanRecord(str(path), count, width, height, fps, reason, times)
 
 
+def _digest(frame) -> int:
+    """Of the decoded samples of a frame, before any conversion."""
+    kind, value = frame.format, 0
+    packed = len(frame.planes) == 1
+    sample = kind.padded_bits_per_pixel // 8 if packed else 1 + any(c.bits > 8 for c in kind.components)
+    for plane in frame.planes:  # what lies beyond the width is the decoder's own
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        value = zlib.crc32(np.ascontiguousarray(rows[:, : plane.width * sample]), value)
+    return value
+
+
+def _packets(path: Path) -> int:
+    """Packets of a file's video, those that its edit list hides too."""
+    import av
+
+    with reading(path), av.open(str(path), options={"ignore_editlist": "1"}) as container:
+        return sum(packet.size > 0 for packet in container.demux(best_stream(container)))
+
+
+def _entries(path: Path, ticks: list[int], digests: list[int], keys: list[int]) -> list[int]:
+    """Frames where decoding may begin: key frames after which the decoder shows what it shows coming from frame 0."""
+    import av
+
+    candidates = [0]
+    for key in keys:
+        if key - candidates[-1] >= _ENTRIES_APART:
+            candidates.append(key)
+    candidates = candidates[1:]
+    tried = candidates
+    if len(candidates) > _TRIED:
+        tried = [candidates[n] for n in np.linspace(0, len(candidates) - 1, _TRIED).astype(int)]
+    good = []
+    if tried:
+        with reading(path), av.open(str(path)) as container:
+            stream = best_stream(container)
+            good = [entry for entry in tried if _same(container, stream, ticks, digests, entry)]
+    return candidates if good == tried else good
+
+
+def _same(container, stream, ticks: list[int], digests: list[int], entry: int) -> bool:
+    import av
+
+    at, end = entry, min(entry + _COMPARED, len(ticks))
+    try:
+        container.seek(ticks[entry], stream=stream)
+        for frame in container.decode(stream):
+            if at == entry and frame.pts is not None and frame.pts < ticks[entry]:
+                continue
+            if frame.pts != ticks[at] or frame.is_corrupt or _digest(frame) != digests[at]:
+                return False
+            at += 1
+            if at == end:
+                return True
+    except (av.FFmpegError, OSError):
+        return False
+    return False
+
+
 def _scan_folder(path: Path) -> ScanRecord:
-    frames, sizes = list_frames(path), set()
+    with reading(path):
+        frames, sizes = list_frames(path), set()
     if not frames:
         return ScanRecord(str(path), damaged="no frames in this folder")
     for frame in frames:
         try:
-            with Image.open(frame) as picture:
+            with reading(frame), Image.open(frame) as picture:
                 sizes.add(picture.size)
                 # An eighth of the size for JPEG: all bytes are still read, most of the work is not done.
                 picture.draft("RGB", (max(1, picture.width // 8), max(1, picture.height // 8)))
                 picture.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return ScanRecord(str(path), len(frames), damaged=f"{frame.name}: {str(error)[:80]}")
+        except (BadVideo, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason, final = f"{frame.name}: {str(error)[:80]}", getattr(error, "final", True)
+            return ScanRecord(str(path), len(frames), damaged=reason, final=final)
     numbers = [re.search(r"([0-9]+)$", frame.stem) for frame in frames]
     reason = ""
     if len(sizes) > 1:
@@ -128,82 +214,39 @@ def _scan_folder(path: Path) -> ScanRecord:
     return ScanRecord(str(path), len(frames), width, height, 0.0, reason)
 
 
-def _worker(connection) -> None:
-    """Scan what the parent names until it hangs up."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    except (ImportError, ValueError, OSError) as error:
-        logger.debug("no memory limit for the scan on this system: %s", error)
-    connection.send(None)  # ready
-    while True:
-        try:
-            name = connection.recv()
-        except EOFError:
-            return
-        connection.send(scan_file(name))
-
-
-class _Process:
-    """One scanning process and the file it is at ("" until it is ready)."""
-
-    def __init__(self, context):
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_worker, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
-        self.name, self.deadline = "", time.monotonic() + _START_S
-
-    def give(self, name: str, timeout_s: float) -> None:
-        """Hand over a file; its time starts now."""
-        self.name, self.deadline = name, time.monotonic() + timeout_s
-        try:
-            self.connection.send(name)
-        except OSError:
-            logger.debug("scan process ended before %s", name)  # seen again, and recorded, by answer()
-
-    def answer(self, readable: bool, timeout_s: float) -> tuple[bool, ScanRecord | None]:
-        """(alive, record): the record of the file at hand; (True, None) if just ready."""
-        if readable:
-            try:
-                return True, self.connection.recv()
-            except (EOFError, OSError):
-                if self.name:
-                    return False, ScanRecord(self.name, damaged="the decoder crashed on this file")
-        elif self.name:
-            return False, ScanRecord(self.name, damaged=f"not decoded within {timeout_s:g} s")
-        raise OSError("a scan process did not start; is the program's main part behind `if __name__ == ...`?")
-
-    def stop(self) -> None:
-        """End the process, busy or not."""
-        self.connection.close()
-        self.process.terminate()
-        self.process.join()
-
-
 def scan_all(names: Sequence[str], workers: int, timeout_s: float) -> Iterator[ScanRecord]:
-    """Records in the order they are done; a process that dies or takes too long is replaced."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the parent's threads
-    waiting = list(reversed(names))
-    pool = [_Process(context) for _ in range(workers)]
-    try:
-        while pool:
-            ready = wait([process.connection for process in pool], timeout=0.5)
-            for process in list(pool):
-                readable = process.connection in ready
-                if not readable and time.monotonic() <= process.deadline:
-                    continue
-                alive, record = process.answer(readable, timeout_s)
-                if record is not None:
-                    yield record
-                if alive and waiting:
-                    process.give(waiting.pop(), timeout_s)
-                    continue
-                process.stop()
-                pool.remove(process)
-                if waiting:
-                    pool.append(_Process(context))
-    finally:
-        for process in pool:
-            process.stop()
+    """Records in the order they are done. A process that dies or takes too long is replaced, its file tried once more."""
+    with Pool(workers, timeout_s, _MEMORY_BYTES) as pool:
+        waiting = iter(names)
+        asked = {pool.submit(scan_file, name): name for name in itertools.islice(waiting, 2 * workers)}
+        while asked:
+            ticket, record = pool.wait()
+            name = asked.pop(ticket)
+            for following in itertools.islice(waiting, 1):
+                asked[pool.submit(scan_file, following)] = following
+            if isinstance(record, BadVideo):
+                record = ScanRecord(name, damaged=str(record), final=record.final)
+            yield record
+
+
+def plausible(records: Iterable[ScanRecord]) -> Iterator[ScanRecord]:
+    """The records, held back until one of the files is good or two differ in their faults.
+
+    Raises OSError when the first 20 all fail for one reason: that is this machine's or the program's fault.
+    """
+    held: list[ScanRecord] | None = []
+    for record in records:
+        if held is None:
+            yield record
+            continue
+        held.append(record)
+        told = [one.damaged for one in held if one.damaged != "empty file"]
+        if "" in told or len(set(told)) > 1:
+            yield from held
+            held = None
+        elif len(told) >= _ALIKE:
+            raise OSError(
+                f"the first {len(told)} files all fail for one reason, e.g. {record.path}: {told[0]}; is it this "
+                f"machine's software ({reader_name()})? Nothing was noted against the files"
+            )
+    yield from held or []

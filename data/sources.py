@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from data import layouts, lists
-from data.cut import frames_between, read_cut
+from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
-from data.files import write_atomic
+from data.files import escaped, unescaped, write_atomic
 from data.index import Scans, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
 from data.table import Video, VideoTable
-from data.video import read_frames
+from data.video import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,16 @@ class Source:
     damaged: list[ScanRecord] = field(default_factory=list)
     demo: DemoVideos | None = None
 
-    def read(self, video: Video, indices: Sequence[int], size: int) -> np.ndarray:
-        """Frames of a video: uint8 (len(indices), H, W, 3). The demo draws them at `size`, files keep their own."""
-        if self.demo is not None:
-            return self.demo.frames(int(video.name), indices, size)
-        if video.tick is not None:
-            return read_cut(video.record.path, video.first, video.tick, indices)
-        return read_frames(video.record.path, indices)
+
+def video_frames(
+    video: Video, indices: Sequence[int], size: int, demo: DemoVideos | None = None
+) -> Frames | np.ndarray:
+    """Frames of a video, decoded when they are wanted, (len(indices), H, W, 3); the demo's are drawn at `size` instead."""
+    if demo is not None:
+        return demo.frames(int(video.name), indices, size)
+    if video.tick is not None:
+        return cut_frames(video.record.path, video.first, video.tick, indices, video.record.times)
+    return Frames(video.record.path, indices, video.record.times or None)
 
 
 def open_source(
@@ -75,7 +78,8 @@ def open_source(
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
     sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
-    Raises ValueError if the name or a folder is unknown, or no video is left.
+    Names in the lists are escaped (`data.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
+    video is left.
     """
     if name not in SOURCES:
         raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
@@ -118,7 +122,7 @@ def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: i
 
 def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
     if name == "ucf101":
-        found = layouts.find_ucf101(root)
+        found = layouts.find_ucf101(root, split)
         return lists.listed_ucf101(found, list_file) if list_file else found
     if name == "kinetics400":
         if list_file:
@@ -137,7 +141,8 @@ def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str
 
 def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None:
     if index_dir is not None and name in _LISTS:
-        write_atomic(Path(index_dir, f"{name}-missing.txt"), "".join(f"{m}\n" for m in found.missing))
+        lines = "".join(f"{escaped(missing)}\n" for missing in found.missing)
+        write_atomic(Path(index_dir, f"{name}-missing.txt"), lines)
     if found.missing:
         where = f"; all: {Path(index_dir, f'{name}-missing.txt')}" if index_dir is not None else ""
         first = ", ".join(found.missing[:3])
@@ -173,7 +178,7 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
-    scans = scan_paths(paths, cache_file, workers, times=bool(found.cuts))
+    scans = scan_paths(paths, cache_file, workers)
     damaged = [ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()]
     for record in damaged:
         logger.warning("damaged, left out: %s: %s", record.path, record.damaged)
@@ -187,12 +192,13 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     logger.info("%s: %d videos found, %d damaged", name, len(paths), len(damaged))
     rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
     columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
+    columns["file"] = rows.astype(np.int32)
     good = ~np.isin(rows, list(scans.damaged))
     if found.labels:
         columns["label"] = np.array(found.labels, np.int32)
     if found.cuts:
         good &= _cut(name, found, scans, rows, columns)
-    videos = VideoTable(found.base, found.names, columns)
+    videos = VideoTable(found.base, found.names, columns, scans.times)
     return Source(name, str(root), videos.select(good), found.class_names, damaged)
 
 
@@ -216,17 +222,10 @@ def _cut(
 
 
 def _write_quarantine(path: Path, scanned: set[str], damaged: list[ScanRecord]) -> None:
-    """path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
-    rows = (
-        dict(
-            line.split("\t", 1)
-            for line in path.read_text(errors="surrogateescape").rstrip("\n").split("\n")[1:]
-        )
-        if path.exists()
-        else {}
-    )
-    rows = {name: reason for name, reason in rows.items() if name not in scanned}
+    """Escaped path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
+    lines = path.read_bytes().decode(errors="surrogateescape").split("\n")[1:] if path.is_file() else []
+    found = (line.rpartition("\t") for line in lines if "\t" in line)
+    rows = {unescaped(name): reason for name, _, reason in found if unescaped(name) not in scanned}
     rows.update({record.path: " ".join(record.damaged.split()) for record in damaged})
-    write_atomic(
-        path, "\n".join(["path\treason", *(f"{name}\t{rows[name]}" for name in sorted(rows))]) + "\n"
-    )
+    text = [f"{escaped(name)}\t{rows[name]}" for name in sorted(rows)]
+    write_atomic(path, "\n".join(["path\treason", *text]) + "\n")

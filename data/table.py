@@ -44,16 +44,33 @@ class Texts(Sequence):
         return piece.tobytes().decode("utf-8", "surrogateescape")
 
 
+class Blobs:
+    """n byte strings in one buffer, b"" until they are put in, in any order."""
+
+    def __init__(self, count: int):
+        self.places, self.buffer = np.zeros((count, 2), np.int64), bytearray()
+
+    def put(self, index: int, content: bytes) -> None:
+        self.places[index] = len(self.buffer), len(self.buffer) + len(content)
+        self.buffer += content
+
+    def __getitem__(self, index: int) -> bytes:
+        start, end = self.places[index]
+        return bytes(self.buffer[start:end])
+
+
 class VideoTable(Sequence):
     """A sequence of Video, made when asked for; `select` and slices share the columns."""
 
-    def __init__(self, base: str, files: Sequence[str], columns: dict[str, np.ndarray]):
-        """base: folder of the files. files: paths below it, one a video.
+    def __init__(
+        self, base: str, files: Sequence[str], columns: dict[str, np.ndarray], times: Blobs | None = None
+    ):
+        """base: folder of the files. files: paths below it, one a video. times: the scan's timelines, if there are any.
 
         columns, each (len(files), ...): num_frames, width, height, fps; if there are any: label; first, tick, and
-        cut int64 (n, 2), begin and end of the clip in ms.
+        cut int64 (n, 2), begin and end of the clip in ms; file, the number of the file in `times`.
         """
-        self.base, self.columns = base, columns
+        self.base, self.columns, self.times = base, columns, times
         self.files = files if isinstance(files, Texts) else Texts(files)
         self.rows = np.arange(len(files), dtype=np.int32)
 
@@ -67,12 +84,8 @@ class VideoTable(Sequence):
     def select(self, chosen: np.ndarray) -> VideoTable:
         """The videos where `chosen`, bool (len(self),), is true, or those with the numbers `chosen`."""
         part = object.__new__(VideoTable)
-        part.base, part.columns, part.files, part.rows = (
-            self.base,
-            self.columns,
-            self.files,
-            self.rows[chosen],
-        )
+        part.base, part.columns, part.times = self.base, self.columns, self.times
+        part.files, part.rows = self.files, self.rows[chosen]
         return part
 
     def name(self, index: int) -> str:
@@ -94,7 +107,8 @@ class VideoTable(Sequence):
         row = self._row(index)
         numbers = {key: int(self.columns[key][row]) for key in ("num_frames", "width", "height")}
         path = f"{self.base}/{self.files[row]}"
-        record = ScanRecord(path, fps=float(self.columns["fps"][row]), **numbers)
+        times = self.times[self.columns["file"][row]] if self.times is not None else b""
+        record = ScanRecord(path, fps=float(self.columns["fps"][row]), times=times, **numbers)
         where = [int(self.columns[key][row]) for key in ("first", "tick") if key in self.columns]
         return Video(self.name(index), record, self.label(index), *where)
 

@@ -6,18 +6,15 @@ set: at most QUEUE_BYTES of decoded clips wait for the network.
 """
 
 import logging
-import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data.video import natural_key
+from data.processes import Pool
+from data.video import BadVideo, natural_key
 from eval.feature_cache import FeatureCache
 from eval.ranks import Ranks
 from eval.selection import Clip, Selection
@@ -53,36 +50,24 @@ class RunOptions:
 def _read(clip: Clip, size: tuple[int, int]) -> np.ndarray | str:
     """A clip's pixels, or in one line why it cannot be read."""
     try:
-        return read_clip(clip.video, np.array(clip.indices), size, clip.source)
-    except (ValueError, OSError) as error:
+        return read_clip(clip.video, np.array(clip.indices), size, clip.source, clip.times)
+    except ValueError as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_ahead(clips: Sequence[Clip], size: tuple[int, int], workers: int) -> Iterator[np.ndarray | str]:
-    """The clips' pixels in order, decoded ahead by `workers` processes within QUEUE_BYTES.
-
-    Pixels travel through pipes (shared memory is small in containers). The processes are spawned and import no
-    torch: a fork of a process with gloo's threads hung.
-    """
+    """The clips' pixels in order, decoded ahead by `workers` processes within QUEUE_BYTES."""
     clip_bytes = len(clips[0].indices) * size[0] * size[1] * 3 if clips else 1
     ahead = max(1, min(4 * workers, QUEUE_BYTES // clip_bytes))
     workers = min(workers, ahead, len(clips))
     if not workers:
         yield from (_read(clip, size) for clip in clips)
         return
-    waiting: deque[Future] = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        try:
-            for clip in clips:
-                waiting.append(pool.submit(_read, clip, size))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise OSError("a decoding process died; is it out of memory? --workers 0 decodes here") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with Pool(workers) as pool:
+        for clip, pixels in zip(
+            clips, pool.in_order(((_read, clip, size) for clip in clips), ahead), strict=True
+        ):
+            yield f"{clip.video.name}: {pixels}" if isinstance(pixels, BadVideo) else pixels
 
 
 def extract_selected(

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ def cache_folder(argument: str | None, *roots: str | Path) -> Path:
     for root in roots:
         if Path(root).is_dir() and folder.resolve().is_relative_to(Path(root).resolve()):
             raise ValueError(f"--cache-dir {folder} lies inside the videos {root}; choose a folder outside")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cache {folder}: cannot be written ({error.strerror}); give another with --cache-dir, or --no-cache"
+        ) from error
     return folder
 
 
@@ -43,20 +52,30 @@ class FeatureCache:
 
     @staticmethod
     def _read(path: Path) -> np.ndarray | None:
-        """A cached array; None if it is not there or not readable, which costs its computation only."""
+        """A cached array; None if it is not there or not as it was written, which costs its computation only.
+
+        Behind the array stands its sha256; a file of before that was so ends with the array.
+        """
         try:
-            return np.load(path, allow_pickle=False)
+            data = path.read_bytes()
+            content, digest = data[:-32], data[-32:]
+            buffer = io.BytesIO(content if hashlib.sha256(content).digest() == digest else data)
+            array = np.load(buffer, allow_pickle=False)
+            if buffer.read(1):
+                raise ValueError("sha256 differs")
+            return array
         except FileNotFoundError:
             return None
-        except (ValueError, OSError, EOFError) as error:
-            logger.warning("%s is not readable (%s): computed again", path, error)
+        except Exception as error:  # NumPy raises many kinds on a damaged head
+            logger.warning("%s is damaged (%s): computed again", path, error)
             return None
 
     @staticmethod
     def _write(path: Path, features: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.save(buffer, features)
-        write_atomic(path, buffer.getvalue())
+        content = buffer.getvalue()
+        write_atomic(path, content + hashlib.sha256(content).digest())
 
     def load(self, num: int, batch_size: int) -> dict[int, np.ndarray]:
         """What is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""

@@ -19,6 +19,7 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 
 from data.cli import run
+from data.files import claim_file, is_json_object
 from eval.options import size_argument
 from eval.weight_files import TRUNKS
 from eval.weights import (
@@ -265,6 +266,8 @@ def report(
     from eval.videos import content_digest, storage_of
 
     storage = {side: sorted({storage_of(p[n]) for p in pairs}) for n, side in enumerate(("real", "fake"))}
+    if args.out:
+        claim_file(args.out, is_json_object)
     made = environment(device_name(device)) if args.out else {}
     digests = {
         side: hashlib.sha256(

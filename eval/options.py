@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import Any
 
+from data.files import claim_file, is_json_object
 from eval.extraction import RunOptions
 from eval.feature_cache import cache_folder, scan_file
 from eval.protocol import parse_size
@@ -42,6 +43,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptions:
     """The options of a run; ValueError for a cache inside one of the folders judged."""
+    if args.out:
+        claim_file(args.out, is_json_object)
     folder = None if args.no_cache else cache_folder(args.cache_dir, *roots)
     return RunOptions(args.batch_size, args.workers, folder, ranks)
 

@@ -1,13 +1,14 @@
 """One JSON line per number: what it is, what it was made from, where and with what."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+
+from data.files import append_line
 
 
 def git_commit() -> str | None:
@@ -24,7 +25,7 @@ def git_commit() -> str | None:
 def environment(device: str) -> dict:
     """Versions, device, command line, commit, time (UTC)."""
     packages = {}
-    for name in ("torch", "numpy", "scipy", "av", "decord", "lpips"):
+    for name in ("torch", "numpy", "scipy", "av", "lpips"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -65,12 +66,6 @@ def provenance_of_run(extractor, options, tag: str = "") -> dict:
 
 
 def append_record(path: str | Path, record: dict) -> None:
-    """Append one JSON line in a single write, so that several programs can share a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)
+    """Append one JSON line, whole or not at all; several programs can share a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    append_line(path, json.dumps(record, sort_keys=True, allow_nan=False))

@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.cli import run
-from data.files import write_atomic
+from data.files import claim_file, write_atomic
 
 FORMATS = ("md", "csv", "html")
 COLUMNS = (
@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> int | None:
         raise ValueError(f"--out {args.out}: the suffix is none of {', '.join(FORMATS)}; give --format")
     text = render([row_of(record) for record in read_records(args.records)], form)
     if args.out:
+        claim_file(args.out, lambda first: first == text.split("\n", 1)[0].rstrip("\r"))
         write_atomic(args.out, text)
     else:
         print(text, end="")

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.clip import ClipSpec, frame_indices, span
 from data.index import build_index
+from data.video import BadVideo
 from eval.manifest import list_folder
 from eval.videos import ARRAY_SUFFIXES, Video, content_digest, refuse_deep_pictures, shape_of, storage_of
 
@@ -25,12 +26,16 @@ LISTED = 50  # names of short videos in a record; the counts are exact
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip before it is read. source: (height, width) of the stored frames; total: the video's frames."""
+    """A clip before it is read. source: (height, width) of the stored frames; total: the video's frames.
+
+    times: its timeline (data/timeline.py), b"" for none.
+    """
 
     video: Video
     indices: tuple[int, ...]
     source: tuple[int, int]
     total: int
+    times: bytes = b""
 
 
 class Selection:
@@ -60,6 +65,7 @@ class Selection:
         self.damaged: dict[str, str] = {}
         self.short: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, int, int]] = {}
+        self._times: dict[str, bytes] = {}
         self._clips: list[Clip] = []
         self._wanted = 0
         self._stream = self._windows() if sampling == "clips" else self._videos()
@@ -103,7 +109,8 @@ class Selection:
                 if video.path.is_dir():
                     refuse_deep_pictures(video.path, range(record.num_frames))
                 self._shapes[video.name] = (record.num_frames, record.height, record.width)
-            except (ValueError, OSError) as error:
+                self._times[video.name] = record.times
+            except BadVideo as error:
                 self._leave_out(video, str(error))
         for record in index.damaged if index else ():
             self._leave_out(files[record.path], record.damaged)
@@ -111,7 +118,7 @@ class Selection:
             if video.path.suffix in ARRAY_SUFFIXES:
                 try:
                     self._shapes[video.name] = shape_of(video)
-                except (ValueError, OSError) as error:
+                except BadVideo as error:
                     self._leave_out(video, str(error))
         for video in new:
             if video.name in self._shapes and self._shapes[video.name][0] < span(self.spec):
@@ -143,7 +150,7 @@ class Selection:
     def _clip(self, video: Video, start: int) -> Clip:
         total, *source = self._shapes[video.name]
         indices = start + np.arange(self.spec.num_frames) * self.spec.interval
-        return Clip(video, tuple(indices.tolist()), tuple(source), total)
+        return Clip(video, tuple(indices.tolist()), tuple(source), total, self._times.get(video.name, b""))
 
     def _videos(self) -> Iterator[Clip]:
         """A clip of each video, then a second one of each, up to clips_per_video."""

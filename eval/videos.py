@@ -6,6 +6,7 @@ its centre by the arithmetic of data.clip, and rounded to uint8. An alpha channe
 """
 
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterable
@@ -14,16 +15,27 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data.clip import ClipSpec, crop_resize_uint8
 from data.files import sha256_of
-from data.video import list_frames, list_videos, natural_key, probe, read_frames
+from data.video import (
+    BadVideo,
+    Frames,
+    list_frames,
+    list_videos,
+    natural_key,
+    probe,
+    read_frames,
+    reading,
+)
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 DEEP_MODES = ("I", "F")  # Pillow's pixels of 16 bits and more; it would clip them at 255
 BLOCK_BYTES = 256 << 20  # decoded frames held at once
 COMPRESSED_BYTES = 1 << 30  # largest compressed array that is unpacked in memory
+# what NumPy and zipfile raise on damaged, encrypted and lying files
+_BROKEN = (ValueError, KeyError, OverflowError, RuntimeError, zipfile.BadZipFile)
 LOSSLESS_CODECS = ("ffv1", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "png")
 
 
@@ -48,10 +60,6 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
     """An array of an .npz file: mapped where it was stored as it is (np.savez), else in memory if it is small."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
         info = archive.getinfo(f"{key}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            if info.file_size > COMPRESSED_BYTES:
-                raise ValueError(f"{info.file_size >> 20} MiB, compressed; save it with np.savez or as .npy")
-            return _unpack(path, key, mtime_ns)
         version = np.lib.format.read_magic(member)
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -59,8 +67,13 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
         }
         shape, fortran_order, dtype = read_header[version](member)
         inside = member.tell()
-    if dtype.hasobject or 0 in shape:
-        raise ValueError(f"{dtype} {shape}")
+    size = math.prod(map(int, shape)) * dtype.itemsize
+    if dtype.hasobject or 0 in shape or size > info.file_size:
+        raise ValueError(f"{dtype} {shape} in {info.file_size} bytes")
+    if info.compress_type != zipfile.ZIP_STORED:
+        if size > COMPRESSED_BYTES:
+            raise ValueError(f"{size >> 20} MiB, compressed; save it with np.savez or as .npy")
+        return _unpack(path, key, mtime_ns)
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), "<u2")
@@ -71,15 +84,18 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
 def _load_array(path: Path, key: str, mtime_ns: int) -> np.ndarray:
     """An array of a file, mapped where possible and anew each time, so that pages read do not pile up."""
     try:
-        array = (
-            _map_member(path, key, mtime_ns)
-            if path.suffix == ".npz"
-            else np.load(path, "r", allow_pickle=False)
-        )
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path}: not a readable array file ({error})") from error
+        with reading(path):
+            if not path.is_file():
+                raise BadVideo("neither a file nor a folder")
+            array = (
+                _map_member(path, key, mtime_ns)
+                if path.suffix == ".npz"
+                else np.load(path, "r", allow_pickle=False)
+            )
+    except _BROKEN as error:
+        raise BadVideo(f"{path}: not a readable array file ({error})") from error
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
-        raise ValueError(
+        raise BadVideo(
             f"{path} {key}: {array.dtype} {array.shape}: need uint8 (T, H, W, 3) or (N, T, H, W, 3)"
         )
     return array
@@ -89,7 +105,7 @@ def _array(video: Video) -> np.ndarray:
     """The frames (T, H, W, 3) of an array video."""
     array = _load_array(video.path, video.key, video.path.stat().st_mtime_ns)
     if (array.ndim == 5) != (video.row >= 0) or video.row >= len(array):
-        raise ValueError(f"{video.path}: changed while it was read")
+        raise BadVideo(f"{video.path}: changed while it was read")
     return array[video.row] if video.row >= 0 else array
 
 
@@ -98,16 +114,16 @@ def _array_videos(path: Path, name: str) -> list[Video]:
     keys = [""]
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with reading(path), np.load(path, allow_pickle=False) as arrays:
                 keys = sorted(arrays.files, key=natural_key)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+    except _BROKEN:
         return [Video(name, path)]
     found = []
     for key in keys:
         label = f"{name}:{key}" if key else name
         try:
             array = _load_array(path, key, path.stat().st_mtime_ns)
-        except (ValueError, OSError):
+        except BadVideo:
             found.append(Video(label, path, key))
             continue
         rows = range(len(array)) if array.ndim == 5 else (-1,)
@@ -158,7 +174,7 @@ def read_video(video: Video, indices: np.ndarray | None = None) -> np.ndarray:
         return np.asarray(array[indices])
     if video.path.is_dir():
         refuse_deep_pictures(video.path, indices)
-    return read_frames(video.path, indices)
+    return np.asarray(read_frames(video.path, indices))
 
 
 def refuse_deep_pictures(folder: Path, indices: Iterable[int]) -> None:
@@ -166,12 +182,12 @@ def refuse_deep_pictures(folder: Path, indices: Iterable[int]) -> None:
     frames = list_frames(folder)
     for path in [frames[n] for n in sorted(set(map(int, indices))) if n < len(frames)]:
         try:
-            with Image.open(path) as picture:
+            with reading(path), Image.open(path) as picture:
                 mode = picture.mode
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from error
+        except (BadVideo, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadVideo(f"{path}: not a readable image ({error})") from error
         if mode.startswith(DEEP_MODES):
-            raise ValueError(f"{path}: {mode} pixels have more than 8 bits; save the frames as 8-bit RGB")
+            raise BadVideo(f"{path}: {mode} pixels have more than 8 bits; save the frames as 8-bit RGB")
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -196,13 +212,17 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def read_clip(
-    video: Video, indices: np.ndarray, target: tuple[int, int], source: tuple[int, int]
+    video: Video, indices: np.ndarray, target: tuple[int, int], source: tuple[int, int], times: bytes = b""
 ) -> np.ndarray:
     """Frames `indices` at the target size (height, width): uint8 (T, height, width, 3).
 
-    source: height and width of the stored frames; large ones are read in blocks. Raises ValueError or OSError if
-    the video cannot be read.
+    source: height and width of the frames. times: the scan's timeline of a file. Large frames do not pile up. Raises
+    ValueError if the video cannot be read.
     """
+    if video.path.suffix not in ARRAY_SUFFIXES:
+        if video.path.is_dir():
+            refuse_deep_pictures(video.path, indices)
+        return Frames(video.path, indices, times).map(lambda picture: fit(picture[None], *target)[0])
     H, W = source
     block = max(1, BLOCK_BYTES // (3 * H * W))
     parts = [fit(read_video(video, indices[n : n + block]), *target) for n in range(0, len(indices), block)]

@@ -106,11 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     elif "--help" not in argv and "-h" not in argv:
         raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
     config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__)
+    from data.files import append_line, claim_file, is_json_object
     from pipelines.run import summary, versions
 
     if args.dry_run:
         print(summary(config))
         return 0
+    if config.out:
+        claim_file(config.out, is_json_object)
     made = versions()
     for variant in config.variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -118,8 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line(row), flush=True)
         if config.out:
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            with open(config.out, "a") as file:
-                file.write(json.dumps({**row, "versions": made, "command": sys.argv}) + "\n")
+            append_line(config.out, json.dumps({**row, "versions": made, "command": sys.argv}))
     return 0
 
 

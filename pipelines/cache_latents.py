@@ -10,6 +10,8 @@ import hashlib
 import logging
 import os
 import platform
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def read_entry(config: TrainLatteConfig, clips: "VideoClips", entry: int) -> Any:
-    """Pixels of an entry: uint8 (T, size, size, 3). Raises ValueError or OSError if its video cannot be read."""
+def read_entries(
+    config: TrainLatteConfig, clips: "VideoClips", entries: Iterable[int]
+) -> Iterator[tuple[int, Any]]:
+    """(entry, its pixels uint8 (T, size, size, 3), or the BadVideo that says why not), decoded ahead by `workers` processes."""
     import numpy as np
 
-    video, draw = divmod(entry, draws(config))
-    crop, mirrored = (draw // 2, draw % 2) if config.cache.flips else (draw, 0)
-    pixels = clips.clip_uint8(video, np.random.default_rng((config.seed, video, crop)))
-    return pixels[:, :, ::-1].copy() if mirrored else pixels
+    from data.processes import Pool
+    from data.video import BadVideo
+
+    def job(entry: int) -> tuple:
+        video, draw = divmod(entry, draws(config))
+        return clips.clip_job(
+            video, np.random.default_rng((config.seed, video, draw // 2 if config.cache.flips else draw))
+        )
+
+    def here(function: Any, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except BadVideo as error:
+            return error
+
+    with Pool(config.workers) if config.workers else nullcontext() as pool:
+        jobs = map(job, entries)
+        read = pool.in_order(jobs, 2 * config.workers) if pool else (here(*one) for one in jobs)
+        for entry, pixels in zip(entries, read, strict=True):
+            mirrored = config.cache.flips and entry % 2 and not isinstance(pixels, BadVideo)
+            yield entry, pixels[:, :, ::-1].copy() if mirrored else pixels
 
 
 def encode_shard(
@@ -48,6 +69,7 @@ def encode_shard(
 
     from data.clip import to_float
     from data.latents import DTYPES
+    from data.video import BadVideo
 
     dtype, rows, failed = DTYPES[config.cache.dtype], [], []
     batch: list[tuple[int, Any]] = []
@@ -58,16 +80,20 @@ def encode_shard(
         x = torch.stack([pixels for _, pixels in batch]).to(device, vae.dtype)
         posterior = vae.encode(x).latent_dist
         mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
+        for m, s, (entry, _) in zip(mean, logvar, batch, strict=True):
+            if not (m.isfinite().all() and s.isfinite().all()):
+                raise ValueError(
+                    f"the latents of {clips.name(entry // draws(config))} are not finite: are the VAE's weights whole? "
+                    "precision=fp32 and cache.dtype=float32 reach farther; the shards before are kept"
+                )
         rows.extend((m, s, entry) for m, s, (entry, _) in zip(mean, logvar, batch, strict=True))
         batch.clear()
 
-    for entry in entries:
-        try:
-            pixels = read_entry(config, clips, entry)
-        except (ValueError, OSError) as error:
+    for entry, pixels in read_entries(config, clips, entries):
+        if isinstance(pixels, BadVideo):
             name = clips.name(entry // draws(config))
-            failed.append({"entry": entry, "video": name, "reason": str(error)})
-            log.warning("not cached: %s: %s", name, error)
+            failed.append({"entry": entry, "video": name, "reason": str(pixels)})
+            log.warning("not cached: %s: %s", name, pixels)
             continue
         batch.append((entry, to_float(pixels)))
         if len(batch) == config.cache.batch:
@@ -85,15 +111,11 @@ def encode_shard(
 
 def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
     """Shards that are missing, and those that lack a clip which can be read by now."""
+    from data.video import BadVideo
 
-    def readable(entry: int) -> bool:
-        try:
-            read_entry(config, clips, entry)
-        except (ValueError, OSError):
-            return False
-        return True
-
-    again = [s for s, failed in writer.failures().items() if any(readable(clip["entry"]) for clip in failed)]
+    lacking = {clip["entry"]: shard for shard, failed in writer.failures().items() for clip in failed}
+    read = read_entries(config, clips, list(lacking))
+    again = sorted({lacking[entry] for entry, pixels in read if not isinstance(pixels, BadVideo)})
     if again:
         log.info("%d shards lack clips that can be read now: they are made anew", len(again))
     return sorted([*writer.missing(), *again])
@@ -111,7 +133,7 @@ def my_share(todo: list[int], rank: int, world: int) -> list[int]:
 def build_cache(config: TrainLatteConfig) -> "LatentCache":
     """Encode what is missing; returns the complete cache. Measures the latents' mean and std per channel.
 
-    A VAE that brings no scaling rule gets the measured statistics written into its config.json.
+    index.json keeps them: training scales the latents of a VAE that brings no rule by them. The VAE's folder stays as it is.
     """
     import torch
     from tqdm import tqdm
@@ -147,7 +169,6 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
                 len(index["failed"]),
             )
         log.info("latent mean %s, std %s", *(_short(index["statistics"][k]) for k in ("mean", "std")))
-        _store_statistics(config, vae, index["statistics"])
     accelerator.wait_for_everyone()
     return LatentCache(folder, expect=fingerprint)
 
@@ -182,22 +203,6 @@ def verify_cache(config: TrainLatteConfig) -> int:
 
 def _short(values: list[float]) -> str:
     return "[" + ", ".join(f"{v:.3f}" for v in values) + "]"
-
-
-def _store_statistics(config: TrainLatteConfig, vae: Any, statistics: dict[str, list[float]]) -> None:
-    """Into the VAE's own folder, once, if it has no scaling rule: every later user then normalises alike."""
-    import json
-
-    from data.files import remove_leftovers, write_json
-    from vae.registry import vae_folder
-
-    if vae.has_scaling_rule:
-        return
-    file = vae_folder(config.vae.name, config.vae.path or None) / "config.json"
-    remove_leftovers(file.parent)
-    content = json.loads(file.read_text())
-    write_json(file, {**content, "latents_mean": statistics["mean"], "latents_std": statistics["std"]})
-    log.info("no scaling rule in %s: measured latents_mean and latents_std stored there", file)
 
 
 def main(argv: list[str] | None = None) -> int:

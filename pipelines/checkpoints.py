@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +21,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from data.files import fsync, remove_leftovers, sha256_of, write_json
+from data.files import fsync, read_json, remove_leftovers, remove_tree, sha256_of, usual_mode, write_json
 
 log = logging.getLogger(__name__)
 EXPORTS = ("vae", "pipeline")  # folders of a run that are replaced as a whole
 _SEAL = ("manifest.json", "COMPLETE")
+_JUNK = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*")  # what systems leave in any folder
 
 
 class Checkpoints:
@@ -44,25 +47,33 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all renamed (hence once complete) checkpoints, ascending."""
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step_*") if p.name[5:].isdigit())
+        names = (p.name[5:] for p in self.folder.glob("step_*") if p.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
     def manifest(self, step: int) -> dict[str, Any]:
         """What is known about a checkpoint."""
-        return json.loads((self.path(step) / "manifest.json").read_text())
+        return read_json(self.path(step) / "manifest.json")
 
     def clean(self) -> None:
         """Remove what a killed save or deletion left behind. Only the process that owns the run folder may call it."""
         for pattern in (".step_*.tmp", ".step_*.old"):
             for folder in self.folder.glob(pattern):
-                shutil.rmtree(folder)
+                remove_tree(folder)
 
-    def save(self, step: int, write: Callable[[Path], None], info: dict[str, Any], accelerator: Any) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        info: dict[str, Any],
+        accelerator: Any,
+        good: int | None = None,
+    ) -> Path:
         """Call on every process; `write(folder)` runs on every process, everything else on the main one.
 
-        info: goes into the manifest. Raises OSError that names the path and the bytes needed when the disk is full.
+        info: goes into the manifest. good: a checkpoint that stays, however many come after it. Raises OSError that names the path and the bytes needed when the disk is full.
         """
         target, temporary = self.path(step), self.folder / f".step_{step:08d}.tmp"
         if accelerator.is_main_process:
@@ -81,27 +92,32 @@ class Checkpoints:
             os.replace(temporary, target)
             fsync(self.folder)
             self.damaged.discard(step)
-            self._retire(step)
+            self._retire(step, good)
         accelerator.wait_for_everyone()
         return target
 
-    def _retire(self, newest: int) -> None:
-        """Keep the newest and the `keep` - 1 undamaged ones before it.
+    def _retire(self, newest: int, good: int | None) -> None:
+        """Keep the newest, the `keep` - 1 undamaged ones before it, and `good`.
 
         Those with a higher number are damaged, or the run would have begun there: they stay for the user to look at.
         """
         older = [s for s in self.steps() if s < newest]
         kept = [s for s in older if s not in self.damaged][1 - self.keep :]
         for step in older:
-            if step not in kept:
-                self._remove(step)
+            if step not in kept and step != good:
+                try:
+                    self._remove(step)
+                except (
+                    OSError
+                ) as error:  # a file that may not be deleted: the new checkpoint is there all the same
+                    log.warning("cannot remove the old checkpoint %s: %s", self.path(step), error)
 
     def _remove(self, step: int) -> None:
         """Under another name first: a deletion cut short is no checkpoint with missing files."""
         grave = self.folder / f".step_{step:08d}.old"
-        shutil.rmtree(grave, ignore_errors=True)
+        remove_tree(grave)
         os.replace(self.path(step), grave)
-        shutil.rmtree(grave)
+        remove_tree(grave)
 
     def damage(self, step: int) -> str:
         """ "" when every file is as it was written, else what is wrong with the first that is not."""
@@ -114,38 +130,49 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"manifest.json or COMPLETE: {error}"
         # Names are looked for among the files that are there: one that points elsewhere is simply missing.
-        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {*_SEAL}
-        for name in sorted(digests.keys() ^ there):
-            return f"{name}: {'missing' if name in digests else 'not in the manifest'}"
-        for name, digest in digests.items():
-            if sha256_of(folder / name) != digest:
-                return f"{name}: sha256 differs from the manifest"
+        try:
+            files = [p for p in folder.rglob("*") if p.is_file() and not _JUNK.fullmatch(p.name)]
+            there = {p.relative_to(folder).as_posix() for p in files} - {*_SEAL}
+            for name in sorted(digests.keys() ^ there):
+                return f"{name}: {'missing' if name in digests else 'not in the manifest'}"
+            for name, digest in digests.items():
+                if sha256_of(folder / name) != digest:
+                    return f"{name}: sha256 differs from the manifest"
+        except OSError as error:
+            return f"cannot be read: {error}"
         return ""
 
-    def latest(self) -> int | None:
+    def latest(self, healthy: bool = False) -> int | None:
         """Step of the newest undamaged checkpoint, None when there are none; each damaged one is named in the log.
 
+        healthy: only one that was not saved in a row of steps that were left out, None if all were; rather not the one
+        right before such a row.
         Raises ValueError when there are checkpoints and all are damaged: to begin anew is the user's decision.
         """
-        steps = self.steps()
+        steps, first_bad, before = self.steps(), math.inf, None
         for step in reversed(steps):
             damage = self.damage(step)
             if not damage:
-                return step
+                sick = self.manifest(step).get("skipped_in_row", 0) if healthy else 0
+                first_bad = min(first_bad, step - sick) if sick else first_bad
+                if not healthy or (not sick and step < first_bad):
+                    return step
+                continue
             self.damaged.add(step)
             log.warning(
                 "checkpoint %s is damaged (%s): falling back to an older one", self.path(step), damage
             )
-        if steps:
+        if steps and len(self.damaged) == len(steps):
             raise ValueError(
                 f"all checkpoints in {self.folder} are damaged; restore one, or choose another run_dir to begin anew"
             )
-        return None
+        return before
 
 
 def _seal(folder: Path, info: dict[str, Any]) -> None:
     digests = {}
     for path in sorted(folder.rglob("*")):
+        usual_mode(path)
         fsync(path)
         if path.is_file():
             digests[path.relative_to(folder).as_posix()] = sha256_of(path)
@@ -191,15 +218,34 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
     program may have added to it (cache_latents stores statistics).
     """
     record = target / "export.json"
-    if record.is_file() and json.loads(record.read_text())["step"] == info["step"]:
-        return False
+    if record.is_file():
+        try:
+            done = read_json(record, "step")
+        except ValueError as error:
+            log.warning("%s: made anew", error)
+        else:
+            if done["step"] == info["step"] and _is_whole(target, done.get("files")):
+                return False
 
     def write_all(temporary: Path) -> None:
         write(temporary)
-        write_json(temporary / "export.json", info)
+        files = (p for p in temporary.rglob("*") if p.is_file())
+        sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in files}
+        write_json(temporary / "export.json", {**info, "files": sizes})
 
     replace_folder(target, write_all)
     return True
+
+
+def _is_whole(folder: Path, files: dict[str, int] | None) -> bool:
+    """Whether an export has its files: settings may have been added to (by hand too), weights are as large as they were.
+
+    files: name and bytes of each; None in exports of before they were noted, which must have weights.
+    """
+    if not isinstance(files, dict):
+        return any(folder.rglob("*.safetensors"))
+    paths = {folder / name: size for name, size in files.items()}
+    return all(p.is_file() and (p.suffix == ".json" or p.stat().st_size == size) for p, size in paths.items())
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -209,13 +255,15 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     with writing(temporary, target, folder_bytes(target)):
         write(temporary)
         for path in temporary.rglob("*"):
+            usual_mode(path)
             fsync(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    remove_tree(old)
+    if target.exists() or target.is_symlink():
         os.replace(target, old)
     os.replace(temporary, target)
     fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_tree(old)
 
 
 def recover(run_dir: Path) -> None:
@@ -228,7 +276,6 @@ def recover(run_dir: Path) -> None:
         if old.is_dir() and not target.exists():
             os.replace(old, target)
         for left in (old, run_dir / f".{name}.tmp"):
-            if left.is_dir():
-                shutil.rmtree(left)
+            remove_tree(left)
     for folder in (run_dir, run_dir / "media"):
         remove_leftovers(folder)

@@ -4,10 +4,12 @@ Importing this module, parsing and `--help` never import torch.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import enum
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,30 +76,65 @@ def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()
     try:
         layers = [base]
         if path:
-            layers.append(_read_yaml(Path(path)))
+            layers.append(OmegaConf.create(_hide(read_yaml(path))))
         typed = [item for item in overrides if not _is_text(cls, item)]
-        layers.append(OmegaConf.from_dotlist(typed))
+        layers.append(OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
         for key, _, text in (item.partition("=") for item in overrides if item not in typed):
             # As it stands: a folder called 001 or 1e3 is no number. A leading ~ is the home folder.
-            OmegaConf.update(layers[-1], key, os.path.expanduser(text), force_add=True)
-        return OmegaConf.to_object(OmegaConf.merge(*layers))
+            OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
+        return _show(OmegaConf.to_object(OmegaConf.merge(*layers)))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, flatten(cls()))) from error
 
 
-def _read_yaml(path: Path) -> Any:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
+_DOLLAR = "\ue000{"  # stands for "${", which omegaconf would fill in, from the environment too: here text stays text
 
-    if not path.is_file():
+
+def _texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every text in it changed; dataclasses in place."""
+    if isinstance(value, str) and not isinstance(value, enum.Enum):
+        return change(value)
+    if isinstance(value, dict):
+        return {_texts(key, change): _texts(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_texts(part, change) for part in value]
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, _texts(getattr(value, field.name), change))
+    return value
+
+
+def _hide(value: Any) -> Any:
+    return _texts(value, lambda text: os.path.expanduser(text).replace("${", _DOLLAR))
+
+
+def _show(value: Any) -> Any:
+    return _texts(value, lambda text: text.replace(_DOLLAR, "${"))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file, as plain dicts, lists, numbers and texts. Raises ValueError if it holds no settings."""
+    if not Path(path).is_file():
         raise ValueError(f"config {path}: no such file; the shipped ones are under configs/")
     try:
-        content = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: not valid YAML: {error}") from error
-    if not isinstance(content, DictConfig):
-        raise ValueError(f"config {path}: must be settings (key: value), not a list")
-    return content
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from error
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """`read_yaml` of a text."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
+        raise ValueError(f"not valid YAML settings: {str(error) or 'no key: value in it'}") from error
+    if not isinstance(plain, dict):
+        raise ValueError("must be settings (key: value), not a list")
+    return _show(plain)
 
 
 def _is_text(cls: type, item: str) -> bool:
@@ -142,7 +179,7 @@ def dump(config: Any) -> str:
     """The resolved configuration as YAML text."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.structured(_hide(copy.deepcopy(config)))).replace(_DOLLAR, "${")
 
 
 def _help_lines(cls: type, prefix: str = "") -> list[str]:

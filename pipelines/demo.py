@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.files import claim_folder
 from data.video import list_videos
 from pipelines.config import load
 from pipelines.run import ROOT, versions
@@ -170,7 +171,7 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     """Held-out clips and their reconstructions by the trained VAE; the VAE; PSNR of the same network untrained."""
     import torch
 
-    from data.clip import to_uint8
+    from data.clip import to_float, to_uint8
     from pipelines.settings import open_clips
     from pipelines.vae_start import build_vae_model
     from pipelines.vae_trainer import validate
@@ -181,7 +182,7 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     pairs = []
     with torch.inference_mode():
         for n in range(min(4, len(clips))):
-            x = clips[n]["video"][None]
+            x = to_float(clips[n]["video"])[None]
             pairs.append((to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]))
     torch.manual_seed(vae_config.seed)
     scores, _ = validate(build_vae_model(vae_config), clips, vae_config.val_videos, torch.device("cpu"))
@@ -397,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     console()
     fetch_judges()
     image_config, vae_config, latte, sampling = settings(args)
+    claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     start = time.monotonic()
     log.info("1/6 an image VAE, in the place of SD2.1-VAE")
     vae_trainer.train(image_config)

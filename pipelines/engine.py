@@ -193,6 +193,13 @@ def any_process(accelerator: Accelerator, flag: bool) -> Later:
     return Later(accelerator.reduce(send(torch.tensor(float(flag)), accelerator.device), "sum"))
 
 
+def largest_of(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers, on every process."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
 def draw_seed(seed: int, number: int) -> int:
     """Seed of sample `number` of the endless stream: what is random in a step depends on nothing else.
 

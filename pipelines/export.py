@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.files import read_json
 
 log = logging.getLogger(__name__)
 INDEX = "shared.json"  # names and digests of all files that this program has written
@@ -79,7 +80,7 @@ def load(kind: str, folder: Path) -> Any:
 
     if kind == "vae":
         return load_vae(folder)
-    name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    name = read_json(folder / "model_index.json").get("_class_name")
     if name != "LatentVideoPipeline":
         raise ValueError(f"{folder}: a {name}, not a LatentVideoPipeline")
     return LatentVideoPipeline.from_pretrained(folder)
@@ -143,7 +144,7 @@ def check_samples(samples: Path | None, kind: str, model: Any) -> None:
     manifest = samples / "manifest.json" if samples else None
     if kind != "pipeline" or manifest is None or not manifest.is_file():
         return
-    made_by = json.loads(manifest.read_text()).get("settings", {}).get("weights_sha256")
+    made_by = dict(read_json(manifest, "settings")["settings"]).get("weights_sha256")
     digest = weights_digest(model.transformer)
     if made_by != digest:
         raise ValueError(
@@ -249,7 +250,7 @@ def exported_step(folder: Path, trained: Any) -> int | None:
     if trained is None:
         return None
     file = folder / "export.json"
-    return int(json.loads(file.read_text())["step"]) if file.is_file() else trained.step
+    return int(read_json(file, "step")["step"]) if file.is_file() else trained.step
 
 
 def main(argv: list[str] | None = None) -> int:

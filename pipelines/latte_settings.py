@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pipelines.config import at_least, option
-from pipelines.settings import ClipConfig, Mode, Precision, SourceConfig, VAEConfig
+from pipelines.settings import ClipConfig, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
 
 
 @dataclass
@@ -14,6 +14,10 @@ class DenoiserConfig:
     hidden_size: int = option(0, "size=custom: width")
     num_heads: int = option(0, "size=custom: attention heads")
     patch_size: int = option(0, "size=custom: latent pixels of a token's side")
+    init_from: str = option(
+        "",
+        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made anew",
+    )
     label_dropout: float = option(0.1, "how often training hides the class, for classifier-free guidance")
 
 
@@ -67,6 +71,7 @@ class TrainLatteConfig:
     source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
     clip: ClipConfig = option(lambda: ClipConfig(num_frames=81), "")
     samples: SamplesConfig = option(SamplesConfig, "")
+    resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between two records", free=True)
     save_every: int = option(10_000, "steps between two checkpoints", free=True)

@@ -1,5 +1,6 @@
 """The loop of stage two: latents, noise, loss, backward, update, EMA, log, samples, save. Settings: train_latte.py."""
 
+import contextlib
 import logging
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from data.clip import to_uint8
-from data.latents import LatentCache, LatentStream
+from data.clip import to_float, to_uint8
+from data.files import read_json, sha256_of
+from data.latents import LatentCache, LatentStream, read_index
 from denoiser.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
 from denoiser.latte import Latte
+from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
     accumulation_steps,
     autocast,
@@ -29,7 +32,7 @@ from pipelines.latte_settings import TrainLatteConfig
 from pipelines.log import MetricLog
 from pipelines.loop import fit
 from pipelines.media import grid, write_preview
-from pipelines.run import open_run, refuse_inside, summary
+from pipelines.run import check_run, refuse_in_data, refuse_inside, summary
 from pipelines.settings import (
     Mode,
     check_clip,
@@ -45,6 +48,7 @@ from pipelines.zero import load_optimizer_state, load_weights, optimizer_state, 
 
 log = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASS_TABLE = "y_embedder."
 BUCKETS = 4  # of timesteps, whose losses are logged apart
 
 
@@ -67,6 +71,50 @@ def build_latte(config: TrainLatteConfig, vae: Any, num_classes: int | None) -> 
             f"denoiser.size=custom needs denoiser.depth, hidden_size, num_heads and patch_size; got {numbers}"
         )
     return Latte(**numbers, **geometry)
+
+
+def take_weights(latte: Latte, folder: str, class_names: list[str]) -> None:
+    """The weights of a trained Latte of the same design; the class table too if it is of the same classes.
+
+    folder: of a pipeline, whose class names are known, or of the denoiser alone: then as many classes are the same ones.
+    Raises ValueError with what differs.
+    """
+    given, same = Path(folder), None
+    if (given / "model_index.json").is_file():
+        same = read_json(given / "model_index.json").get("class_names") == class_names
+        given = given / "transformer"
+    if (
+        not (given / "config.json").is_file()
+        or read_json(given / "config.json").get("_class_name") != "Latte"
+    ):
+        raise ValueError(f"denoiser.init_from={folder}: neither a pipeline nor a Latte")
+    given = Latte.from_pretrained(given)
+    same = given.config.num_classes == latte.config.num_classes if same is None else same
+    theirs, ours = given.state_dict(), latte.state_dict()
+    table = {key for key in {*theirs, *ours} if key.startswith(CLASS_TABLE)}
+    differing = [
+        f"{key}: {tuple(theirs[key].shape) if key in theirs else 'none'} there, "
+        f"{tuple(ours[key].shape) if key in ours else 'none'} here"
+        for key in sorted({*theirs, *ours} - (set() if same else table))
+        if key not in theirs or key not in ours or theirs[key].shape != ours[key].shape
+    ]
+    if differing or given.config.patch_size != latte.config.patch_size:
+        raise ValueError(
+            f"denoiser.init_from={folder} is another Latte ({'; '.join(differing[:3]) or 'patch_size'})"
+        )
+    latte.load_state_dict({key: ours[key] if key in table and not same else theirs[key] for key in ours})
+    log.info(
+        "weights of %s taken as they are%s",
+        folder,
+        "" if same else "; other classes: their table is made anew",
+    )
+
+
+def start_digest(config: TrainLatteConfig) -> str | None:
+    """sha256 of the weights that a run begins with; None from noise, or when they are not there any more."""
+    places = (Path(config.denoiser.init_from) / name / WEIGHTS for name in ("transformer", ""))
+    file = next((place for place in places if config.denoiser.init_from and place.is_file()), None)
+    return sha256_of(file) if file else None
 
 
 def plan(config: TrainLatteConfig) -> str:
@@ -101,7 +149,7 @@ class OnlineLatents:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        x = batch["video"].to(self.device, non_blocking=True)
+        x = to_float(batch["video"].to(self.device, non_blocking=True))
         posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
@@ -192,7 +240,8 @@ class LatteTrainer(Trainer):
         size, c, clip = self.config.micro_batch, self.latte.config, self.config.clip
         batch = {"number": torch.arange(size), "label": torch.zeros(size, dtype=torch.int64)}
         latents = torch.zeros(size, c.in_channels, c.num_frames, *self.latte.latent_hw)
-        batch |= {"video": torch.zeros(size, 3, clip.num_frames, clip.size, clip.size)} if self.encode else {}
+        shape = (size, clip.num_frames, clip.size, clip.size, 3)
+        batch |= {"video": torch.zeros(shape, dtype=torch.uint8)} if self.encode else {}
         self.loss(batch | {"mean": latents, "logvar": latents})[0].backward()
 
     def save(self, folder: Path) -> None:
@@ -236,21 +285,51 @@ def open_data(
     return LatentStream(cache, config.seed), None, clips.source.class_names, counts
 
 
+def scale_latents(vae: Any, config: TrainLatteConfig, stream: Any = None) -> None:
+    """Give a VAE without a scaling rule the statistics of the run's checkpoint, else of the cache; its folder stays as it is.
+
+    stream: of the cache in mode=cached. Online, those of a cache of this VAE in cache.dir serve. Raises ValueError without any.
+    """
+    if vae.has_scaling_rule:
+        return
+    checkpoints = Checkpoints(Path(config.run_dir), config.keep_checkpoints)
+    for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is told when it is to be loaded
+            known = checkpoints.manifest(step).get("normalization") or {}
+            if known.get("latents_mean") and known.get("latents_std"):
+                return vae.set_latent_statistics(known["latents_mean"], known["latents_std"])
+    index = stream.cache.index if isinstance(stream, LatentStream) else None
+    if index is None and config.cache.dir and (Path(config.cache.dir) / "index.json").is_file():
+        index = read_index(Path(config.cache.dir))
+        if not index["complete"] or index["fingerprint"]["vae"] != vae_entry(config.vae, vae):
+            index = None
+    if index is None:
+        raise ValueError(
+            f"vae.name={config.vae.name}: its latents have no scaling rule (0.18215 fits SD's latents only); run "
+            "pipelines.cache_latents with the same settings: the cache keeps their mean and std (mode=online: cache.dir=DIR of one)"
+        )
+    return vae.set_latent_statistics(index["statistics"]["mean"], index["statistics"]["std"])
+
+
 def train(config: TrainLatteConfig) -> Path:
     """Train, or go on, to config.steps; returns the folder of the exported pipeline (EMA denoiser + VAE)."""
     accelerator = make_accelerator(config)
     vae = open_vae(config.vae)
     check_clip(vae, config.clip)
-    if not vae.has_scaling_rule:
-        raise ValueError(
-            f"vae.name={config.vae.name}: its latents have no scaling rule (0.18215 fits SD's latents only); "
-            "run pipelines.cache_latents with the same settings: it measures mean and std and stores them with the VAE"
-        )
+    if config.mode is Mode.online:
+        scale_latents(vae, config)
     stream, encode, class_names, counts = open_data(config, accelerator, vae)
+    scale_latents(vae, config, stream)
     torch.manual_seed(config.seed)
     latte = build_latte(config, vae, len(class_names) or None)
     run_dir = Path(config.run_dir)
+    check_run(run_dir, config)
+    refuse_in_data(run_dir, "run_dir", config.source)
     refuse_inside(run_dir, "pipeline", config.vae.path, "vae.path")
+    refuse_inside(run_dir, "pipeline", config.denoiser.init_from, "denoiser.init_from")
+    going_on = Checkpoints(run_dir, config.keep_checkpoints).steps() and not config.resume.names
+    if config.denoiser.init_from and not going_on:
+        take_weights(latte, config.denoiser.init_from, class_names)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
     frozen = encode.vae if encode else for_inference(vae, accelerator.device, config.precision)
     pipeline, exported = (
@@ -266,15 +345,19 @@ def train(config: TrainLatteConfig) -> Path:
             return pipeline(labels=labels, num_videos=n, num_steps=steps, guidance_scale=scale).videos
 
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
-    if accelerator.is_main_process:
-        open_run(run_dir, config, "train_latte")
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
     def look(metrics: MetricLog) -> None:
         if accelerator.is_main_process:
-            sheet = grid(list(to_uint8(sample(config.samples.steps))))
-            metrics.video(trainer.step, "samples/ema", sheet)
-            write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
+            videos = sample(config.samples.steps)
+            if videos.isfinite().all():
+                sheet = grid(list(to_uint8(videos)))
+                metrics.video(trainer.step, "samples/ema", sheet)
+                write_preview(run_dir / "media" / f"samples_{trainer.step:08d}.mp4", sheet)
+            else:
+                log.warning(
+                    "step %d: the samples are not finite: no grid; the training diverges", trainer.step
+                )
         accelerator.wait_for_everyone()
 
     fit(
@@ -289,6 +372,7 @@ def train(config: TrainLatteConfig) -> Path:
             "ema_decay": config.ema_decay,
             "class_names": class_names,
             "normalization": normalization(vae),
+            "start_sha256": start_digest(config),
         },
         look=look,
         look_every=config.samples.every,

@@ -1,7 +1,11 @@
 """The one training loop of both stages: resume, step, log, look, save, stop."""
 
+import contextlib
 import logging
+import math
+import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,13 @@ from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.checkpoints import Checkpoints, export_folder, recover
 from pipelines.config import flatten
-from pipelines.engine import Later, any_process, matrix_products, same_everywhere
+from pipelines.engine import Later, any_process, largest_of, matrix_products, same_everywhere
 from pipelines.log import MetricLog
 from pipelines.quarantine import Quarantine
-from pipelines.run import stop_on_signal
+from pipelines.run import Stopped, check_run, open_run, stop_on_signal
 
 log = logging.getLogger(__name__)
+_SPIKE = 100.0  # times the loss of before
 
 
 def fit(
@@ -36,6 +41,7 @@ def fit(
     export_name: str,
     export: Callable[[Path], None],
     look_at_start: bool = False,
+    weights: dict[str, dict] | None = None,
 ) -> int:
     """Resume from the newest good checkpoint, then train to config.steps; returns the number of steps made.
 
@@ -43,27 +49,35 @@ def fit(
 
     stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed records. info: goes into each
     checkpoint's manifest. look(metrics): validation or samples, every look_every steps (0: never) and at the end.
-    export(folder): writes the EMA model, for run_dir / export_name, while the run's folder is still ours.
-    Raises ValueError when updates or videos fail too often, OSError when a checkpoint cannot be written.
+    weights: for `open_run`. export(folder): writes the EMA model, for run_dir / export_name, while the run's folder is still ours.
+    Raises ValueError when updates or videos fail too often, OSError when a checkpoint cannot be written, Stopped after a
+    signal when the checkpoint and the export are there.
     """
     lock = FileLock(run_dir / ".lock")
     if trainer.accelerator.is_main_process:
+        check_run(run_dir, trainer.config)
+        run_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"run_dir={run_dir}: another process is training here; wait for it or stop it"
             ) from None
-        recover(run_dir)
     try:
+        if trainer.accelerator.is_main_process:
+            open_run(run_dir, trainer.config, program, weights)
+            recover(run_dir)
         details = {"program": program, "git": git_commit(), "config": flatten(trainer.config), **info}
         loop = _Loop(trainer, run_dir, details, look, look_every)
         began = trainer.step
         with matrix_products(trainer.config):
-            loop.run(stream, mode, look_at_start)
+            stopped = loop.run(stream, mode, look_at_start)
         main = trainer.accelerator.is_main_process
         if main and export_folder(run_dir / export_name, export, trainer.progress()):
             log.info("EMA weights: %s", run_dir / export_name)
+        if stopped:
+            trainer.accelerator.wait_for_everyone()
+            raise Stopped(stopped)
         return trainer.step - began
     finally:
         lock.release()
@@ -85,7 +99,11 @@ class _Loop:
         self.config, self.accelerator = trainer.config, trainer.accelerator
         self.main = self.accelerator.is_main_process
         self.checkpoints = Checkpoints(run_dir, self.config.keep_checkpoints)
-        self.saved = self._resume()
+        self.folder = self._folder()
+        self.good: int | None = None  # the newest checkpoint after which a step went well
+        self.untried: int | None = None  # a newer one, before the next step
+        self.usual: float | None = None  # a loss of late
+        self.saved = self.untried = self._resume()
         # Before the first checkpoint nothing counts that an earlier, killed start has logged, not even step 0.
         self.metrics = MetricLog(run_dir, trainer.step if self.saved is not None else -1, self.main)
 
@@ -93,7 +111,8 @@ class _Loop:
         """Load the newest undamaged checkpoint; its step, None when there is none."""
         if self.main:
             self.checkpoints.clean()
-        saved = same_everywhere(self.accelerator, self.checkpoints.latest() if self.main else None)
+        changing = bool(self.config.resume.names)
+        saved = same_everywhere(self.accelerator, self.checkpoints.latest(changing) if self.main else None)
         if saved is None:
             return None
         before, now, folder = self.checkpoints.manifest(saved), self.details, self.checkpoints.path(saved)
@@ -106,6 +125,14 @@ class _Loop:
                 raise ValueError(
                     f"run_dir={self.run_dir} was trained with {key}={before.get(key)}, now {now[key]}"
                 )
+        if (
+            None not in (before.get("start_sha256"), now["start_sha256"])
+            and before["start_sha256"] != now["start_sha256"]
+        ):
+            raise ValueError(
+                f"run_dir={self.run_dir} began with other weights (sha256 {before['start_sha256'][:12]}, those of init_from are "
+                f"{now['start_sha256'][:12]} now); remove the run to begin with these, or give back the old ones"
+            )
         try:
             self.trainer.load(folder)
         except pickle.UnpicklingError as error:
@@ -115,12 +142,13 @@ class _Loop:
         log.info("resuming %s at step %d", self.run_dir, saved)
         return saved
 
-    def run(self, stream: Any, mode: str, look_at_start: bool) -> None:
-        """Train to config.steps or until a signal; write the speed record."""
+    def run(self, stream: Any, mode: str, look_at_start: bool) -> int:
+        """Train to config.steps or until a signal; write the speed record. Returns the signal's number, 0 at the end."""
         trainer, config = self.trainer, self.config
         lost = Quarantine(self.run_dir, stream, config.source.max_failed_share, self.accelerator)
         meter = Meter(self.accelerator.device, mode, config.global_batch)
         incoming = self._batches(stream, lost, meter)
+        stop, number = False, 0
         bar = tqdm(
             total=config.steps,
             initial=trainer.step,
@@ -128,11 +156,11 @@ class _Loop:
             disable=not self.main or None,
         )
         try:
-            if look_at_start and trainer.step == 0:
-                self.look(self.metrics)
             with stop_on_signal() as stopping:
+                if look_at_start and trainer.step == 0:
+                    self.look(self.metrics)
                 asked: Later | None = None  # whether a process was asked to stop in the step before
-                while trainer.step < config.steps:
+                while trainer.step < config.steps and not stop:
                     trainer.train_step(incoming)
                     meter.step()
                     bar.update()
@@ -145,38 +173,47 @@ class _Loop:
                     self._stop_if_hopeless()
                     self._record(lost, meter, bar)
                     self._save_if_due(meter, stop)
-                    if stop:
-                        log.info(
-                            "stopped by %s after step %d; the same command goes on",
-                            stopping() or "another process",
-                            trainer.step,
-                        )
-                        break
+                number = (
+                    largest_of(self.accelerator, stopping()) if stop and trainer.step < config.steps else 0
+                )
+                if number:
+                    name = signal.Signals(number).name
+                    log.info("stopped by %s after step %d; the same command goes on", name, trainer.step)
         finally:
             bar.close()
+            incoming.close()
             self.metrics.close()
         self._write_speed(meter, mode)
+        return number
 
     def _batches(self, stream: Any, lost: Quarantine, meter: Meter) -> Iterator[Any]:
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         numbers = StepBatches(self.trainer.step, config.global_batch, config.micro_batch, rank, world)
-        loader = iter(make_loader(stream, numbers, config.workers))
-        while True:
-            with meter.data_wait():
-                batch = next(loader)
-            if "failed" in batch:
-                self.trainer.note({"data/substituted": (batch["failed"] > 0).double()})
-                lost.note(batch)
-            yield batch
+        with contextlib.closing(make_loader(stream, numbers, config.workers)) as loader:
+            while True:
+                with meter.data_wait():
+                    batch = next(loader)
+                if "failed" in batch:
+                    self.trainer.note({"data/substituted": (batch["failed"] > 0).double()})
+                    lost.note(batch)
+                yield batch
 
     def _stop_if_hopeless(self) -> None:
+        """Ends a training that has diverged; a checkpoint after which a step went well is better than a newer one."""
+        if not self.trainer.skipped_in_row and self.untried is not None:
+            self.good, self.untried = self.untried, None
         if self.trainer.skipped_in_row >= self.config.max_skipped:
-            good = self.checkpoints.path(self.saved) if self.saved is not None else "none yet"
-            raise ValueError(
-                f"{self.config.max_skipped} steps in a row had a non-finite loss or gradient; last good checkpoint: {good}; "
-                "lower learning_rate or use precision=fp32"
-            )
+            self._give_up(f"{self.config.max_skipped} steps in a row had a non-finite loss or gradient")
+
+    def _give_up(self, what: str) -> None:
+        step = self.good if self.good is not None else self.untried
+        good = self.checkpoints.path(step) if step is not None else "none yet"
+        raise ValueError(
+            f"{what}; last good checkpoint: {good}; go on from there with a lower rate, e.g. "
+            f"resume.change=learning_rate learning_rate={self.config.learning_rate / 10:g} (grad_clip, warmup_steps and "
+            "precision=fp32 may be changed so too)"
+        )
 
     def _records(self) -> bool:
         return self.trainer.step % self.config.log_every == 0 or self.trainer.step == self.config.steps
@@ -191,6 +228,7 @@ class _Loop:
         step, last = self.trainer.step, self.trainer.step == self.config.steps
         if self._records():
             values = self.trainer.flush_window()
+            self._warn_of_a_spike(values)
             self.metrics.scalars(step, values)
             self.metrics.scalars(step, meter.scalars(), timing=True)
             shown = {n: f"{v:.4g}" for n, v in values.items() if n in ("loss", "loss/rec", "skipped")}
@@ -200,14 +238,47 @@ class _Loop:
             meter.pause()
             self.look(self.metrics)
 
+    def _warn_of_a_spike(self, values: dict[str, float]) -> None:
+        """A loss that is orders of magnitude above what it was often goes before the first NaN."""
+        loss = values.get("loss/rec", values.get("loss"))
+        if loss is None or not math.isfinite(loss):
+            return
+        if self.usual is not None and loss > _SPIKE * self.usual > 0:
+            log.warning(
+                "step %d: the loss %.3g is %.0f times what it was; does the training diverge?",
+                self.trainer.step,
+                loss,
+                loss / self.usual,
+            )
+        self.usual = loss if self.usual is None else min(loss, 0.9 * self.usual + 0.1 * loss)
+
     def _save_if_due(self, meter: Meter, stop: bool) -> None:
-        step = self.trainer.step
+        step, healthy = self.trainer.step, not self.trainer.skipped_in_row
         if self._saves(stop):
             meter.pause()
             self.metrics.sync()
-            details = {**self.trainer.progress(), **self.details}
-            self.checkpoints.save(step, self.trainer.save, details, self.accelerator)
-            self.saved = step
+            if any_process(self.accelerator, not self.trainer.is_finite()).read() > 0:
+                self._give_up(f"step {step}: the weights are not finite; they are not saved")
+            if self._folder() != self.folder:
+                raise OSError(
+                    f"run_dir={self.run_dir}: moved or replaced since the start; nothing was written there"
+                )
+            details = {
+                **self.trainer.progress(),
+                "skipped_in_row": self.trainer.skipped_in_row,
+                **self.details,
+            }
+            good = self.good if self.good is not None else self.untried
+            self.checkpoints.save(step, self.trainer.save, details, self.accelerator, good)
+            self.saved, self.untried = step, step if healthy else self.untried
+
+    def _folder(self) -> tuple[int, int]:
+        """Which folder run_dir is: a training goes on in the one that it began in."""
+        try:
+            status = os.stat(self.run_dir)
+        except OSError:
+            return 0, 0
+        return status.st_dev, status.st_ino
 
     def _write_speed(self, meter: Meter, mode: str) -> None:
         """A finished run called again keeps the figures that it measured."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from data.files import append_line
+from data.files import append_line, escaped
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,6 @@ class Quarantine:
             return
         log.warning("video %s cannot be read any more (%s): others stand in for it", name, reason)
         try:
-            append_line(self.file, f"{name}\t{' '.join(reason.split())}")
+            append_line(self.file, f"{escaped(name)}\t{' '.join(reason.split())}")
         except OSError as error:
             log.warning("cannot add to %s: %s", self.file, error)

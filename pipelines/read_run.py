@@ -62,26 +62,22 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: str | Path) -> Run:
     """The run in `folder`. Raises ValueError when it is none."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from pipelines.config import read_yaml
 
     folder = Path(folder)
     if not is_run(folder):
         raise ValueError(
             f"{folder}: no run there (config.yaml and env.json); give the run_dir of a training program"
         )
-    try:
-        settings = flatten_yaml(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    except (YAMLError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.yaml'}: not readable as settings ({error})") from error
+    settings = flatten_yaml(read_yaml(folder / "config.yaml"))
     env = _json(folder / "env.json")
     steps = Checkpoints(folder).steps()
     return Run(
         folder=folder,
         program=env.get("program", "unknown"),
         settings=settings,
-        versions=env.get("versions", {}),
-        starts=env.get("starts", []),
+        versions=env.get("versions", {}) if isinstance(env.get("versions"), dict) else {},
+        starts=env.get("starts", []) if isinstance(env.get("starts"), list) else [],
         efficiency=_json(folder / "efficiency.json"),
         checkpoint=_json(Checkpoints(folder).path(steps[-1]) / "manifest.json") if steps else {},
         metrics=_records(folder, "metrics.jsonl"),

@@ -106,12 +106,12 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     from tqdm import tqdm
 
     from data.encode import write_mp4
-    from data.files import write_atomic, write_json
+    from data.files import claim_folder, write_atomic, write_json
     from eval.fidelity import load_lpips
     from eval.weights import score_name
     from pipelines.engine import make_accelerator
     from pipelines.media import comparison
-    from pipelines.run import versions
+    from pipelines.run import refuse_in_data, versions
     from pipelines.settings import check_clip, open_clips, weights_digest
     from vae import load_vae
 
@@ -134,6 +134,10 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         clips = open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     out = Path(config.out)
+    refuse_in_data(out, "out", config.source)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
     pairs_of, records = stream_pairs if whole else clip_pairs, []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     for index in tqdm(mine, desc="videos", disable=not accelerator.is_main_process or None):
@@ -168,6 +172,16 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
     accelerator.wait_for_everyone()
     return summary
+
+
+def is_summary(file: Path) -> bool:
+    """Whether it is the summary of a run of before there was a mark."""
+    from data.files import read_json
+
+    try:
+        return bool(read_json(file, "weights_sha256", "settings"))
+    except (OSError, ValueError):
+        return False
 
 
 def prepare(config: ReconstructConfig, vae: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import run
+from data.files import read_json
 from pipelines.config import option, parse
 from pipelines.settings import Precision, check_groups
 
@@ -68,11 +69,15 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
         if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
     }
     decisive |= {"precision": config.precision.value, **made_by}
-    file = config.folder / "manifest.json"
+    file, listed, preview = config.folder / "manifest.json", [], None
     if file.is_file():
         try:
-            old = json.loads(file.read_text())["settings"]
-            old = {"tiling_frames": 0, **old}  # what manifests say that have no such setting yet
+            before = json.loads(file.read_text())
+            old = {
+                "tiling_frames": 0,
+                **before["settings"],
+            }  # what manifests say that have no such setting yet
+            listed, preview = list(before["files"]), before.get("preview_sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
         differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
@@ -85,11 +90,14 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.folder)
     # videos beyond num_videos that are there already stay part of the set
-    made = [int(p.stem) + 1 for p in config.folder.glob("*.mkv") if p.stem.isdigit()]
+    made = [
+        n + 1 for n, name in enumerate(listed) if name == file_name(n) and (config.folder / name).is_file()
+    ]
     count = max([config.num_videos, *made])
     content = {"num_videos": count, "complete": False, "settings": decisive, "lossless": True}
     content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
     content["files"] = [file_name(i) for i in range(count)]
+    content |= {"preview_sha256": preview} if preview else {}
     write_json(file, content)
 
 
@@ -105,7 +113,7 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
         if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
             raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
         wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
-        if folder and json.loads((Path(folder) / marker).read_text()).get("_class_name") != wanted:
+        if folder and read_json(Path(folder) / marker).get("_class_name") != wanted:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
     parts = {"transformer": Latte.from_pretrained(config.transformer)} if config.transformer else {}
     pipe = LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
@@ -121,7 +129,7 @@ def sample(config: SampleConfig) -> Path:
 
     from data.clip import to_uint8
     from data.encode import write_ffv1, write_mp4
-    from data.files import write_json
+    from data.files import sha256_of, write_json
     from data.video import read_frames
     from pipelines.engine import autocast, draw_seed, make_accelerator, matrix_products
     from pipelines.media import grid
@@ -175,11 +183,19 @@ def sample(config: SampleConfig) -> Path:
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())
         complete = all((config.folder / name).is_file() for name in content["files"])
-        write_json(config.folder / "manifest.json", {**content, "complete": complete})
         frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
         first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
         preview = config.folder.with_name(config.folder.name + "-preview.mp4")
-        write_mp4(preview, grid(first), config.fps)
+        shown = sha256_of(preview) if preview.is_file() else None
+        if (shown is None and not preview.exists()) or shown == content.get("preview_sha256", ""):
+            write_mp4(preview, grid(first), config.fps)
+            shown = sha256_of(preview)
+        else:
+            log.warning("%s is not the preview that this program wrote: left as it is", preview)
+            shown = content.get("preview_sha256")
+        write_json(
+            config.folder / "manifest.json", {**content, "complete": complete, "preview_sha256": shown}
+        )
         log.info("%d videos in %s; the first ones: %s", config.num_videos, config.folder, preview)
     accelerator.wait_for_everyone()
     return config.folder

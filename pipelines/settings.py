@@ -147,6 +147,29 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
     return MixedClips(clips, None if None in weights.values() else list(weights.values()), seed, not held_out)
 
 
+MAY_CHANGE = ("learning_rate", "grad_clip", "warmup_steps", "precision")
+
+
+@dataclass
+class ResumeConfig:
+    """What may differ from the settings that a run began with, on purpose."""
+
+    change: str = option(
+        "",
+        f"settings to change on going on, with commas: {', '.join(MAY_CHANGE)}; recorded in env.json",
+        free=True,
+    )
+
+    def __post_init__(self):
+        wrong = [name for name in self.names if name not in MAY_CHANGE]
+        if wrong:
+            raise ValueError(f"resume.change={self.change}: {wrong[0]} is none of {', '.join(MAY_CHANGE)}")
+
+    @property
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.change.split(",") if name.strip()]
+
+
 @dataclass
 class VAEConfig:
     """A trained VAE for stage two."""

@@ -22,7 +22,7 @@ REHEARSED = ("cuda",)  # devices whose memory ends before the host's does
 class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
-    A subclass defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
+    A subclass has `ema` and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
     `skipped_in_row` counts the steps whose verdict `settle` has read.
     """
 
@@ -142,6 +142,12 @@ class Trainer:
         self.note({"skipped": (torch.ones_like(finite), ~finite)})
         self._finite.append((self.step, finite))
         self.step += 1
+
+    def is_finite(self) -> bool:
+        """Whether the weights, as far as this process holds them, and their averages are numbers."""
+        modules = [*self.trained(), self.ema.module]
+        tensors = (tensor for module in modules for tensor in module.parameters())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def settle(self, everything: bool = True) -> None:
         """Count and name the steps left out, but for the newest one unless `everything`: so nobody waits for the device."""

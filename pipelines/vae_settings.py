@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 
 from pipelines.config import at_least, option
-from pipelines.settings import ClipConfig, Precision, SourceConfig
+from pipelines.settings import ClipConfig, Precision, ResumeConfig, SourceConfig
 
 
 class Init(enum.Enum):
     tail = "tail"
     average = "average"
     random = "random"
+    weights = "weights"
 
 
 class PerceptualNet(enum.Enum):
@@ -32,9 +33,13 @@ class ODVAEConfig:
     layers_per_block: int = option(2, "residual blocks of a level")
     norm_num_groups: int = option(32, "groups of each GroupNorm")
     init: Init = option(
-        Init.tail, "how the 2D weights become 3D ones (Eq. 3, Eq. 5); random ignores init_from"
+        Init.tail,
+        "how the 2D weights become 3D ones (Eq. 3, Eq. 5); weights: init_from is an OD-VAE, taken as it is; random ignores it",
     )
-    init_from: str = option("", "SD2.1-VAE: a diffusers AutoencoderKL folder or a CompVis .ckpt/.safetensors")
+    init_from: str = option(
+        "",
+        "SD2.1-VAE: a diffusers AutoencoderKL folder or a CompVis .ckpt/.safetensors; init=weights: an OD-VAE's folder",
+    )
 
 
 @dataclass
@@ -85,6 +90,7 @@ class TrainVAEConfig:
     loss: LossConfig = option(LossConfig, "")
     source: SourceConfig = option(SourceConfig, "")
     clip: ClipConfig = option(ClipConfig, "")
+    resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between two records", free=True)
     val_every: int = option(2000, "steps between two validations", free=True)

@@ -1,19 +1,21 @@
 """The OD-VAE that a run of stage one begins with: built, initialized (paper 3.3), and described before it is."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.files import read_json, sha256_of
 from eval.fidelity import check_lpips_size, load_lpips
 from eval.weight_files import TRUNKS
 from eval.weights import weights_line
+from pipelines.config import read_yaml
 from pipelines.engine import accumulation_steps
 from pipelines.run import summary
 from pipelines.settings import check_clip
 from pipelines.vae_settings import Init, PerceptualNet, TrainVAEConfig
+from vae import load_vae
 from vae.inflate import inflate
 from vae.losses import LPIPSLoss
 from vae.odvae import ODVAE
@@ -36,19 +38,62 @@ def build_vae_model(config: TrainVAEConfig) -> ODVAE:
 
 
 def initialize(vae: ODVAE, config: TrainVAEConfig) -> None:
-    """Tail or average initialization from SD2.1-VAE; refuses to start from noise unless that is asked for."""
-    if config.model.init is Init.random:
+    """Tail or average initialization from SD2.1-VAE, or an OD-VAE as it is; noise only when that is asked for."""
+    init, source = config.model.init, config.model.init_from
+    if init is Init.random:
         return
-    if not config.model.init_from:
+    if not source:
         raise ValueError(
-            f"model.init={config.model.init.value} needs model.init_from=FOLDER with SD2.1-VAE "
-            "(docs/vaes.md says where it is); model.init=random starts without it"
+            f"model.init={init.value} needs model.init_from=FOLDER with SD2.1-VAE (docs/vaes.md says where it is), or with "
+            "an OD-VAE for model.init=weights; model.init=random starts without it"
         )
-    report = inflate(vae, config.model.init_from, method=config.model.init.value)
-    file = Path(config.model.init_from) / "config.json"
+    if init is Init.weights:
+        take_weights(vae, source)
+    else:
+        report = inflate(vae, source, init.value, image=trained_on_single_frames(Path(source)))
+        log.info("%s initialization from %s: %s", init.value, source, report)
+    file = Path(source) / "config.json"
     if file.is_file():  # 0.18215 is right for SD's latents, not for those of an image VAE trained here
-        vae.register_to_config(scaling_factor=json.loads(file.read_text()).get("scaling_factor"))
-    log.info("%s initialization from %s: %s", config.model.init.value, config.model.init_from, report)
+        vae.register_to_config(scaling_factor=read_json(file).get("scaling_factor"))
+
+
+def take_weights(vae: ODVAE, folder: str) -> None:
+    """All tensors of a trained OD-VAE of the same design. Raises ValueError with what differs."""
+    given = load_vae(folder)
+    if not isinstance(given, ODVAE):
+        raise ValueError(
+            f"model.init=weights model.init_from={folder}: a {type(given).__name__}, not an OD-VAE"
+        )
+    data_bound = {"scaling_factor", "latents_mean", "latents_std"}
+    ours, theirs = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in m.config.items()} for m in (vae, given)
+    )
+    design = [k for k in ours if not k.startswith("_") and k not in data_bound]
+    differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in design if theirs.get(k) != ours[k]]
+    if differing:
+        raise ValueError(f"model.init_from={folder} is another OD-VAE ({'; '.join(differing[:4])})")
+    vae.load_state_dict(given.state_dict())
+    log.info("weights of %s taken as they are", folder)
+
+
+def trained_on_single_frames(source: Path) -> bool:
+    """Whether an OD-VAE is an image VAE: its export, or the settings of its run, say clips of one frame."""
+    for file, read in ((source / "export.json", read_json), (source.parent / "config.yaml", read_yaml)):
+        if file.is_file():
+            content = read(file)
+            frames = content.get("num_frames", (content.get("clip") or {}).get("num_frames"))
+            if frames is not None:
+                return frames == 1
+    return False
+
+
+def start_digest(config: TrainVAEConfig) -> str | None:
+    """sha256 of the weights that a run begins with; None from noise, or when they are not there any more."""
+    source = Path(config.model.init_from)
+    if config.model.init is Init.random or not config.model.init_from:
+        return None
+    file = source / "diffusion_pytorch_model.safetensors" if source.is_dir() else source
+    return sha256_of(file) if file.is_file() else None
 
 
 def lpips_networks(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from data.clip import to_uint8
+from data.clip import to_float, to_uint8
 from eval.fidelity import lpips_distance, psnr, ssim
 from pipelines.checkpoints import Checkpoints
 from pipelines.engine import (
@@ -26,11 +26,11 @@ from pipelines.engine import (
 from pipelines.log import MetricLog
 from pipelines.loop import fit
 from pipelines.media import comparison, write_preview
-from pipelines.run import open_run, refuse_inside
+from pipelines.run import check_run, refuse_in_data, refuse_inside
 from pipelines.settings import check_clip, open_clips
 from pipelines.trainer import Trainer, as_fused, average
 from pipelines.vae_settings import GANSchedule, TrainVAEConfig
-from pipelines.vae_start import build_vae_model, initialize, lpips_networks
+from pipelines.vae_start import build_vae_model, initialize, lpips_networks, start_digest
 from vae.discriminator import PatchDiscriminator3D
 from vae.interface import VideoGaussian
 from vae.losses import adaptive_weight, generator_loss, hinge_d_loss, reconstruction_and_kl
@@ -155,7 +155,7 @@ class VAETrainer(Trainer):
         before = [buffer.clone() for buffer in seen]
         for _ in range(accelerator.gradient_accumulation_steps):
             batch = next(batches)
-            x = batch["video"].to(accelerator.device, non_blocking=True)
+            x = to_float(batch["video"].to(accelerator.device, non_blocking=True))
             noise = self.latent_noise(x, batch["number"])
             with accelerator.accumulate(*trained), autocast(accelerator, self.config):
                 if train_vae:
@@ -202,6 +202,10 @@ class VAETrainer(Trainer):
                     xhat = self.autoencode(x, noise)[0].float()
             self.discriminator_loss(x, xhat)[0].backward()
 
+    def progress(self) -> dict[str, int]:
+        """Of the base class, and the frames of a clip: 1 makes an image VAE, which another run may inflate."""
+        return super().progress() | {"num_frames": self.config.clip.num_frames}
+
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, the rest in trainer.pt; every process calls it, the main one writes."""
         counters = self.counters()
@@ -244,7 +248,7 @@ def validate(
     vae.eval()
     count = min(count, len(clips))
     for n in range(count):
-        x = clips[n * len(clips) // count]["video"][None].to(device)  # of every part of a mixture
+        x = to_float(clips[n * len(clips) // count]["video"][None].to(device))  # of every part of a mixture
         original, decoded = to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]
         scores.append([metric(original, decoded) for metric in metrics.values()])
         if n < 4:
@@ -272,15 +276,17 @@ def train(config: TrainVAEConfig) -> Path:
             still = config.clip.spec(crop="center", flip=False, position="center")
             held_out = open_clips(config.source, still, 0, held_out=True)
     run_dir = Path(config.run_dir)
+    check_run(run_dir, config)
+    refuse_in_data(run_dir, "run_dir", config.source)
     refuse_inside(run_dir, "vae", config.model.init_from, "model.init_from")
-    going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps())
+    # a changed run may have to go back to its beginning
+    going_on = bool(Checkpoints(run_dir, config.keep_checkpoints).steps()) and not config.resume.names
     if not going_on:
         initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)
-    empty = [{"video": torch.zeros(3, config.clip.num_frames, config.clip.size, config.clip.size)}]
+    shape = (config.clip.num_frames, config.clip.size, config.clip.size, 3)
+    empty = [{"video": torch.zeros(shape, dtype=torch.uint8)}]
     trainer.rehearse(lambda: validate(trainer.ema.module, empty, 1, accelerator.device, network))
-    if accelerator.is_main_process:
-        open_run(run_dir, config, "train_vae", weights)
     counts = {"videos": len(clips), "held_out": len(held_out)}
     counts |= {"damaged": len(clips.source.damaged), "short": len(clips.short)}
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
@@ -303,10 +309,16 @@ def train(config: TrainVAEConfig) -> Path:
         run_dir,
         program="train_vae",
         mode="online",
-        info={"data": counts, "model": config.model.preset, "variant": config.model.variant},
+        info={
+            "data": counts,
+            "model": config.model.preset,
+            "variant": config.model.variant,
+            "start_sha256": start_digest(config),
+        },
         look=look,
         look_every=config.val_every,
         export_name="vae",
+        weights=weights,
         export=trainer.ema.module.save_pretrained,
         look_at_start=True,
     )

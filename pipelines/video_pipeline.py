@@ -4,7 +4,6 @@ pipe = LatentVideoPipeline.from_pretrained("runs/latte/pipeline")
 videos = pipe(labels=[0, 1], seeds=[0, 1], guidance_scale=4.0).videos   # (2, 3, T, H, W) in [-1, 1]
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from data.files import read_json
 from denoiser.latte import Latte
 from denoiser.sampling import make_scheduler, sample_latents
 from vae import CVVAE, ODVAE, OPSVAE, SDVAE, SVDVAE
@@ -52,7 +52,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         """A saved pipeline. ValueError when model_index.json names other classes: diffusers would import any module."""
         index = Path(folder) / "model_index.json"
         if index.is_file():
-            named = json.loads(index.read_text())
+            named = read_json(index)
             allowed = {"transformer": [Latte], "vae": VAES}
             for part, classes in allowed.items():
                 if named.get(part) not in [[c.__module__, c.__name__] for c in classes]:

@@ -17,18 +17,20 @@ from vae.reading import read_checkpoint
 METHODS = ("tail", "average", "random")
 
 
-def inflate(model: nn.Module, source: str | Path | dict[str, Tensor], method: str = "tail") -> dict[str, int]:
+def inflate(
+    model: nn.Module, source: str | Path | dict[str, Tensor], method: str = "tail", image: bool = True
+) -> dict[str, int]:
     """Fill an ODVAE (variants 1 to 4) from an image VAE of the same widths, in place.
 
     source: a folder of a diffusers AutoencoderKL, a CompVis checkpoint (.ckpt, .pt, .safetensors; keys may carry
     `first_stage_model.`), a folder of an OD-VAE of any variant (taken as the image VAE that it is on single frames),
-    or a state dict of one of these namings.
+    or a state dict of one of these namings. image: False refuses a source whose kernels extend in time.
     Returns how many tensors were copied, inflated ("tail", "average" or "random") and unsqueezed (given a time axis
     of size 1). Raises ValueError, naming tensors, unless every tensor of the model is covered and every shape fits.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: needs one of {', '.join(METHODS)}")
-    tensors = image_vae_tensors(source)
+    tensors = image_vae_tensors(source, image)
     own = model.state_dict()
     names = {key: source_name(key, tensors) for key in own}
     missing = [key for key, name in names.items() if name is None]
@@ -111,8 +113,11 @@ def compvis_name(key: str, levels: int = 4) -> str:
     return key
 
 
-def image_vae_tensors(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
-    """An image VAE's tensors under CompVis names; the rest of a whole Stable Diffusion checkpoint is left out."""
+def image_vae_tensors(source: str | Path | dict[str, Tensor], image: bool = True) -> dict[str, Tensor]:
+    """An image VAE's tensors under CompVis names; the rest of a whole Stable Diffusion checkpoint is left out.
+
+    image: False refuses a source whose kernels extend in time.
+    """
     tensors = source if isinstance(source, dict) else _read(Path(source))
     for prefix in (
         "first_stage_model.",
@@ -121,6 +126,11 @@ def image_vae_tensors(source: str | Path | dict[str, Tensor]) -> dict[str, Tenso
         if any(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     tensors = {compvis_name(key): v for key, v in tensors.items() if isinstance(v, Tensor)}
+    if not image and any(v.ndim == 5 and v.shape[2] > 1 for v in tensors.values()):
+        name = "the weights" if isinstance(source, dict) else source
+        raise ValueError(
+            f"{name}: a video VAE; inflating it would add up its kernels over time. model.init=weights takes it as it is"
+        )
     tensors = dict(_on_single_frames(key, tensors) for key in tensors)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     return {key: v for key, v in tensors.items() if key.startswith(parts)}

@@ -78,12 +78,14 @@ class VideoVAE:
         """Raise ValueError, naming the nearest valid length, if the model cannot encode T frames."""
         s = self.temporal_compression_ratio
         if self.frame_rule == "4n+1":
-            ok, nearest = T >= 1 and (T - 1) % s == 0, max(0, round((T - 1) / s)) * s + 1
+            ok = T >= 1 and (T - 1) % s == 0
         elif self.frame_rule == "4n":
-            ok, nearest = T >= s and T % s == 0, max(1, round(T / s)) * s
+            ok = T >= s and T % s == 0
         else:
-            ok, nearest = T >= 1, 1
+            ok = T >= 1
         if not ok:
+            near = {"4n+1": max(0, round((T - 1) / s)) * s + 1, "4n": max(1, round(T / s)) * s}
+            nearest = near.get(self.frame_rule, 1)
             rule = {"4n+1": "T = 4k + 1 frames", "4n": "T = 4k frames"}.get(
                 self.frame_rule, "at least 1 frame"
             )

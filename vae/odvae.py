@@ -365,12 +365,18 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
     # ---- tiling ------------------------------------------------------------------------------------------
 
-    def enable_tiling(self, num_frames: int = 33, num_latents: int | None = None) -> None:
+    def enable_tiling(
+        self, num_frames: int | bool = 33, num_latents: int | None = None, use_tiling: bool = True
+    ) -> None:
         """Encode and decode in groups that share one frame (paper 3.3; groups of 33 frames in Table 4).
 
-        num_frames: 4k + 1. num_latents: latents of a group when decoding; default k + 1, the encoder's own
+        num_frames: 4k + 1; True or False switch it, as does use_tiling, like other VAEs of diffusers. num_latents: latents of a group when decoding; default k + 1, the encoder's own
         boundaries. Deviation: Open-Sora-Plan v1.2 decodes groups of 16 latents (61 frames) of 33-frame groups.
         """
+        if num_frames is False or not use_tiling:
+            self.tiling_groups = None
+            return
+        num_frames = 33 if num_frames is True else num_frames
         self.check_frames(num_frames)
         num_latents = self.latent_frames(num_frames) if num_latents is None else num_latents
         if num_latents < 2:

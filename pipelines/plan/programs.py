@@ -119,10 +119,8 @@ def stage_one_parts(
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
     trainer = VAETrainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
-    shape = (config.micro_batch, 3, clip.num_frames, clip.size, clip.size)
-    batches = _endless(
-        lambda: {"video": _pinned(torch.rand(shape) * 2 - 1), "number": list(range(config.micro_batch))}
-    )
+    shape = (config.micro_batch, clip.num_frames, clip.size, clip.size, 3)
+    batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
     if trainer.discriminator is None:
         return trainer, batches, {"VAE": (0, 1.0)}
     full = loss.gan_start + loss.gan_warmup
@@ -153,6 +151,11 @@ def stage_one(config: Any) -> Simulation:
             trainer.step = at
             tasks.append(Task(name, _train_step(trainer, costs, batches), share))
         return Simulation("step", tasks, list(gpu.syncs.found), {"weights, optimizers, EMA": costs.live})
+
+
+def _pixels(shape: tuple[int, ...]) -> Tensor:
+    """Clips as the loader hands them over."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -210,7 +213,7 @@ def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple
     def batch() -> dict[str, Any]:
         one: dict[str, Any] = {"label": _pinned(torch.zeros(B, dtype=torch.int64)), "number": list(range(B))}
         if online:
-            return one | {"video": _pinned(torch.rand(B, 3, clip.num_frames, clip.size, clip.size) * 2 - 1)}
+            return one | {"video": _pinned(_pixels((B, clip.num_frames, clip.size, clip.size, 3)))}
         return one | {k: _pinned(0.1 * torch.randn(latent)) for k in ("mean", "logvar")}
 
     return trainer, _endless(batch), frozen

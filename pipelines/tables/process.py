@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import os
-import signal
 import subprocess
+import time
 import traceback
 from importlib import import_module
 from typing import Any
 
-from pipelines.run import ROOT
+from pipelines.run import ROOT, STOPS, Stopped, stop_on_signal
 from pipelines.tables.spec import Places, Step
 
 
@@ -21,18 +21,23 @@ def spawn(step: Step, words: list[str], output: Any, lock: int, places: Places) 
         words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env, pass_fds=[lock]
     )
 
-    def stop(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+    # what asks this program to stop is for the command too: the trainers save, then end with 128 + the signal
+    with stop_on_signal() as stopping:
+        told = 0
+        while (code := child.poll()) is None:
+            if (number := stopping()) and not told:
+                told = number
+                child.send_signal(number)
+            time.sleep(0.05)
+    return stop_or_code(code, told)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)  # the trainers save, then stop
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+def stop_or_code(code: int, told: int = 0) -> int:
+    """The exit code of a command; Stopped if a signal ended it or was meant for this program: the table ends too."""
+    number = told or (-code if code < 0 else code - 128)
+    if number in STOPS:
+        raise Stopped(number)
+    return code
 
 
 def call(step: Step, words: list[str], output: Any, lock: int, places: Places) -> int:
@@ -46,7 +51,7 @@ def call(step: Step, words: list[str], output: Any, lock: int, places: Places) -
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return import_module(step.program).main(list(step.arguments)) or 0
     except SystemExit as stop:
-        return int(stop.code or 0) if isinstance(stop.code, int | None) else 2
+        return stop_or_code(int(stop.code or 0)) if isinstance(stop.code, int | None) else 2
     except Exception:  # whatever it is, the other rows go on; the log has all of it
         output.write(traceback.format_exc())
         return 1

@@ -79,15 +79,14 @@ def _given(step: Step) -> Found:
 
 def _training(step: Step) -> Found:
     """A run folder of train_vae or train_latte: its settings, log, speeds, and the export that it ends with."""
-    from omegaconf import OmegaConf
-
+    from pipelines.config import read_yaml
     from pipelines.log import read_metrics
 
     saved = step.folder / "config.yaml"
     if not saved.is_file():
         return Found()
     config = config_of(step)
-    recorded = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+    recorded = _flat(read_yaml(saved))
     asked = wanted(step)
     metrics = read_metrics(step.folder)
     reached = max((r["step"] for r in metrics), default=0)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomic
+from data.files import claim_folder, write_atomic
 from pipelines.tables.cells import BEST, SECOND, Cell, cells_of
 from pipelines.tables.plot import Panel, panels_of
 from pipelines.tables.run import Desk
@@ -31,6 +31,7 @@ _ARROWS = {"up": " ↑", "down": " ↓", "none": ""}
 def render(desk: Desk, table: Table) -> Path:
     """Write <out>/<table>/<table>.{md,html,csv,tex} and a picture a panel; returns the folder."""
     folder = Path(desk.places.out) / table.name
+    claim_folder(folder, "table", lambda folder: (folder / f"{table.name}.tex").is_file())
     cells, panels = cells_of(desk, table), panels_of(desk, table)
     for panel in panels:
         write_atomic(folder / panel.file, panel.picture)

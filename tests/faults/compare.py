@@ -29,15 +29,23 @@ def different_files(one: Path, two: Path, leave_out: tuple[str, ...] = ()) -> li
 
 
 def training_differences(export: str) -> Callable[[Path, Path], list[str]]:
-    """Checkpoints (weights, EMA, optimizers, counters), metrics and export; the manifest names another run_dir."""
+    """Checkpoints (weights, EMA, optimizers, counters), metrics and export; the manifest names another run_dir.
+
+    A run that was asked to stop has saved at another step: the newest checkpoint must be the same one, and all that both have.
+    """
 
     def compare(one: Path, two: Path) -> list[str]:
-        wrong = different_files(
-            one / "run/checkpoints", two / "run/checkpoints", ("manifest.json", "COMPLETE", "trainer.pt")
+        steps = [sorted(p.name for p in (folder / "run/checkpoints").iterdir()) for folder in (one, two)]
+        wrong = (
+            []
+            if steps[0][-1:] == steps[1][-1:] and len(steps[1]) == len(steps[0])
+            else [f"checkpoints {steps}"]
         )
-        for state in sorted((one / "run/checkpoints").glob("*/trainer.pt")):
-            if not same(*(torch_load(folder / state.relative_to(one)) for folder in (one, two))):
-                wrong.append(str(state.relative_to(one)))
+        for step in sorted({*steps[0]} & {*steps[1]}):
+            a, b = (folder / "run/checkpoints" / step for folder in (one, two))
+            wrong += different_files(a, b, ("manifest.json", "COMPLETE", "trainer.pt"))
+            if not same(torch_load(a / "trainer.pt"), torch_load(b / "trainer.pt")):
+                wrong.append(f"{step}/trainer.pt")
         wrong += different_files(one / "run" / export, two / "run" / export)
         if (one / "run/metrics.jsonl").read_bytes() != (two / "run/metrics.jsonl").read_bytes():
             wrong.append("metrics.jsonl")
@@ -81,3 +89,16 @@ def sample_differences(one: Path, two: Path) -> list[str]:
         wrong += [] if (a == b).all() else [name]
     complete = json.loads((two / "out" / "manifest.json").read_text())["complete"]
     return wrong if complete else [*wrong, "manifest.json: not complete"]
+
+
+def score_differences(one: Path, two: Path) -> list[str]:
+    """The last record of each metric, the files judged, and the features kept; a record is a line of its own."""
+
+    def scores(folder: Path) -> dict[str, tuple]:
+        records = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        return {
+            r["metric"]: (r["value"], r["real"]["files_sha256"], r["fake"]["files_sha256"]) for r in records
+        }
+
+    wrong = [] if scores(one) == scores(two) else [f"scores: {scores(one)} and {scores(two)}"]
+    return wrong + different_files(one / "judge/features", two / "judge/features")

@@ -3,7 +3,8 @@
     python tests/faults/kills.py --kills 50 --out kills.json
 
 Each start is a process of its own, forked from a parent that has imported everything and run no tensor operation, so
-a start costs no import. Three kinds of kill: "moment" after a random time; "save" a few milliseconds after a hidden
+a start costs no import. Four kinds of kill: "moment" after a random time; "group" one of SIGINT, SIGTERM, SIGHUP and
+SIGUSR1 then to all processes of a training with two readers, which must end with 128 + the signal's number; "save" a few milliseconds after a hidden
 checkpoint folder has appeared; "operation" before a random file operation (an audit hook kills its own process), which
 reaches the places between two renames that no clock hits.
 """
@@ -14,6 +15,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,16 +28,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLI
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data.demo import DemoVideos  # noqa: E402
+from data.encode import write_ffv1  # noqa: E402
 from tests.faults.compare import (  # noqa: E402
     cache_differences,
     place_of_death,
     sample_differences,
+    score_differences,
     training_differences,
 )
 from tests.faults.processes import in_child, start, wait  # noqa: E402
 from tests.programs.conftest import LATTE, VAE  # noqa: E402
 
-KINDS = {"train_vae": ("save", "operation", "moment"), "train_latte": ("save", "operation", "moment")}
+KINDS = dict.fromkeys(("train_vae", "train_latte"), ("save", "operation", "moment", "group"))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
@@ -71,6 +77,22 @@ def stages(work: Path, steps: int) -> dict[str, Stage]:
             "batch=1",
         ]
 
+    def judge(folder: Path) -> list[str]:
+        sets = [
+            f"--real={work}/real",
+            f"--fake={work}/fake",
+            "--num-videos=4",
+            "--num-frames=9",
+            "--workers=1",
+        ]
+        return [
+            *sets,
+            "--weights=random:0",
+            "--batch-size=1",
+            f"--cache-dir={folder}/judge",
+            f"--out={folder}/scores.jsonl",
+        ]
+
     def copy_vae(folder: Path) -> None:
         shutil.copytree(work / "fresh-vae", folder / "vae")
 
@@ -79,6 +101,7 @@ def stages(work: Path, steps: int) -> dict[str, Stage]:
         "train_latte": Stage("train_latte", latte, training_differences("pipeline")),
         "cache_latents": Stage("cache_latents", cache, cache_differences, copy_vae),
         "sample": Stage("sample", sample, sample_differences),
+        "judge": Stage("eval.fvd", judge, score_differences),
     }
 
 
@@ -91,6 +114,10 @@ def prepare(work: Path) -> None:
     common = [*LATTE, f"vae.path={work}/vae", f"cache.dir={work}/cache", f"run_dir={work}/run", "steps=2"]
     for program in ("cache_latents", "train_latte"):
         wait(*start(program, common, work))
+    for seed, name in enumerate(("real", "fake")):
+        scenes = DemoVideos(4, num_frames=9, size=32, seed=seed)
+        for n in range(4):
+            write_ffv1(work / name / f"{n}.mkv", scenes.frames(n, range(9)), 8)
 
 
 def finish(stage: Stage, folder: Path) -> tuple[float, int]:
@@ -114,11 +141,15 @@ def one_kill(stage: Stage, folder: Path, kind: str, draw: random.Random, seconds
             due = now + later if left <= len(seen) else now + seconds
         return kind != "operation" and now >= due
 
-    killed, said = wait(*start(stage.program, stage.settings(folder), folder, before), kill)
+    settings, number = stage.settings(folder), signal.SIGKILL
+    if kind == "group":
+        settings, number = [*settings, "workers=2"], draw.choice(SIGNALS)
+    killed, said = wait(*start(stage.program, settings, folder, before), kill, number)
     if not killed:
         return None
     last = said[-1] if kind == "operation" else ""
-    return {"kind": kind, "inside": place_of_death(folder), "before": last}
+    named = {"signal": signal.Signals(number).name} if kind == "group" else {}
+    return {"kind": kind, **named, "inside": place_of_death(folder), "before": last}
 
 
 def survive(name: str, stage: Stage, kills: int, saves: int, seed: int, work: Path) -> dict:
@@ -180,7 +211,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="of each program (default 6)")
     parser.add_argument("--saves", type=int, default=20, help="at least so many inside a save of a training")
     parser.add_argument("--steps", type=int, default=24, help="of a training run (default 24)")
-    parser.add_argument("--programs", default="train_vae,train_latte,cache_latents,sample")
+    parser.add_argument("--programs", default="train_vae,train_latte,cache_latents,sample,judge")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
@@ -209,6 +240,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}
     command = f"bash scripts/kill_test.sh --kills {args.kills} --saves {args.saves} --steps {args.steps} --seed {args.seed}"
+    command += f" --programs {args.programs}"
     hardware = f"{os.cpu_count()} {platform.machine()} CPU cores, no GPU"
     head = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": known}
     file.write_text(json.dumps({**head, "seconds": seconds, "programs": results}, indent=1) + "\n")
@@ -228,7 +260,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
 
 Each program was killed, started again with the same command until it ended, and its end compared to the bit with that of
 a program which was never killed: weights, EMA, both optimizers, counters, metrics.jsonl and the exported folder; the
-files of the cache; every frame of the samples. How the kills are drawn is in tests/faults/kills.py, each of them in
+files of the cache; every frame of the samples; every score, and the features kept. How the kills are drawn is in tests/faults/kills.py, each of them in
 {file.name}.
 
 """

@@ -1,5 +1,6 @@
 """Programs in forked processes that are killed from outside, or by themselves before a file operation."""
 
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ def start(program: str, settings: list[str], folder: Path, kill_before: int = 0)
         return child, reading
     code = 1
     try:
+        os.setpgid(0, 0)  # a group of its own, for signals to groups
         os.close(reading)
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
@@ -32,7 +34,11 @@ def start(program: str, settings: list[str], folder: Path, kill_before: int = 0)
         count_operations(folder, writing, kill_before)
         from importlib import import_module
 
-        code = import_module(f"pipelines.{program}").main(settings) or 0
+        code = import_module(program if "." in program else f"pipelines.{program}").main(settings) or 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
@@ -68,21 +74,28 @@ def count_operations(folder: Path, pipe: int, kill_before: int) -> None:
     sys.addaudithook(hook)
 
 
-def wait(child: int, pipe: int, kill: Callable[[], bool] = lambda: False) -> tuple[bool, list[str]]:
-    """Until the child ends; (was it killed, its file operations). kill(): asked every millisecond. Fails on an error."""
+def wait(
+    child: int, pipe: int, kill: Callable[[], bool] = lambda: False, number: int = signal.SIGKILL
+) -> tuple[bool, list[str]]:
+    """Until the child ends; (was it stopped, its file operations). kill(): asked every millisecond. Fails on an error.
+
+    number: the signal for the child's whole group; one that it may handle must end it with 128 + number, or be too late.
+    """
     os.set_blocking(pipe, False)
-    said, done, status = b"", False, 0
+    said, done, status, asked = b"", False, 0, False
     while not done:
         done, status = os.waitpid(child, os.WNOHANG)
-        if not done and kill():
-            os.kill(child, signal.SIGKILL)
-            done, status = os.waitpid(child, 0)
+        if not done and not asked and kill():
+            asked = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, number)
         while chunk := read(pipe):
             said += chunk
         if not done:
             time.sleep(0.001)
     os.close(pipe)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) - 128
+    killed = ended in (number, signal.SIGKILL)  # an audit hook kills with the latter
     if not killed and status:
         raise RuntimeError(f"a start ended with status {status}")
     return killed, said.decode().splitlines()

@@ -201,13 +201,3 @@ def test_two_launches_at_once_write_one_cache_with_the_bytes_of_one_launch(cache
     both = {p.name: p.read_bytes() for p in (tmp_path / "both").iterdir()}
     assert both == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert all(torch.isfinite(LatentCache(tmp_path / "both")[k]["mean"]).all() for k in range(16))
-
-
-def test_what_a_kill_left_beside_the_statistics_of_a_vae_is_removed(latte_settings, own_vae, tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    leftover = own_vae / f".config.json.tmp-{os.uname().nodename}-{gone.pid}"
-    leftover.write_text("{")
-    cache_latents.main([*latte_settings, f"vae.path={own_vae}", f"cache.dir={tmp_path / 'cache'}"])
-    assert not leftover.exists()
-    assert json.loads((own_vae / "config.json").read_text())["latents_mean"] is not None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.files import machine
 from pipelines.checkpoints import Checkpoints, export_folder, recover, writing
 from pipelines.train_vae import main
 
@@ -118,7 +119,7 @@ def test_what_killed_saves_and_deletions_leave_is_cleaned_at_the_next_start(tmp_
     settings = [*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=1"]
     main([*settings, "steps=1"])
     dead = 2**22 + 1  # above the largest process id
-    node = os.uname().nodename
+    node = machine()
     for name in (".step_00000002.tmp", ".step_00000000.old"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "half").write_text("x")
@@ -136,7 +137,7 @@ def test_a_start_killed_before_its_settings_were_written_does_not_block_the_next
     from tests.programs.conftest import VAE
 
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / f".config.yaml.tmp-{os.uname().nodename}-{2**22 + 1}").write_text("half")
+    (tmp_path / "run" / f".config.yaml.tmp-{machine()}-{2**22 + 1}").write_text("half")
     main([*VAE, f"run_dir={tmp_path / 'run'}", "val_every=9", "steps=1"])
     assert (tmp_path / "run" / "vae").is_dir()
 
@@ -171,9 +172,11 @@ def test_an_export_that_a_kill_prevented_is_made_by_the_next_start_though_no_ste
     with monkeypatch.context() as patch:  # killed after the last checkpoint, before the export
         patch.setattr(loop, "export_folder", lambda *_: False)
         main([*settings, "steps=4"])
-    assert json.loads((tmp_path / "vae" / "export.json").read_text()) == {"step": 2, "samples_seen": 8}
+    read = json.loads((tmp_path / "vae" / "export.json").read_text())
+    assert (read["step"], read["samples_seen"], read["num_frames"]) == (2, 8, 9)
     main([*settings, "steps=4"])
-    assert json.loads((tmp_path / "vae" / "export.json").read_text()) == {"step": 4, "samples_seen": 16}
+    read = json.loads((tmp_path / "vae" / "export.json").read_text())
+    assert (read["step"], read["samples_seen"]) == (4, 16)
     weights = "diffusion_pytorch_model.safetensors"
     last = tmp_path / "checkpoints" / "step_00000004" / "vae_ema" / weights
     assert (tmp_path / "vae" / weights).read_bytes() == last.read_bytes()
@@ -195,8 +198,12 @@ def test_a_latte_checkpoint_names_its_vae_by_digest_and_refuses_another(own_vae,
     from pipelines.settings import weights_digest
     from vae import ODVAE
 
-    run, common = tmp_path / "run", [*latte_settings, f"vae.path={own_vae}", "mode=online"]
-    cache_latents.main([*common[:-1], f"cache.dir={tmp_path / 'cache'}"])
+    run, common = (
+        tmp_path / "run",
+        [*latte_settings, f"vae.path={own_vae}", f"cache.dir={tmp_path / 'cache'}"],
+    )
+    cache_latents.main(common)
+    common.append("mode=online")
     train_latte.main([*common, f"run_dir={run}", "steps=1"])
     vae = ODVAE.from_pretrained(own_vae)
     assert Checkpoints(run).manifest(1)["vae"] == {"name": "odvae", "weights_sha256": weights_digest(vae)}

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
+from pipelines.checkpoints import Checkpoints
 from pipelines.config import load
 from pipelines.latte_settings import TrainLatteConfig
 
@@ -103,10 +104,18 @@ def test_cached_moments_equal_a_fresh_encode(stage_two, own_vae, tmp_path, latte
         assert entry["label"] == clips.label(entry["video"])
 
 
-def test_statistics_are_measured_and_stored_with_a_vae_that_has_no_scaling_rule(stage_two, own_vae, tmp_path):
-    assert json.loads((own_vae / "config.json").read_text())["latents_mean"] is None
-    stage_two("run", "steps=1")
-    config = json.loads((own_vae / "config.json").read_text())
+def test_statistics_of_a_vae_without_a_scaling_rule_are_kept_by_the_cache_and_the_run_and_its_folder_is_left_alone(
+    stage_two, own_vae, tmp_path
+):
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in own_vae.iterdir()}
+    for path in own_vae.iterdir():
+        path.chmod(0o444)
+    own_vae.chmod(0o555)
+    stage_two("run", "steps=1", "save_every=1")
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in own_vae.iterdir()} == before
+    config = json.loads((tmp_path / "run" / "pipeline" / "vae" / "config.json").read_text())
+    known = Checkpoints(tmp_path / "run").manifest(1)["normalization"]
+    assert {k: config[k] for k in known} == known
     cache = LatentCache(tmp_path / "cache")
     entries = [cache[i] for i in range(len(cache))]
     mean, var = (
@@ -143,7 +152,7 @@ def test_a_cache_of_another_vae_is_refused(stage_two, own_vae):
 
 
 def test_missing_and_incomplete_caches_say_what_to_do(stage_two, tmp_path):
-    with pytest.raises(ValueError, match="no scaling rule"):
+    with pytest.raises(ValueError, match="no latent cache .*cache_latents"):
         stage_two("run", "steps=1", cache=False)
     stage_two("run", "steps=1")
     index = tmp_path / "cache" / "index.json"
@@ -342,7 +351,7 @@ def test_a_run_goes_on_with_its_own_normalization_and_classes_only(stage_two, ow
     stage_two("run", "steps=1", "save_every=1")
     config = own_vae / "config.json"
     content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"latents_std": [50.0] * 4}))
+    config.write_text(json.dumps(content | {"latents_mean": [0.0] * 4, "latents_std": [50.0] * 4}))
     with pytest.raises(ValueError, match="was trained with normalization="):
         stage_two("run", "steps=2", cache=False)
     config.write_text(json.dumps(content))

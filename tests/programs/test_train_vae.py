@@ -66,7 +66,7 @@ def test_accumulated_small_batches_train_as_one_large_batch(train):
     assert curve("other", "micro_batch=4", "seed=1") != pytest.approx(large, rel=1e-2)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(train, monkeypatch):
+def test_sigterm_saves_and_the_same_command_goes_on(train, monkeypatch, tmp_path):
     from pipelines import vae_trainer
 
     original = vae_trainer.VAETrainer.train_step
@@ -77,7 +77,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(train, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", interrupted)
-    run = train("stopped", "steps=5", "save_every=100")
+    with pytest.raises(SystemExit) as stop:
+        train("stopped", "steps=5", "save_every=100")
+    assert stop.value.code == 128 + signal.SIGTERM
+    run = tmp_path / "stopped"
     assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_00000002"]
     monkeypatch.undo()
     stopped = train("stopped", "steps=5", "save_every=100")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.clip import to_uint8
+from data.clip import to_float, to_uint8
 from data.video import read_frames
 from eval.fidelity import load_lpips, lpips_distance
 from pipelines.train_vae import main
@@ -62,7 +62,7 @@ def test_the_logged_lpips_is_that_of_the_exported_vae_on_the_held_out_clips(weig
     values = []
     with torch.no_grad():
         for n in (0, len(clips) // 2):  # spread over all held-out clips
-            x = clips[n]["video"][None]
+            x = to_float(clips[n]["video"])[None]
             decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample
             values.append(lpips_distance(to_uint8(x)[0], to_uint8(decoded)[0], network))
     assert records(run)[-1]["val/lpips"] == pytest.approx(np.mean(values), rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import cut
+from data import video as video_module
 from data.cut import frames_between, pack_times, parse_time, read_cut, show_time
 from data.scan import scan_file
 from data.video import read_frames
@@ -76,14 +76,18 @@ def test_a_cut_begins_at_the_first_frame_not_before_and_ends_with_the_last_befor
 
 def test_a_cut_reads_the_frames_that_reading_from_the_beginning_gives(video, monkeypatch):
     path, times = video
-    first, stop, tick = frames_between(scan_file(path).times, 1500, int(times[-1] * 1000))
-    expected = read_frames(path, [first + n for n in (5, 0, 3, 0)])
+    packed = scan_file(path).times
+    first, stop, tick = frames_between(packed, 1500, int(times[-1] * 1000))
+    expected = read_frames(path, [first + n for n in (5, 0, 3, 0)], None)
     asked = []
-    monkeypatch.setattr(cut, "read_frames", lambda *given: asked.append(given))
-    assert (read_cut(path, first, tick, [5, 0, 3, 0]) == expected).all()
+    slow = video_module._from_the_beginning
+    monkeypatch.setattr(video_module, "_from_the_beginning", lambda *g: asked.append(g) or slow(*g))
+    for known in (packed, b""):
+        assert (read_cut(path, first, tick, [5, 0, 3, 0], known) == expected).all()
     assert not asked  # it was entered at a key frame
-    read_cut(path, first, tick + 1, [0])  # no frame of that time: not trusted
-    read_cut(path, first, tick, [stop])
+    assert (read_cut(path, first, tick + 1, [0]) == expected[1]).all()  # no frame of that time: not trusted
+    with pytest.raises(ValueError, match=f"frame {first + stop} asked"):
+        read_cut(path, first, tick, [stop])
     assert asked == [(path, [first]), (path, [first + stop])]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.clip import ClipSpec, to_uint8
+from data.clip import ClipSpec, to_float, to_uint8
 from data.dataset import VideoClips
 from data.loader import StepBatches, make_loader
 from data.sources import open_source
@@ -34,9 +34,12 @@ def test_a_sample_depends_on_seed_and_number_alone(demo):
 
 def test_a_sample_has_the_shapes_and_ranges_models_take(demo):
     sample = VideoClips(demo, SPEC)[0]
-    assert sample["video"].shape == (3, 5, 16, 16)
-    assert sample["video"].dtype == torch.float32
-    assert sample["video"].abs().max() <= 1
+    assert sample["video"].shape == (5, 16, 16, 3)
+    assert sample["video"].dtype == torch.uint8
+    model_input = to_float(sample["video"])
+    assert model_input.shape == (3, 5, 16, 16)
+    assert model_input.dtype == torch.float32
+    assert model_input.abs().max() <= 1
     assert sample["label"].dtype == sample["index"].dtype == torch.int64
     assert sample["label"] == demo.videos[int(sample["index"])].label
 
@@ -54,7 +57,8 @@ def test_clip_uint8_is_what_a_sample_holds(demo):
     clips = VideoClips(demo, SPEC, seed=5)
     sample = clips[11]
     pixels = clips.clip_uint8(int(sample["index"]), np.random.default_rng((5, 11)))
-    assert np.array_equal(to_uint8(sample["video"]), pixels)
+    assert np.array_equal(sample["video"].numpy(), pixels)
+    assert np.array_equal(to_uint8(to_float(sample["video"])), pixels)
 
 
 def test_short_videos_are_counted_and_listed(tmp_path, scene, encode):
@@ -113,6 +117,7 @@ def test_workers_and_resuming_do_not_change_the_samples(demo):
     for start, workers in ((0, 0), (0, 2), (2, 1)):
         loader = make_loader(clips, StepBatches(start, 4, 2), workers)
         runs[start, workers] = list(itertools.islice(loader, 8 - 2 * start))
+        loader.close()
     assert all(same(a, b) for a, b in zip(runs[0, 0], runs[0, 2], strict=True))
     assert all(same(a, b) for a, b in zip(runs[0, 0][4:], runs[2, 1], strict=True))
-    assert runs[0, 0][0]["video"].shape == (2, 3, 5, 16, 16)
+    assert runs[0, 0][0]["video"].shape == (2, 5, 16, 16, 3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import index as index_module
-from data.scan import ScanRecord
+from data.scan import ScanRecord, reader_name
 from data.table import VideoTable
 
 PROGRAM = """
@@ -63,7 +63,15 @@ def start(tmp_path, count):
     with index_module._store(tmp_path / "index" / "webvid-index.sqlite") as store:
         for n in range(count):
             path = os.fsencode(data / f"{n % 1000:06d}" / f"{n}.mp4")
-            values = (60 + n % 500, 596, 336, 29.97, "" if n % 1000 else "cut short", b"x" * 45)
+            values = (
+                60 + n % 500,
+                596,
+                336,
+                29.97,
+                "" if n % 1000 else "cut short",
+                b"x" * 60,
+                reader_name(),
+            )
             store.execute(index_module._STORE, (path, 1, 2, 3, *values))
         store.commit()
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(count)]

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib
+import os
 import re
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import scan
+from data import processes, scan
 from data.index import build_index
 from data.scan import scan_file
 from data.video import list_videos
@@ -99,22 +101,26 @@ def test_folders_of_frames_are_checked_for_gaps_sizes_and_unreadable_images(tmp_
 
 
 BAD_WORKER = """
-import os, time
-from data.scan import scan_file
+import os, signal, time
+from pathlib import Path
+from data import processes, scan
 
-def worker(connection):
-    connection.send(None)
-    while True:
-        name = connection.recv()
-        stem = os.path.basename(name)
-        if "crash" in stem:
-            os._exit(1)
-        if "hang" in stem:
-            time.sleep(600)
-        connection.send(scan_file(name))
-
-def stillborn(connection):
-    connection.close()
+def scan_file(name):
+    stem = Path(name).stem
+    if "crash" in stem:
+        os.abort()
+    if "killed" in stem:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "once" in stem and not Path(name + ".seen").exists():
+        Path(name + ".seen").touch()
+        os.abort()
+    while "spin" in stem:
+        pass
+    if "hang" in stem:
+        time.sleep(600)
+    if "broken" in stem:
+        raise AttributeError("no attribute 'rotation'")
+    return scan.scan_file(name)
 """
 
 
@@ -124,25 +130,71 @@ def bad_worker(tmp_path, monkeypatch):
     (tmp_path / "bad_scan_worker.py").write_text(BAD_WORKER)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("bad_scan_worker")
-    monkeypatch.setattr(scan, "_worker", module.worker)
+    monkeypatch.setattr(scan, "scan_file", module.scan_file)
     yield module
     sys.modules.pop("bad_scan_worker")
 
 
 def test_a_crash_or_a_hang_is_one_record_and_the_rest_goes_on(tmp_path, scene, encode, bad_worker):
-    names = ("crash_1.avi", "a.avi", "hang.avi", "b.avi", "crash_2.avi", "c.avi")
+    names = ("crash.avi", "a.avi", "hang.avi", "b.avi", "killed.avi", "spin.avi", "once.avi")
     paths = [encode(tmp_path / "data" / name, scene[:2], "mpeg4") for name in names]
-    index = build_index(paths, workers=2, timeout_s=1)
+    index = build_index(paths, tmp_path / "x.sqlite", workers=2, timeout_s=3)
     assert [(Path(r.path).name, r.damaged) for r in index.damaged] == [
-        ("crash_1.avi", "the decoder crashed on this file"),
-        ("hang.avi", "not decoded within 1 s"),
-        ("crash_2.avi", "the decoder crashed on this file"),
+        ("crash.avi", "the decoder crashed on this file"),
+        ("hang.avi", "not decoded within 3 s"),
+        ("killed.avi", "the decoder crashed on this file"),
+        ("spin.avi", "not decoded within 3 s"),
     ]
-    assert [Path(r.path).name for r in index.good] == ["a.avi", "b.avi", "c.avi"]
+    assert [Path(r.path).name for r in index.good] == ["a.avi", "b.avi", "once.avi"]
+    with sqlite3.connect(tmp_path / "x.sqlite") as store:
+        rows = dict(store.execute("SELECT path, damaged FROM scans"))
+    # a process that somebody killed or stopped says nothing about its file: it is looked at again the next time
+    assert {os.path.basename(path).decode(): reason for path, reason in rows.items()} == {
+        "crash.avi": "the decoder crashed on this file",
+        "spin.avi": "not decoded within 3 s",
+        **dict.fromkeys(("a.avi", "b.avi", "once.avi"), ""),
+    }
+
+
+def test_a_fault_of_the_program_stops_the_scan_and_is_noted_against_no_file(
+    tmp_path, scene, encode, bad_worker
+):
+    paths = [encode(tmp_path / f"{name}.avi", scene[:2], "mpeg4") for name in ("broken_1", "broken_2")]
+    with pytest.raises(OSError, match=r"broken_\d.avi: AttributeError: no attribute 'rotation'"):
+        build_index(paths, tmp_path / "x.sqlite", workers=1)
+    with sqlite3.connect(tmp_path / "x.sqlite") as store:
+        assert not list(store.execute("SELECT * FROM scans"))
+
+
+def test_one_reason_for_the_first_twenty_files_is_no_fault_of_the_files(tmp_path, scene, encode):
+    names = [tmp_path / f"{n}.avi" for n in range(25)]
+    for name in names:
+        name.write_bytes(b"RIFF")
+    with pytest.raises(OSError, match=r"first 20 files all fail for one reason.*libavcodec"):
+        build_index(names, tmp_path / "x.sqlite", workers=1)
+    with sqlite3.connect(tmp_path / "x.sqlite") as store:
+        assert not list(store.execute("SELECT * FROM scans"))
+    good = encode(tmp_path / "good.avi", scene[:2], "mpeg4")
+    for _ in range(2):  # the reader is well, and the second time it is known before the scan
+        assert len(build_index([good, *names], tmp_path / "x.sqlite", workers=1).damaged) == len(names)
+        names.append(tmp_path / f"{len(names)}.avi")
+        names[-1].write_bytes(b"RIFF")
+
+
+def test_a_verdict_of_another_version_of_the_reader_is_looked_at_again(tmp_path, scene, encode):
+    good, bad = encode(tmp_path / "good.avi", scene[:2], "mpeg4"), tmp_path / "bad.avi"
+    bad.write_bytes(b"RIFF")
+    build_index([good, bad], tmp_path / "x.sqlite", workers=1)
+    with sqlite3.connect(tmp_path / "x.sqlite") as store:
+        store.execute("UPDATE scans SET reader = 'av 14.0.0', damaged = 'other', num_frames = 7")
+        store.execute("UPDATE scans SET damaged = '' WHERE CAST(path AS TEXT) LIKE '%good%'")
+    index = build_index([good, bad], tmp_path / "x.sqlite", workers=1)
+    assert [r.num_frames for r in index.good] == [7]
+    assert "cannot be decoded" in index.damaged[0].damaged
 
 
 def test_a_process_that_cannot_start_accuses_no_file(tmp_path, scene, encode, bad_worker, monkeypatch):
-    monkeypatch.setattr(scan, "_worker", bad_worker.stillborn)
+    monkeypatch.setattr(processes, "_CODE", "raise SystemExit(3)")
     with pytest.raises(OSError, match="did not start"):
         build_index([encode(tmp_path / "a.avi", scene[:2], "mpeg4")], workers=1)
 

@@ -266,3 +266,11 @@ def test_wrong_labels_and_timesteps_are_refused():
     for t in (torch.tensor([0.5, 1.0]), torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match="timesteps"):
             tiny()(x, t)
+
+
+def test_a_latte_with_labels_is_exported_as_one_graph():
+    model = Latte(depth=2, hidden_size=16, num_heads=2, num_frames=3, sample_size=4, num_classes=3).eval()
+    inputs = torch.randn(2, 4, 3, 4, 4), torch.tensor([3, 7]), torch.tensor([0, 2])
+    with torch.no_grad():
+        graph = torch.export.export(model, inputs, {"return_dict": False}).module()
+        assert torch.allclose(graph(*inputs, return_dict=False)[0], model(*inputs).sample, atol=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.video import BadVideo
 from eval.extraction import RunOptions, extract_selected, judge_folder
 from eval.feature_cache import FeatureCache, cache_folder
 from eval.features import Extractor
@@ -217,7 +218,7 @@ def test_a_video_that_vanishes_after_the_choice_is_replaced_and_counted(
 
     def read(video, *arguments):
         if video == victim:
-            raise OSError("gone")
+            raise BadVideo("gone")
         return real_read(video, *arguments)
 
     monkeypatch.setattr(extraction, "read_clip", read)

@@ -1,9 +1,11 @@
+import json
 from dataclasses import dataclass
 
 import pytest
 
 from pipelines.config import dump, flatten, free_keys, load, option, parse
 from pipelines.settings import Precision
+from pipelines.vae_settings import TrainVAEConfig
 
 
 @dataclass
@@ -93,3 +95,37 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
     assert "steps=5  how many" in text
     assert "inner.rate=0.1  a rate" in text
     assert "precision='fp32' [fp32|tf32|bf16]" in text
+
+
+def test_text_stays_text_and_nothing_of_the_environment_gets_into_a_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    texts = [
+        "${oc.env:SECRET}",
+        "/data/${set}/x",
+        "${",
+        "a ${b} ${oc.env:SECRET,x}",
+        "$HOME",
+        "\\${x}",
+        "1e3",
+    ]
+    for text in texts:
+        (tmp_path / "c.yaml").write_text(
+            f"source: {{root: {json.dumps(text)}}}\nrun_dir: {json.dumps(text)}\n"
+        )
+        for config in (
+            load(TrainVAEConfig, tmp_path / "c.yaml"),
+            load(TrainVAEConfig, None, [f"source.root={text}", f"run_dir={text}"]),
+        ):
+            assert (config.source.root, config.run_dir) == (text, text)
+            (tmp_path / "again.yaml").write_text(dump(config))
+            assert load(TrainVAEConfig, tmp_path / "again.yaml") == config
+    (tmp_path / "c.yaml").write_text('run_dir: "\\x24{oc.env:SECRET}"\n')  # hidden from a search for ${
+    assert load(TrainVAEConfig, tmp_path / "c.yaml").run_dir == "${oc.env:SECRET}"
+    with pytest.raises(ValueError, match="steps"):
+        load(TrainVAEConfig, None, ["steps=${oc.env:SECRET}"])
+
+
+def test_the_home_folder_may_be_written_short_in_a_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text("source: {root: ~/videos}\n")
+    assert load(TrainVAEConfig, tmp_path / "c.yaml").source.root == "/home/me/videos"

@@ -21,6 +21,8 @@ def main(argv):
         calls.write("x")
     if argv[1] == "fail" and not pathlib.Path("mended").exists():
         raise RuntimeError("broken on purpose")
+    if argv[1] == "stop" and not pathlib.Path("mended").exists():
+        raise SystemExit(143)
     if argv[1] == "kill" and not pathlib.Path("mended").exists():
         os.kill(os.getpid(), 9)
     (folder / "stand_in.json").write_text("{}")
@@ -60,6 +62,31 @@ def test_a_failed_row_stops_no_other_and_is_run_again_while_finished_steps_are_n
     assert run_table(Desk(places), table) == 0
     assert calls(places, "bad", "waits", "good") == [2, 1, 1]
     assert row_state(Desk(places), table, table.rows[0])[0] == "done"
+
+
+def test_a_step_in_a_process_of_its_own_that_a_signal_ended_ends_the_table(places, trial, tmp_path):
+    for name, how in (("asked", "sys.exit(130)"), ("killed", "os.kill(os.getpid(), 15)")):
+        (tmp_path / f"{name}.py").write_text(f"import os, sys; {how}")
+        step = Step(name, places.runs / name, places.runs / name, name)
+        table = table_of({"a": [step], "b": [trial("second")]})
+        table.in_process = False
+        with pytest.raises(SystemExit) as stopped:
+            run_table(Desk(places), table)
+        assert stopped.value.code == {"asked": 130, "killed": 143}[name]
+        assert calls(places, "second") == [0]
+
+
+def test_a_step_that_a_signal_ended_ends_the_table_and_is_no_failure(tmp_path, places, trial):
+    table = table_of({"a": [trial("first", "stop")], "b": [trial("second")]})
+    desk = Desk(places)
+    with pytest.raises(SystemExit) as stopped:
+        run_table(desk, table)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert calls(places, "first", "second") == [1, 0]
+    assert row_state(Desk(places), table, table.rows[0])[0] == "partly"
+    (tmp_path / "mended").touch()
+    assert run_table(Desk(places), table) == 0
+    assert calls(places, "first", "second") == [2, 1]
 
 
 KILLED = """

@@ -133,3 +133,16 @@ def test_impossible_groups_and_tiles_are_refused():
 def test_joining_drops_the_shared_frame_once():
     x = torch.arange(9.0).view(1, 1, 9, 1, 1)
     assert over_groups(lambda v: v, x, 4).flatten().tolist() == list(range(9))
+
+
+def test_tiling_is_switched_as_in_other_vaes_of_diffusers():
+    from tests.unit.vae.tiny import tiny
+
+    vae = tiny()
+    for on, off in (((True,), (False,)), ((), (33, None, False))):
+        vae.enable_tiling(*on)
+        assert vae.tiling_groups == (33, 9)
+        vae.enable_tiling(*off)
+        assert vae.tiling_groups is None
+    vae.enable_tiling(use_tiling=False)
+    assert vae.tiling_groups is None

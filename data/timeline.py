@@ -1,0 +1,76 @@
+"""When each frame of a video is shown, and at which frames decoding may begin: what the scan keeps of a file.
+
+Packed in some 60 bytes for a steady rate, so that a million videos stay light.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_HEADER = struct.Struct("<qqq")
+_ROW = 9  # bytes a frame before compression: the step as int64, then whether it is an entry
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """ticks: int64 (n,), rising presentation times of the n frames in display order. entries: int64, rising frame numbers.
+
+    A decoder that seeks to the tick of an entry shows that frame and all after it as it would coming from frame 0.
+    """
+
+    ticks: np.ndarray
+    entries: np.ndarray
+
+    def entry(self, frame: int) -> int:
+        """The last entry at or before a frame; 0 if there is none."""
+        place = int(np.searchsorted(self.entries, frame, side="right"))
+        return int(self.entries[place - 1]) if place else 0
+
+
+def rising(ticks: Sequence[int | None]) -> bool:
+    """Whether every frame has a time and is shown after the one before."""
+    return len(ticks) > 0 and None not in ticks and bool((np.diff(np.asarray(ticks, np.int64)) > 0).all())
+
+
+def pack_times(
+    ticks: Sequence[int | None], numerator: int, denominator: int, entries: Iterable[int] = ()
+) -> bytes:
+    """A timeline packed; one tick lasts numerator / denominator seconds.
+
+    b"" when a frame has no time or times do not rise: such a video is read from its beginning and not cut by time.
+    """
+    if denominator < 1 or not rising(ticks):
+        return b""
+    steps = np.diff(np.asarray(ticks, np.int64), prepend=ticks[0])
+    flags = np.zeros(len(steps), np.uint8)
+    flags[list(entries)] = 1
+    body = zlib.compress(steps.astype("<i8").tobytes() + flags.tobytes())
+    return _HEADER.pack(numerator, denominator, ticks[0]) + body
+
+
+def unpack_times(packed: bytes) -> Timeline:
+    """The timeline of `pack_times`; not of b""."""
+    start, body = _HEADER.unpack_from(packed)[2], zlib.decompress(packed[_HEADER.size :])
+    count = len(body) // _ROW
+    ticks = start + np.cumsum(np.frombuffer(body, "<i8", count))
+    return Timeline(ticks, np.flatnonzero(np.frombuffer(body, np.uint8, count, 8 * count)))
+
+
+def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int, int]:
+    """(first, stop, tick): frames first <= n < stop have begin <= time < end, times counted from frame 0.
+
+    tick: the presentation time that the file gives the first of them; 0 if there is none.
+
+    packed: of pack_times; not b"". Whole numbers throughout: no rounding puts a frame on the wrong side.
+    """
+    numerator, denominator, _ = _HEADER.unpack_from(packed)
+    ticks = unpack_times(packed).ticks
+    limits = [-(-ms * denominator // (numerator * 1000)) for ms in (begin_ms, end_ms)]
+    first, stop = np.searchsorted(ticks - ticks[0], limits)
+    tick = int(ticks[first]) if first < stop else 0
+    return int(first), int(stop), tick
