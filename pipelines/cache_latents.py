@@ -202,7 +202,14 @@ def _store_statistics(config: TrainLatteConfig, vae: Any, statistics: dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     verify = "check every shard of the cache, write nothing; exit code 1 if one is damaged"
-    config, args = parse(TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, {"--verify": verify})
+    config, args = parse(
+        TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, {"--verify": verify}, planned=True
+    )
+    if args.plan:
+        from pipelines.plan.report import plan_text
+
+        print(plan_text("cache_latents", config, args.card))
+        return 0
     from pipelines.log import console
 
     console()

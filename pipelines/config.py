@@ -170,8 +170,11 @@ def parse(
     about: str,
     flags: dict[str, str] | None = None,
     switches: dict[str, str] | None = None,
+    planned: bool = False,
 ) -> tuple[T, argparse.Namespace]:
     """Read a program's command line: `--config FILE`, `--dry-run`, the named flags, and `key=value` for the rest.
+
+    planned: the program has `--plan`, and with it `card=NAME`, which is args.card afterwards.
 
     flags: {"--vae": "vae.name"}: a flag is another spelling of one key. switches: {"--verify": help}, true when given.
     """
@@ -187,6 +190,11 @@ def parse(
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
     )
+    if planned:
+        plan = "print memory, time and what fits on a card, from a simulation, then stop; card=h100|h200|a100|a100-40|"
+        parser.add_argument(
+            "--plan", action="store_true", help=plan + "l40s|rtx4090|rtx3090, default the one here"
+        )
     for switch, text in (switches or {}).items():
         parser.add_argument(switch, action="store_true", help=text)
     for flag, key in (flags or {}).items():
@@ -195,6 +203,11 @@ def parse(
         )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, the last word")
     args = parser.parse_intermixed_args(argv)
+    args.card = ""
+    if planned and args.plan:
+        cards = [word for word in args.settings if word.startswith("card=")]
+        args.settings = [word for word in args.settings if word not in cards]
+        args.card = cards[-1].removeprefix("card=") if cards else ""
     chosen = [
         f"{name[5:]}={value}"
         for name, value in vars(args).items()

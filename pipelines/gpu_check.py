@@ -412,7 +412,7 @@ def _train_latte(s: Session, row: str, repeats: int = 5) -> Result:
     config = _config(s, row)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
-    trainer, batches = stage_two_parts(config, accelerator, s.device)
+    trainer, batches, _vae = stage_two_parts(config, accelerator, s.device)
     one = next(batches)
     found = measure(s, lambda: trainer.train_step(iter([one])), repeats, 2)
     start, cpu = time.perf_counter(), time.process_time()

@@ -186,7 +186,12 @@ def sample(config: SampleConfig) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(SampleConfig, argv, "sample", __doc__)
+    config, args = parse(SampleConfig, argv, "sample", __doc__, planned=True)
+    if args.plan:
+        from pipelines.plan.report import plan_text
+
+        print(plan_text("sample", config, args.card))
+        return 0
     from pipelines.log import console
 
     console()

@@ -13,7 +13,12 @@ from pipelines.latte_settings import FLAGS, TrainLatteConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS)
+    config, args = parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
+    if args.plan:
+        from pipelines.plan.report import plan_text
+
+        print(plan_text("train_latte", config, args.card))
+        return 0
     from pipelines.latte_trainer import plan, train
     from pipelines.log import console
 

@@ -13,8 +13,18 @@ from pipelines.vae_settings import TrainVAEConfig
 
 def main(argv: list[str] | None = None) -> int:
     config, args = parse(
-        TrainVAEConfig, argv, "train_vae", __doc__, {"--data": "source.root", "--dataset": "source.name"}
+        TrainVAEConfig,
+        argv,
+        "train_vae",
+        __doc__,
+        {"--data": "source.root", "--dataset": "source.name"},
+        planned=True,
     )
+    if args.plan:
+        from pipelines.plan.report import plan_text
+
+        print(plan_text("train_vae", config, args.card))
+        return 0
     from pipelines.log import console
     from pipelines.vae_start import plan
     from pipelines.vae_trainer import train

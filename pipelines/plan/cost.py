@@ -60,6 +60,7 @@ class Cost:
     at_peak: list[tuple[str, int]] = field(default_factory=list)  # largest kinds of live tensors at the peak
     largest: int = 0  # elements of the largest tensor
     layout_copies: int = 0
+    operations: int = 0  # that the host dispatched, views too
     works: Counter = field(default_factory=Counter)
 
     @property
@@ -127,6 +128,7 @@ class Costs(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
+        self.cost.operations += 1
         space, _, name = func._schema.name.partition("::")
         if space == "prim":
             return out

@@ -83,6 +83,7 @@ def _train_step(trainer: Any, costs: Costs, batches: Iterator[Any]) -> Cost:
     for work, times in micro_batch.items():
         two.works[work] += (count - 2) * times
     two.layout_copies += (count - 2) * (two.layout_copies - one.layout_copies)
+    two.operations += (count - 2) * (two.operations - one.operations)
     return two
 
 
@@ -189,14 +190,14 @@ def imagined_vae(settings: Any) -> Any:
 CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; the others' are in their files
 
 
-def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any]]:
-    """(trainer, endless batches) of train_latte without data and weights. where: as of `stage_one_parts`."""
+def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any], Any]:
+    """(trainer, endless batches, frozen VAE) of train_latte without data and weights. where: as of `stage_one_parts`."""
     from pipelines.latte_trainer import LatteTrainer, OnlineLatents, build_latte
     from pipelines.settings import Mode, for_inference
 
     device = accelerator.device
+    vae = imagined_vae(config.vae)
     with where:
-        vae = imagined_vae(config.vae)
         latte = build_latte(config, vae, CLASSES.get(config.source.name))
     frozen = for_inference(vae, device, config.precision)  # also what draws the sample grids
     online = config.mode is Mode.online
@@ -212,7 +213,7 @@ def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple
             return one | {"video": _pinned(torch.rand(B, 3, clip.num_frames, clip.size, clip.size) * 2 - 1)}
         return one | {k: _pinned(0.1 * torch.randn(latent)) for k in ("mean", "logvar")}
 
-    return trainer, _endless(batch)
+    return trainer, _endless(batch), frozen
 
 
 def stage_two(config: Any) -> Simulation:
@@ -221,7 +222,7 @@ def stage_two(config: Any) -> Simulation:
 
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        trainer, batches = stage_two_parts(config, accelerator, torch.device("cpu"))
+        trainer, batches, _vae = stage_two_parts(config, accelerator, torch.device("cpu"))
         accelerator.gradient_accumulation_steps = 1
         trainer.train_step(batches)  # makes the optimizer's state
         gpu.syncs.found.clear()
