@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.fast import (
+    ONEDNN,
+    add_residual,
+    channels_last,
+    compute_dtype,
+    convolve,
+    eager,
+    empty_channels_last,
+    fused,
+    group_norm,
+    prepared,
+)
 from vae.stream import StreamState
-
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -31,25 +41,42 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stride=(1, 1, 1), padding=(0, 0, 0)) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride=(1, 1, 1), padding=(0, 0, 0)) -> Tensor:
     """F.conv3d, which on CPU sends a batch of one with C T H <= 20480 to an im2col several times slower than oneDNN.
 
     At inference that rule is skipped. Pointwise kernels stay where they are: there im2col is a plain product.
     A compiled graph keeps F.conv3d: the compiler knows no shapes for the other.
     """
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.shape[-1] == 1
-    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    small = x.shape[0] == 1 and x[0, :, :, :, 0].numel() <= 20480 and weight.shape[-1] > 1
+    if small and ONEDNN and eager() and x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.ops.aten.mkldnn_convolution(
+            channels_last(x), weight, bias, padding, stride, (1, 1, 1), 1
+        )
     return F.conv3d(x, weight, bias, stride, padding)
 
 
 class FrameConv2d(nn.Conv2d):
-    """A 2D convolution on every frame. x: (B, C, T, H, W); `norm`, if given, and SiLU come first."""
+    """A 2D convolution on every frame. x: (B, C, T, H, W); `norm`, if given, and SiLU come first.
 
-    def forward(self, x: Tensor, state: StreamState | None = None, norm: nn.Module | None = None) -> Tensor:
-        x = x if norm is None else silu(norm(x))
-        return unfold_time(super().forward(fold_time(x)), x.shape[0])
+    biased=False leaves the bias to whoever takes the output, at inference on a GPU; shift is such a bias, for norm.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        norm: "VideoGroupNorm | None" = None,
+        shift: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
+        x = x if norm is None else norm.silu(x, shift)
+        frames = fold_time(x)
+        if eager() and (state is not None or x.is_cuda):
+            kernel = prepared(self, x, "", stride=self.stride, padding=self.padding)
+            y = convolve(frames, kernel, self.bias if biased else None, self.stride, self.padding)
+        else:
+            y = super().forward(frames)
+        return unfold_time(y, x.shape[0])
 
 
 class CausalConv3d(nn.Module):
@@ -57,7 +84,7 @@ class CausalConv3d(nn.Module):
 
     kernel: (kt, kh, kw); stride: (st, sh, sw); padding: zeros at each side of H and W.
     Output frames: (T - 1) // st + 1. In a stream it keeps its last kt - st input frames, and every step after
-    the first must bring a multiple of st frames. `norm`, if given, and SiLU come first.
+    the first must bring a multiple of st frames. `norm`, if given, and SiLU come first; shift, biased: as above.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel, stride=1, padding: int = 0):
@@ -65,44 +92,64 @@ class CausalConv3d(nn.Module):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=(0, padding, padding))
 
-    def forward(self, x: Tensor, state: StreamState | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: StreamState | None = None,
+        norm: "VideoGroupNorm | None" = None,
+        shift: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
         kt, st = self.conv.kernel_size[0], self.conv.stride[0]
         if kt > 1 and state is not None and not state.first:
-            return self._next_frames(x, state, kt - st, norm)
-        x = x if norm is None else silu(norm(x))
+            past = state.frames[self]
+            if past.shape[2] < kt - st:  # the first frame, kept once
+                past = past.expand(-1, -1, kt - st, -1, -1)
+            window = self._window(x, past, kt - st, norm, shift)
+            state.frames[self] = window[:, :, window.shape[2] - (kt - st) :].clone()
+            return self._convolve(window, state, biased)
+        one = x.shape[2] == 1 or state is not None
+        if kt > 1 and not one:
+            return self._convolve(self._window(x, None, kt - 1, norm, shift), state, biased)
+        x = x if norm is None else norm.silu(x, shift)
         if kt == 1:
-            return self._convolve(x)
-        if state is None and x.shape[2] == 1:  # a batch of images
-            return self._one_frame(x)
-        if state is None:
-            return self._convolve(torch.cat((x[:, :, :1].expand(-1, -1, kt - 1, -1, -1), x), dim=2))
-        state.frames[self] = x
-        return self._one_frame(x)
+            return self._convolve(x, state, biased)
+        if state is not None:
+            state.frames[self] = x
+        return self._one_frame(x, biased)
 
-    def _next_frames(self, x: Tensor, state: StreamState, keep: int, norm: nn.Module | None) -> Tensor:
-        """The last `keep` frames before x, then x, in one buffer; SiLU writes straight into it."""
-        past = state.frames[self]
-        if past.shape[2] < keep:  # the first frame, kept once
-            past = past.expand(-1, -1, keep, -1, -1)
-        if norm is None or torch.is_grad_enabled():
-            window = torch.cat((past, x if norm is None else silu(norm(x))), dim=2)
+    def _window(
+        self, x: Tensor, past: Tensor | None, keep: int, norm: "VideoGroupNorm | None", shift: Tensor | None
+    ) -> Tensor:
+        """The last `keep` frames before x, or copies of its first, then x, after the norm, in one buffer."""
+        if torch.is_grad_enabled() or (past is None and not fused(x)):
+            x = x if norm is None else norm.silu(x, shift)
+            past = x[:, :, :1].expand(-1, -1, keep, -1, -1) if past is None else past
+            return torch.cat((past, x), dim=2)
+        B, C, T, H, W = x.shape
+        dtype = x.dtype if past is None else past.dtype
+        window = empty_channels_last(x, (B, C, T + keep, H, W), compute_dtype(x) if fused(x) else dtype)
+        now = window[:, :, keep:]
+        if norm is None:
+            now.copy_(x)
         else:
-            B, C, T, H, W = x.shape
-            window = x.new_empty((B, T + keep, H, W, C)).permute(0, 4, 1, 2, 3)  # channels_last_3d
-            window[:, :, :keep] = past
-            norm.write_silu(x, out=window[:, :, keep:])
-        state.frames[self] = window[:, :, window.shape[2] - keep :].clone()
-        return self._convolve(window)
+            norm.write_silu(x, now, shift)
+        window[:, :, :keep] = now[:, :, :1] if past is None else past
+        return window
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        return conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+    def _convolve(self, x: Tensor, state: StreamState | None, biased: bool) -> Tensor:
+        conv, bias = self.conv, self.conv.bias if biased else None
+        if eager() and (state is not None or x.is_cuda):
+            kernel = prepared(conv, x, "", stride=conv.stride, padding=conv.padding)
+            return convolve(x, kernel, bias, conv.stride, conv.padding)
+        return conv3d(x, conv.weight, bias, conv.stride, conv.padding)
 
-    def _one_frame(self, x: Tensor) -> Tensor:
+    def _one_frame(self, x: Tensor, biased: bool) -> Tensor:
         """The first frame stands at every tap: one 2D convolution with the taps summed, a third of the work."""
-        conv = self.conv
-        weight = conv.weight.sum(2)
-        return F.conv2d(x[:, :, 0], weight, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
+        conv, bias = self.conv, self.conv.bias if biased else None
+        stride, padding = conv.stride[1:], conv.padding[1:]
+        kernel = prepared(conv, x, "first", lambda w: w.sum(2), stride, padding)
+        return convolve(x[:, :, 0], kernel, bias, stride, padding).unsqueeze(2)
 
 
 class VideoGroupNorm(nn.GroupNorm):
@@ -116,6 +163,8 @@ class VideoGroupNorm(nn.GroupNorm):
         self.scope = scope
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused(x):
+            return self._fused(x, None, silu=False)
         if self._native(x):
             if self.scope == "clip":
                 return super().forward(x.contiguous())
@@ -123,17 +172,28 @@ class VideoGroupNorm(nn.GroupNorm):
         scale, shift = self._scale_shift(x)
         return torch.addcmul(shift, x, scale)
 
-    def write_silu(self, x: Tensor, out: Tensor) -> None:
-        """SiLU of the normed x straight into `out`, without gradients."""
-        if self._native(x):
+    def silu(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """SiLU of the normed x. shift: (C,), added to x first, where the passes are fused."""
+        return self._fused(x, shift, silu=True) if fused(x) else silu(self(x))
+
+    def write_silu(self, x: Tensor, out: Tensor, shift: Tensor | None = None) -> None:
+        """`silu` straight into `out`, channels-last, without gradients."""
+        if fused(x):
+            group_norm(self, x, shift, self.scope == "frame", True, out)
+        elif self._native(x):
             y = self(x)
             if y.dtype == out.dtype:
                 torch.ops.aten.silu.out(y, out=out)
             else:  # CUDA's autocast gives float32 norms among bf16 convolutions, and silu.out takes one dtype
                 out.copy_(F.silu(y, inplace=True))
-            return
-        scale, shift = self._scale_shift(x)
-        F.silu(torch.addcmul(shift, x, scale, out=out), inplace=True)
+        else:
+            scale, offset = self._scale_shift(x)
+            F.silu(torch.addcmul(offset, x, scale, out=out), inplace=True)
+
+    def _fused(self, x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
+        out = empty_channels_last(x, x.shape, compute_dtype(x))
+        group_norm(self, x, shift, self.scope == "frame", silu, out)
+        return out
 
     def _native(self, x: Tensor) -> bool:
         """Whether torch's kernel is used. On CPU its channels-last form sums squares plainly in float32: measured
@@ -167,6 +227,10 @@ def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     return CausalConv3d(in_channels, out_channels, 3, padding=1)
 
 
+def _bias(layer: nn.Module) -> Tensor:
+    return (layer if isinstance(layer, FrameConv2d) else layer.conv).bias
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input. kind: "2d", "3d" or "23d" (second conv per frame)."""
 
@@ -188,6 +252,11 @@ class ResBlock(nn.Module):
             self.nin_shortcut = None
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        if fused(x):  # biases go with the next pass over their tensor
+            h = self.conv1(x, state, self.norm1, biased=False)
+            h = self.conv2(h, state, self.norm2, _bias(self.conv1), biased=False)
+            skip = x if self.nin_shortcut is None else self.nin_shortcut(x, state)
+            return add_residual(h, skip, _bias(self.conv2))
         h = self.conv1(x, state, self.norm1)
         h = self.conv2(h, state, self.norm2)
         skip = x if self.nin_shortcut is None else self.nin_shortcut(x, state)

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from vae.fast import channels_last, forget, fused, latents_per_step
 from vae.interface import VideoGaussian, VideoVAE
 from vae.layers import (
     CausalConv3d,
@@ -283,13 +284,19 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     def _moments(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 2C, t, h, w): in steps at inference, at once in training."""
         if torch.is_grad_enabled() or not self.causal:
-            return self.quant_conv(self.encoder(x))
+            return self.quant_conv(self.encoder(self._at_once(x)))
         return torch.cat(list(self._encode_steps([x])), dim=2)
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        """A whole clip on its way through the network: channels-last where a GPU infers."""
+        if torch.is_grad_enabled():
+            forget(self)
+        return channels_last(x) if fused(x) else x
 
     def _pixels(self, z: Tensor) -> Tensor:
         """(B, C, t, h, w) -> (B, 3, T, H, W): in steps at inference, at once in training."""
         if torch.is_grad_enabled() or not self.causal:
-            return self.decoder(self.post_quant_conv(z))
+            return self.decoder(self.post_quant_conv(self._at_once(z)))
         B, _, t, h, w = z.shape
         out, at = None, 0
         for frames in self._decode_steps([z]):
@@ -303,13 +310,15 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
 
     def _encode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         state = StreamState()
-        for step in regroup(chunks, self.temporal_compression_ratio):
+        unit = self.temporal_compression_ratio
+        for step in regroup(chunks, unit, lambda x: latents_per_step(x, x.shape[3] * x.shape[4])):
             yield self.quant_conv(self.encoder(step, state), state)
             state.first = False
 
     def _decode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         state = StreamState()
-        for step in regroup(chunks, 1):
+        pixels = self.spatial_compression_ratio**2
+        for step in regroup(chunks, 1, lambda z: latents_per_step(z, pixels * z.shape[3] * z.shape[4])):
             yield self.decoder(self.post_quant_conv(step, state), state)
             state.first = False
 
@@ -333,7 +342,8 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
                 yield chunk
 
         for moments in self._encode_steps(checked()):
-            yield VideoGaussian(moments.contiguous())
+            for latent in moments.split(1, dim=2):
+                yield VideoGaussian(latent.contiguous())
         self.check_frames(seen)
 
     @apply_forward_hook
@@ -352,7 +362,8 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
                 yield chunk
 
         for frames in self._decode_steps(checked()):
-            yield frames.contiguous()
+            for piece in frames.split(self.temporal_compression_ratio, dim=2):
+                yield piece.contiguous()
 
     def _check_streamable(self) -> None:
         reason = self._why_not_causal()

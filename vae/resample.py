@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.layers import CausalConv3d, FrameConv2d, conv3d, fold_time, unfold_time
+from vae.fast import compute_dtype, convolve, empty_channels_last, fused, pad_right_bottom, prepared
+from vae.layers import CausalConv3d, FrameConv2d, fold_time, unfold_time
 from vae.stream import StreamState
 
 
@@ -30,13 +31,19 @@ class Downsample(nn.Module):
             self.conv = CausalConv3d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)), state)
+        return self.conv(pad_right_bottom(x), state)
 
 
 def phase_rows(weight: Tensor, dim: int, phase: int) -> Tensor:
     """Three taps over an upsampled axis -> the two taps over the small axis that give output phase 0 or 1."""
     a, b, c = weight.unbind(dim)
     return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
+
+
+def phases_for(x: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """`spatial_phases`, joined to one kernel where a GPU infers."""
+    kernels = spatial_phases(weight)
+    return torch.cat(kernels) if fused(x) else kernels
 
 
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -56,21 +63,34 @@ def temporal_phases(weight: Tensor) -> Tensor:
     return torch.cat((phase_rows(weight, 2, 1), phase_rows(weight, 2, 0)))
 
 
-def interleave(x: Tensor, kernels: tuple[Tensor, ...], bias: Tensor, frames_per_input: int = 1) -> Tensor:
+def interleave(
+    x: Tensor, kernels: Tensor | tuple[Tensor, ...], bias: Tensor, frames_per_input: int = 1
+) -> Tensor:
     """Run the four phase convolutions over x and interleave their outputs.
 
     x: (B, I, T, h, w) with kernels (n O, I, kt, 2, 2) for n = frames_per_input -> (B, O, n (T - kt + 1), 2h, 2w).
+    On a GPU the four kernels are one, (4 n O, I, kt, 2, 2), that reads x once.
     """
     B, _, T, h, w = x.shape
-    n, kt = frames_per_input, kernels[0].shape[2]
-    O = kernels[0].shape[0] // n  # noqa: E741
-    out = x.new_empty((B, n * (T - kt + 1), 2 * h, 2 * w, O)).permute(0, 4, 1, 2, 3)  # channels_last_3d
-    x = F.pad(x, (1, 1, 1, 1))
-    bias = bias.repeat(n)
-    for (a, b), kernel in zip(PHASES, kernels, strict=True):
-        y = conv3d(x[..., a : a + h + 1, b : b + w + 1], kernel, bias)
-        for i in range(n):
-            out[:, :, i::n, a::2, b::2] = y[:, i * O : (i + 1) * O]
+    n, O = frames_per_input, len(bias)  # noqa: E741
+    one = isinstance(kernels, Tensor)
+    kt = kernels.shape[2] if one else kernels[0].shape[2]
+    out = empty_channels_last(x, (B, O, n * (T - kt + 1), 2 * h, 2 * w), compute_dtype(x))
+    if one:
+        phases = convolve(x, kernels, None, 1, (0, 1, 1)).chunk(
+            4, dim=1
+        )  # (h + 1, w + 1), of which one takes (h, w)
+        shift = bias.to(out.dtype).view(1, O, 1, 1, 1)
+    else:
+        x, repeated = F.pad(x, (1, 1, 1, 1)), bias.repeat(n)
+    for k, (a, b) in enumerate(PHASES):
+        if one:
+            y = phases[k][..., a : a + h, b : b + w]
+        else:
+            y = convolve(x[..., a : a + h + 1, b : b + w + 1], kernels[k], repeated)
+        for i, part in enumerate(y.split(O, dim=1)):
+            place = out[:, :, i::n, a::2, b::2]
+            torch.add(part, shift, out=place) if one else place.copy_(part)
     return out
 
 
@@ -109,11 +129,7 @@ class SpatialUpsample(nn.Module):
         if state is None and torch.is_grad_enabled():
             return self.conv(enlarge(x, "nearest"))
         conv = self.conv if isinstance(self.conv, FrameConv2d) else self.conv.conv
-        kernels = None if state is None else state.weights.get(self)
-        if kernels is None:
-            kernels = spatial_phases(conv.weight.unsqueeze(2) if conv.weight.ndim == 4 else conv.weight)
-        if state is not None:
-            state.weights[self] = kernels
+        kernels = prepared(conv, x, "phases", lambda w: phases_for(x, w.unsqueeze(2) if w.ndim == 4 else w))
         return interleave(x, kernels, conv.bias)
 
 
@@ -140,15 +156,15 @@ class SpaceTimeUpsample(nn.Module):
         return self._phases(x, state)
 
     def _phases(self, x: Tensor, state: StreamState) -> Tensor:
-        weight, bias = self.conv.conv.weight, self.conv.conv.bias
+        conv = self.conv.conv
         if state.first:
             state.frames[self] = x
-            return interleave(x, spatial_phases(weight.sum(2, keepdim=True)), bias)
-        if self not in state.weights:
-            state.weights[self] = spatial_phases(temporal_phases(weight))
+            kernels = prepared(conv, x, "first phases", lambda w: phases_for(x, w.sum(2, keepdim=True)))
+            return interleave(x, kernels, conv.bias)
+        kernels = prepared(conv, x, "phases", lambda w: phases_for(x, temporal_phases(w)))
         window = torch.cat((state.frames[self], x), dim=2)
         state.frames[self] = x[:, :, -1:].clone()
-        return interleave(window, state.weights[self], bias, frames_per_input=2)
+        return interleave(window, kernels, conv.bias, frames_per_input=2)
 
 
 def double_frames(x: Tensor, mode: str) -> Tensor:
@@ -159,6 +175,14 @@ def double_frames(x: Tensor, mode: str) -> Tensor:
     if x.shape[2] == 1:
         return x
     first, rest = x[:, :, :1], x[:, :, 1:]
+    if mode == "linear" and fused(x):
+        B, C, T, H, W = x.shape
+        out = empty_channels_last(x, (B, C, 2 * T - 1, H, W), x.dtype)
+        out[:, :, 0], out[:, :, 1] = x[:, :, 0], x[:, :, 1]
+        out[:, :, -1] = x[:, :, -1]
+        torch.lerp(rest[:, :, 1:], rest[:, :, :-1], 0.25, out=out[:, :, 3::2])
+        torch.lerp(rest[:, :, :-1], rest[:, :, 1:], 0.25, out=out[:, :, 2:-1:2])
+        return out
     if mode == "nearest":
         return torch.cat((first, rest.repeat_interleave(2, dim=2)), dim=2)
     before = torch.cat((rest[:, :, :1], rest[:, :, :-1]), dim=2)

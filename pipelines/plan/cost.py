@@ -146,6 +146,7 @@ class Costs(TorchDispatchMode):
     def _work(
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]
     ) -> Work | None:
+        space = func.namespace
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         touched = {id(t): t for t in [*inputs, *outs] if t.device.type == self.device}
         if not touched:
@@ -165,6 +166,8 @@ class Costs(TorchDispatchMode):
         elif name in ("native_group_norm", "native_group_norm_backward", "native_batch_norm"):
             moved += _touched_bytes(args[0])  # statistics first
             kernels += 2
+        elif space == "omnilatte" and name == "group_norm":  # two kernels, vae/kernels.py
+            moved, kernels = moved + _touched_bytes(args[0]), 2
         elif "attention_backward" in name:
             kernels += 2
         elif name.startswith(("_foreach", "_fused")):
@@ -208,7 +211,7 @@ def _is_layout_copy(name: str, args: Any, outs: list[Tensor]) -> bool:
         return False
     if source.shape != outs[0].shape or source.shape[1] < 8:
         return False
-    return _is_channels_last(source) != _is_channels_last(outs[0])
+    return (source.stride(1) == 1) != (outs[0].stride(1) == 1)
 
 
 def _convolution_copies(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[int, int, int]:

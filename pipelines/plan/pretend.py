@@ -125,6 +125,19 @@ def _attention(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attention
 
 
+def _convolution_layout(real: Callable[..., torch.memory_format]) -> Callable[..., torch.memory_format]:
+    """cuDNN's rule for half precision, which torch looks up only where there is a GPU: channels-last if x or weight is."""
+
+    def layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+        if x.dtype not in (torch.bfloat16, torch.float16) or x.ndim not in (4, 5):
+            return real(x, weight, backend)
+        last = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+        found = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+        return last if found else torch.contiguous_format
+
+    return layout
+
+
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """nn.Module._apply for tensors without data: parameters keep their identity, as real ones do."""
     if recurse:
@@ -177,6 +190,8 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
         patch("torch.cuda.get_device_capability", lambda *_, **__: capability)
         patch("torch.nn.functional.scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
+        name = "torch._C._conv_determine_backend_memory_format"
+        patch(name, _convolution_layout(torch._C._conv_determine_backend_memory_format))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(mock.patch.object(FakeTensor, "pin_memory", pinned))

@@ -62,11 +62,14 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
+                if tensor.is_mkldnn:  # oneDNN's own order: a tensor without a storage
+                    self._see(tensor, id(tensor), tensor.numel() * tensor.element_size())
+                else:
+                    storage = tensor.untyped_storage()
+                    self._see(storage, storage._cdata, storage.nbytes())
         return out
 
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
+    def _see(self, storage, key, size):
         if key in self._known:
             return
 
