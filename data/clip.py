@@ -142,7 +142,8 @@ def to_float(clip: np.ndarray) -> Tensor:
     """uint8 (T, H, W, 3) to float32 (3, T, H, W) in [-1, 1]: x / 127.5 - 1."""
     import torch
 
-    return torch.from_numpy(np.array(clip.transpose(3, 0, 1, 2), order="C")).float() / 127.5 - 1.0
+    video = torch.from_numpy(np.require(clip, requirements=["C", "W"])).permute(3, 0, 1, 2)
+    return video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
