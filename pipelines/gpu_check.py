@@ -450,12 +450,12 @@ def vae_sizes(s: Session) -> Result:
                     found[f"decode {key}"] = measure(s, lambda: vae.decode(z), repeats)  # noqa: B023
     frames, size = s.size((81, 256), (9, 32))
     dtype = torch.bfloat16 if s.cuda else torch.float32
-    low = odvae(s).to(dtype)
+    vae = odvae(s).to(dtype)
     x, z = clip(s, frames, size, dtype), torch.randn(1, 4, (frames - 1) // 4 + 1, size // 8, size // 8)
     z = z.to(s.device, dtype)
     with torch.inference_mode():
-        found["encode, bf16 weights"] = measure(s, lambda: low.encode(x), 3)
-        found["decode, bf16 weights"] = measure(s, lambda: low.decode(z), 3)
+        found["encode, bf16 weights"] = measure(s, lambda: vae.encode(x), 3)
+        found["decode, bf16 weights"] = measure(s, lambda: vae.decode(z), 3)
     released = odvae(s, "osp_v1_2")
     for frames in s.size((81, 129), (9,)):
         z = torch.randn(1, 4, (frames - 1) // 4 + 1, size // 8, size // 8, device=s.device)

@@ -283,7 +283,7 @@ class FrameAttention(nn.Module):
         B, C, t, h, w = x.shape
         y = self.norm(x)
         q, k, v = (self._tokens(layer(y)) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # (B t, h w, C), scale C^-0.5
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B t, h w, C), scale C^-0.5
         if self.scrambled:
             y = y.transpose(1, 2).reshape(B, C, t, h, w)
         else:
@@ -291,7 +291,7 @@ class FrameAttention(nn.Module):
         return x + self.proj_out(y)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B t, h w, C)."""
+        """(B, C, t, h, w) -> (B t, 1, h w, C): one head; torch's fused kernels take four dimensions only."""
         B, C, t, h, w = x.shape
         frames = x.reshape(B * t, C, h, w) if self.scrambled else fold_time(x)
-        return frames.flatten(2).transpose(1, 2)
+        return frames.flatten(2).transpose(1, 2).unsqueeze(1)
