@@ -150,17 +150,13 @@ def to_float(clip: np.ndarray | Tensor) -> Tensor:
     """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
     import torch
 
-<<<<<<< HEAD
     clip = torch.as_tensor(clip)
     if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
         raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")
     # a number would be a product with 1 / 127.5 on a GPU; filled there, so that nobody waits for a copy
     divisor = torch.full((), 127.5, device=clip.device)
-    return clip.movedim(-1, -4).float().contiguous() / divisor - 1.0
-=======
-    video = torch.from_numpy(np.require(clip, requirements=["C", "W"])).permute(3, 0, 1, 2)
-    return video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
->>>>>>> fast
+    video = clip.movedim(-1, -4).to(torch.float32, memory_format=torch.contiguous_format)
+    return video.div_(divisor).sub_(1.0)
 
 
 def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
