@@ -406,7 +406,7 @@ def _each_row(s: Session, program: str, measured: Callable[[Session, str], Resul
 def _train_latte(s: Session, row: str, repeats: int = 5) -> Result:
     import torch
 
-    from pipelines.engine import make_accelerator
+    from pipelines.engine import make_accelerator, matrix_products
     from pipelines.plan.programs import stage_two_parts
 
     config = _config(s, row)
@@ -414,12 +414,12 @@ def _train_latte(s: Session, row: str, repeats: int = 5) -> Result:
     torch.manual_seed(0)
     trainer, batches, _vae = stage_two_parts(config, accelerator, s.device)
     one = next(batches)
-    found = measure(s, lambda: trainer.train_step(iter([one])), repeats, 2)
-    start, cpu = time.perf_counter(), time.process_time()
-    trainer.train_step(iter([one]))
-    found["host_s"] = round(
-        time.perf_counter() - start, 4
-    )  # until the host is free: the device may still work
+    with matrix_products(config):
+        found = measure(s, lambda: trainer.train_step(iter([one])), repeats, 2)
+        start, cpu = time.perf_counter(), time.process_time()
+        trainer.train_step(iter([one]))
+        # until the host is free: the device may still work
+        found["host_s"] = round(time.perf_counter() - start, 4)
     found["host_cpu_s"] = round(time.process_time() - cpu, 4)
     found["loss"] = round(trainer.flush_window()["loss"], 4)
     require(found["loss"] == found["loss"], f"{found}")

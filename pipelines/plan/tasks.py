@@ -32,7 +32,7 @@ class Row:
 
 def _program(name: str) -> tuple[type, str]:
     from pipelines.latte_settings import TrainLatteConfig
-    from pipelines.sample import SampleConfig
+    from pipelines.sample_settings import SampleConfig
     from pipelines.vae_settings import TrainVAEConfig
 
     return {
