@@ -82,7 +82,7 @@ def _apply(
     G: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    one, part = tl.program_id(0), tl.program_id(1)
+    part, one = tl.program_id(0), tl.program_id(1)  # the first axis of a grid alone may be long
     x += ((one // frames).to(tl.int64) * x_sample + (one % frames).to(tl.int64) * x_frame) * C
     out += ((one // frames).to(tl.int64) * out_sample + (one % frames).to(tl.int64) * out_frame) * C
     channel = tl.arange(0, C)
@@ -147,7 +147,7 @@ def group_norm(
     _sums[B * frames, PARTS](*first, rows, share, *sizes, **fixed)
     share = TILES * tile
     places = (out.stride(0) // C, out.stride(2) // C)
-    _apply[B * frames, triton.cdiv(rows, share)](
+    _apply[triton.cdiv(rows, share), B * frames](
         *first, weight, bias, out, rows, share, *sizes, *places, EPS=eps, SILU=silu, **fixed
     )
 

@@ -150,7 +150,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
             new = fn(param.detach())
             if isinstance(param, FakeTensor):
                 param.data = new
-                param.fake_device = new.fake_device
+                param.fake_device, param.constant = new.fake_device, None
                 if param.grad is not None:
                     param.grad = fn(param.grad)
             else:  # made by torch.Tensor(...), which gives real ones even here
