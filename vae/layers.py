@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vae.fast import (
     ONEDNN,
     add_residual,
-    channels_last,
     compute_dtype,
     convolve,
     eager,
@@ -41,18 +40,13 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride=(1, 1, 1), padding=(0, 0, 0)) -> Tensor:
-    """F.conv3d, which on CPU sends a batch of one with C T H <= 20480 to an im2col several times slower than oneDNN.
+def _in_im2col(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.conv3d would take, on CPU, an im2col several times slower than oneDNN: one clip with C T H <= 20480.
 
-    At inference that rule is skipped. Pointwise kernels stay where they are: there im2col is a plain product.
-    A compiled graph keeps F.conv3d: the compiler knows no shapes for the other.
+    Not for pointwise kernels: there im2col is a plain product.
     """
-    small = x.shape[0] == 1 and x[0, :, :, :, 0].numel() <= 20480 and weight.shape[-1] > 1
-    if small and ONEDNN and eager() and x.device.type == "cpu" and x.dtype == torch.float32:
-        return torch.ops.aten.mkldnn_convolution(
-            channels_last(x), weight, bias, padding, stride, (1, 1, 1), 1
-        )
-    return F.conv3d(x, weight, bias, stride, padding)
+    small = x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480 and weight.shape[-1] > 1
+    return small and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class FrameConv2d(nn.Conv2d):
@@ -71,7 +65,7 @@ class FrameConv2d(nn.Conv2d):
     ) -> Tensor:
         x = x if norm is None else norm.silu(x, shift)
         frames = fold_time(x)
-        if eager() and (state is not None or x.is_cuda):
+        if eager() and (state is not None or fused(x)):
             kernel = prepared(self, x, "", stride=self.stride, padding=self.padding)
             y = convolve(frames, kernel, self.bias if biased else None, self.stride, self.padding)
         else:
@@ -139,10 +133,10 @@ class CausalConv3d(nn.Module):
 
     def _convolve(self, x: Tensor, state: StreamState | None, biased: bool) -> Tensor:
         conv, bias = self.conv, self.conv.bias if biased else None
-        if eager() and (state is not None or x.is_cuda):
+        if eager() and (state is not None or fused(x) or _in_im2col(x, conv.weight)):
             kernel = prepared(conv, x, "", stride=conv.stride, padding=conv.padding)
             return convolve(x, kernel, bias, conv.stride, conv.padding)
-        return conv3d(x, conv.weight, bias, conv.stride, conv.padding)
+        return F.conv3d(x, conv.weight, bias, conv.stride, conv.padding)
 
     def _one_frame(self, x: Tensor, biased: bool) -> Tensor:
         """The first frame stands at every tap: one 2D convolution with the taps summed, a third of the work."""

@@ -2,7 +2,8 @@
 
 Parameter names are those of Open-Sora-Plan, so released weights load directly (vae/release.py).
 At inference a streamable model always works in the same steps: frame 0, then four frames (one latent frame) at a
-time. Whole clips and streams therefore agree to the bit, and memory does not grow with the clip's length.
+time, on a GPU a few times as many (vae/fast.py). Whole clips and streams therefore agree to the bit, and memory does
+not grow with the clip's length.
 """
 
 from collections.abc import Iterable, Iterator
@@ -327,8 +328,8 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     def stream_encode(self, frames: Iterable[Tensor]) -> Iterator[VideoGaussian]:
         """Encode a clip that arrives in pieces, in constant memory, to the bit as `encode` does at once.
 
-        frames: iterable of (B, 3, n, H, W) in [-1, 1], any n >= 1 each. Yields the posterior of one latent frame
-        as soon as it is determined: after frame 0, then after every four frames.
+        frames: iterable of (B, 3, n, H, W) in [-1, 1], any n >= 1 each. Yields the posterior of one latent frame at
+        a time: after frame 0, then after every four frames, on a GPU after every step of several latent frames.
         Raises ValueError if the model is not causal, or if the stream ends between latent frames.
         """
         self._check_streamable()
@@ -352,7 +353,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         """Decode latents that arrive in pieces, in constant memory, to the bit as `decode` does at once.
 
         latents: iterable of (B, C, n, h, w), not normalised, any n >= 1. Yields (B, 3, 1, H, W), then
-        (B, 3, 4, H, W) per latent frame. Raises ValueError if the model is not causal.
+        (B, 3, 4, H, W) per latent frame, on a GPU after every step of several. Raises ValueError if the model is not causal.
         """
         self._check_streamable()
 

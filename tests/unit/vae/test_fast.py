@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tests.unit.vae import reference
 from tests.unit.vae.tiny import clip, moments, tiny
 from vae import fast
 from vae.fast import convolve, plain_group_norm, prepared
@@ -137,3 +138,36 @@ def test_the_norm_without_triton_is_group_norm_and_silu(by_frame):
     want = torch.nn.functional.group_norm(sets, 4, weight.double(), bias.double(), 1e-6)
     want = want.unflatten(0, (2, 3)).transpose(1, 2) if by_frame else want
     assert (out - torch.nn.functional.silu(want)).abs().max() < 1e-5
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Inference takes the GPU's way, steps of three latents and torch's operations, on the CPU."""
+    library = torch.library.Library("omnilatte", "IMPL")
+    library.impl("group_norm", plain_group_norm, "CPU")
+    library.impl("add_residual", fast._add_residual, "CPU")
+    monkeypatch.setattr(fast, "_triton", lambda: None)
+    monkeypatch.setattr("vae.odvae.latents_per_step", lambda x, pixels: 3)
+    for module in ("fast", "layers", "resample", "odvae"):
+        monkeypatch.setattr(f"vae.{module}.fused", lambda x: fast.eager())
+    yield
+    library._destroy()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["odvae", "osp_v1_2"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_the_gpus_way_gives_the_plain_network(preset, B, as_on_a_gpu):
+    model, x = tiny(preset), clip(21, B=B)
+    want = reference.encode(model, x)
+    z = want.chunk(2, dim=1)[0]
+    got, frames = moments(model, x), model.decode(z).sample
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)  # norms in float32
+    torch.testing.assert_close(frames, reference.decode(model, z), atol=2e-5, rtol=2e-5)
+    if model.causal:
+        pieces = [p.parameters for p in model.stream_encode(x.split(2, dim=2))]
+        assert [p.shape[2] for p in pieces] == [1] * 6
+        assert torch.equal(torch.cat(pieces, dim=2), got)
+        pieces = list(model.stream_decode(z.split(1, dim=2)))
+        assert [p.shape[2] for p in pieces] == [1] + [4] * 5
+        assert torch.equal(torch.cat(pieces, dim=2), frames)
