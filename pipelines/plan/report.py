@@ -13,7 +13,7 @@ CONTEXT_GIB = 1.5  # of the CUDA context and the libraries' workspaces
 GAPS = 1.03  # of the allocator
 METHOD = (
     "Modelled, not measured: the program's own steps on a pretended GPU. Against one H200 (docs/results/gpu) the peaks\n"
-    "are within 3 %, times of steps that the card bounds within 25 %; a slow host can take twice the time of short steps."
+    "were within 6 % (most within 1 %) and the times within 25 %. A slower host makes short steps slower."
 )
 
 

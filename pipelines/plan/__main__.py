@@ -1,0 +1,64 @@
+"""The table of docs/hardware.md: what each task needs, and how long it takes, on each card. Modelled.
+
+python -m pipelines.plan --out docs/hardware.md      # minutes on one core; no GPU, no data, no weights
+"""
+
+import argparse
+from pathlib import Path
+
+from data.cli import run
+from data.files import write_atomic
+from pipelines.plan.cards import CARDS, seconds
+from pipelines.plan.report import METHOD, needed_gib
+from pipelines.plan.tasks import ROWS, Row, simulate
+
+INTRODUCTION = """# Hardware
+
+What each task needs and takes on one card, from a simulation: the program's own steps on a pretended GPU
+(`pipelines/plan/`). Nothing here was measured; [results/gpu](results/gpu) has what was. Write this page anew with
+`python -m pipelines.plan --out docs/hardware.md`; the same for settings of your own: `--plan card=NAME` on
+train_vae, train_latte, cache_latents, sample and benchmark.
+
+"""
+
+
+def rows() -> list[str]:
+    cards = CARDS.values()
+    lines = [
+        "| task | GiB needed | " + " | ".join(f"{card.name} ({card.gib:.0f} GiB)" for card in cards) + " |",
+        "| --- | --- |" + " --- |" * len(CARDS),
+    ]
+    for row in ROWS:
+        lines.append(_line(row))
+    return lines
+
+
+def _line(row: Row) -> str:
+    simulation = simulate(row.program, row.config())
+    need, cells = needed_gib(simulation), []
+    for card in CARDS.values():
+        took = sum(seconds(task.cost, card, row.tf32) * task.times for task in simulation.tasks)
+        cells.append(f"{took:.3g} s a {simulation.unit}" if need <= card.gib else "does not fit")
+    return f"| {row.name} | {need:.1f} | " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.plan", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default="", help="Markdown file; default: print")
+    args = parser.parse_args(argv)
+    card_lines = [
+        f"- {c.name}: {c.gib:g} GiB, {c.half / 1e12:g} TFLOP/s bf16, {c.tf32 / 1e12:g} TF32, {c.bandwidth / 1e12:g} TB/s"
+        for c in CARDS.values()
+    ]
+    text = INTRODUCTION + "\n".join(
+        [*rows(), "", METHOD.replace("\n", " "), "", "Cards, by their makers:", "", *card_lines, ""]
+    )
+    if args.out:
+        write_atomic(Path(args.out), text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
