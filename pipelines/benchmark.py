@@ -105,7 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         argv = argv[1:]
     elif "--help" not in argv and "-h" not in argv:
         raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
-    config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__)
+    config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__, planned=True)
+    if args.plan:
+        from pipelines.plan.report import plan_text
+
+        print(plan_text("benchmark", config, args.card))
+        return 0
     from data.files import append_line, claim_file, is_json_object
     from pipelines.run import summary, versions
 

@@ -32,7 +32,10 @@ class Task:
 
 @dataclass
 class Simulation:
-    """unit: what the summed times make up, e.g. "step" or "video". weights: bytes that stay, by what they are."""
+    """unit: what the summed times make up, e.g. "step" or "video", "" for nothing. syncs: where the host waits in it.
+
+    resident: bytes that stay, by what they are.
+    """
 
     unit: str
     tasks: list[Task]
@@ -269,6 +272,31 @@ def encode_and_decode(
                 del x
                 tasks.append(Task("decode", _measure(costs, lambda: vae.decode(z).sample)))
         return Simulation("batch", tasks, [], {"weights": resident})
+
+
+def benchmark(config: Any) -> Simulation:
+    """benchmark: one encode and one decode of each variant. config: BenchmarkConfig."""
+    from vae import ODVAE
+
+    dtype = torch.bfloat16 if config.precision.value == "bf16" else torch.float32
+    tasks, resident = [], {}
+    for variant in config.variants:
+
+        def build(variant: int = variant) -> Any:
+            return ODVAE.preset(
+                config.preset,
+                variant=variant,
+                block_out_channels=tuple(config.block_out_channels),
+                layers_per_block=config.layers_per_block,
+                norm_num_groups=config.norm_num_groups,
+            ).eval()
+
+        found = encode_and_decode(
+            build, config.num_frames, config.size, config.batch, dtype=dtype, decode=config.decode
+        )
+        tasks += [Task(f"variant {variant}: {task.name}", task.cost) for task in found.tasks]
+        resident[f"weights of variant {variant}"] = found.resident["weights"]
+    return Simulation("", tasks, [], resident)
 
 
 def cache(config: Any) -> Simulation:

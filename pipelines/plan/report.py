@@ -41,7 +41,8 @@ def plan_text(program: str, config: Any, card_name: str) -> str:
     held = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in simulation.resident.items())
     largest = max(simulation.tasks, key=lambda task: task.cost.peak)
     lines.append(f"always there: {held}; largest at the peak: {_kinds(largest.cost)}")
-    lines.append(f"mean: {total:.3g} s a {simulation.unit}, {1 / total:.3g} {simulation.unit}s a second")
+    if simulation.unit:
+        lines.append(f"mean: {total:.3g} s a {simulation.unit}, {1 / total:.3g} {simulation.unit}s a second")
     lines += _whole_run(program, config, total)
     biggest = max(task.cost.largest for task in simulation.tasks)
     if biggest >= INT32:

@@ -79,5 +79,6 @@ def simulate(program: str, config: Any) -> "Simulation":
         "train_latte": programs.stage_two,
         "cache_latents": programs.cache,
         "sample": programs.sample,
+        "benchmark": programs.benchmark,
     }
     return run[program](config)
