@@ -132,6 +132,11 @@ def escaped(name: str) -> str:
     return name.translate(_ESCAPES)
 
 
+def printable(name: str) -> str:
+    """A file's name on one line that any terminal and log can take: bytes that are no UTF-8 as \\udcXX."""
+    return escaped(name).encode(errors="backslashreplace").decode()
+
+
 def unescaped(text: str) -> str:
     """The inverse of `escaped`."""
     return re.sub(r"\\([\\tnr])", lambda match: _UNESCAPES[match[1]], text)

@@ -13,7 +13,7 @@ import numpy as np
 from data import layouts, lists
 from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
-from data.files import escaped, unescaped, write_atomic
+from data.files import escaped, printable, unescaped, write_atomic
 from data.index import Scans, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
@@ -181,7 +181,7 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     scans = scan_paths(paths, cache_file, workers)
     damaged = [ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()]
     for record in damaged:
-        logger.warning("damaged, left out: %s: %s", record.path, record.damaged)
+        logger.warning("damaged, left out: %s: %s", printable(str(record.path)), record.damaged)
     if index_dir is not None:
         _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), damaged)
     if len(damaged) == len(paths):

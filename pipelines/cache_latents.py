@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.cli import run
+from data.files import printable
 from pipelines.config import parse
 from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
 from pipelines.latte_settings import FLAGS, TrainLatteConfig
@@ -93,7 +94,7 @@ def encode_shard(
         if isinstance(pixels, BadVideo):
             name = clips.name(entry // draws(config))
             failed.append({"entry": entry, "video": name, "reason": str(pixels)})
-            log.warning("not cached: %s: %s", name, pixels)
+            log.warning("not cached: %s: %s", printable(name), pixels)
             continue
         batch.append((entry, to_float(pixels)))
         if len(batch) == config.cache.batch:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from data.files import append_line, escaped
+from data.files import append_line, escaped, printable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Quarantine:
     def _write(self, name: str, reason: str) -> None:
         if not self.accelerator.is_main_process:
             return
-        log.warning("video %s cannot be read any more (%s): others stand in for it", name, reason)
+        log.warning("video %s cannot be read any more (%s): others stand in for it", printable(name), reason)
         try:
             append_line(self.file, f"{escaped(name)}\t{' '.join(reason.split())}")
         except OSError as error:
