@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 
 from pipelines import engine
 from pipelines.settings import Precision
@@ -35,6 +36,8 @@ def test_a_cudnn_with_broken_3d_convolutions_is_named_at_the_start(version, bad,
         engine.make_accelerator()
     except (RuntimeError, AssertionError):  # there is no card behind it
         pass
+    finally:  # accelerate would remember a GPU for the tests to come
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert ("install cuDNN 9.15" in caplog.text) == bool(bad)
 
 
