@@ -28,7 +28,8 @@ def named(text):
 def test_every_link_and_every_file_that_a_page_names_exists(page):
     text = page.read_text()
     assert not [t for t in links(text) if not (page.parent / t).exists()]
-    assert not [n for n in named(text) if not (ROOT / n).exists()]
+    programs = [(n, ROOT / n.removesuffix(".py") / "__main__.py") for n in named(text)]  # a file or a package
+    assert not [n for n, package in programs if not ((ROOT / n).exists() or package.exists())]
 
 
 def test_the_names_in_a_text_are_found():
