@@ -6,6 +6,7 @@ real one would. A program's own classes run on them unchanged, in full size, on 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -161,15 +162,15 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     return module
 
 
+@dataclass
 class Pretended:
     """What `pretended_gpu` yields. syncs: see `Syncs`."""
 
-    def __init__(self, mode: FakeTensorMode, syncs: Syncs):
-        self.mode, self.syncs = mode, syncs
+    syncs: Syncs
 
 
 @contextmanager
-def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
+def pretended_gpu() -> Iterator[Pretended]:
     """Inside, device "cuda" exists, tensors have no data, and CUDA's rules hold.
 
     Models are built and moved as always (`.to("cuda")`), autocast follows CUDA's lists, attention takes the kernels of a
@@ -188,7 +189,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
         patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-        patch("torch.cuda.get_device_capability", lambda *_, **__: capability)
+        patch("torch.cuda.get_device_capability", lambda *_, **__: (9, 0))
         patch("torch.nn.functional.scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
         name = "torch._C._conv_determine_backend_memory_format"
         patch(name, _convolution_layout(torch._C._conv_determine_backend_memory_format))
@@ -203,7 +204,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Pretended]:
         stack.enter_context(python_backward())
         stack.enter_context(mode)
         stack.enter_context(syncs)
-        yield Pretended(mode, syncs)
+        yield Pretended(syncs)
 
 
 def _filled(shape: Any, value: float) -> Any:

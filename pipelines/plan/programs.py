@@ -177,16 +177,11 @@ def imagined_vae(settings: Any) -> Any:
     """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
     from pipelines.settings import tile_time
     from vae import build_vae
-    from vae.registry import FAMILIES, _class, vae_folder
 
-    file = Path(vae_folder(settings.name, settings.path or None) if settings.path else "") / "config.json"
+    file, known = Path(settings.path) / "config.json", {}
     if settings.path and file.is_file():
-        cls = _class(settings.name)
-        known = json.loads(file.read_text())
-        vae = cls.from_config({k: v for k, v in known.items() if not k.startswith("_")})
-    else:
-        vae = build_vae(settings.name)
-    assert settings.name in FAMILIES
+        known = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+    vae = build_vae(settings.name, **known)
     if not vae.has_scaling_rule:
         vae.register_to_config(scaling_factor=1.0)
     tile_time(vae, settings.tiling_frames, "vae.tiling_frames")
