@@ -102,7 +102,7 @@ def test_a_shard_is_read_through_once_and_again_only_after_it_was_written_to(cac
 def test_a_clip_that_is_there_twice_or_not_at_all_is_found(cache, capsys):
     from safetensors.torch import load_file, save_file
 
-    from data.files import sha256_of
+    from data.core.files import sha256_of
 
     folder, settings = cache
     shard = folder / "latents-00001.safetensors"
