@@ -139,7 +139,7 @@ def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]
 
 def check_samples(samples: Path | None, kind: str, model: Any) -> None:
     """Refuses videos whose manifest names other weights than those to export."""
-    from pipelines.settings import weights_digest
+    from pipelines.training.open import weights_digest
 
     manifest = samples / "manifest.json" if samples else None
     if kind != "pipeline" or manifest is None or not manifest.is_file():
@@ -189,11 +189,11 @@ def forget_origin(folder: Path) -> None:
 def export(args: argparse.Namespace) -> Path:
     """Write the folder, as a whole; returns it."""
     from data.files import sha256_of, write_atomic, write_json
-    from pipelines.checkpoints import replace_folder
     from pipelines.model_card import Card, read_scores, render, training_score
     from pipelines.read_run import read_run
-    from pipelines.run import versions
-    from pipelines.settings import weights_digest
+    from pipelines.training.checkpoints import replace_folder
+    from pipelines.training.folder import versions
+    from pipelines.training.open import weights_digest
 
     kind, folder, owner = find_model(args.model)
     samples = [args.samples] if args.samples else []
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.public and not args.push:
         raise ValueError("--public: only with --push REPO")
-    from pipelines.log import console
+    from pipelines.training.log import console
 
     console()
     if args.push:

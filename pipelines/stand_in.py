@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         demo_videos(temporary, args.count, args.size, args.num_frames, args.classes)
     from data.files import write_json
-    from pipelines.run import versions
+    from pipelines.training.folder import versions
 
     made = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(temporary / "stand_in.json", {**made, "versions": versions()})
