@@ -14,6 +14,7 @@ from data.demo import DemoVideos
 from data.encode import write_mp4
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
+from pipelines.training import latents
 from pipelines.cache_latents import my_share
 from tests.faults.disk import program
 
@@ -132,7 +133,7 @@ def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_ch
     settings += ["cache.crops=1", "cache.shard_size=2", "source.scan_workers=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     cache_latents.main([*settings, f"cache.dir={whole}"])
-    original = cache_latents.cached_clips
+    original = latents.cached_clips
 
     def vanishing(config):
         clips = original(config)
