@@ -14,8 +14,8 @@ from data.demo import DemoVideos
 from data.encode import write_mp4
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
-from pipelines.training import latents
 from pipelines.cache_latents import my_share
+from pipelines.training import latents
 from tests.faults.disk import program
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,6 +32,7 @@ PROGRAMS = [
     "stand_in",
     "run_report",
     "export",
+    "gpu_check",
 ]
 
 
