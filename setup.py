@@ -13,7 +13,7 @@ DEPENDENCIES = [
     "torch>=2.6",
     "torchvision",  # lpips and timm import it
     "timm>=1.0",  # ModelEmaV3: plain EMA, as the paper's
-    "diffusers>=0.36",  # ModelMixin/ConfigMixin, schedulers, AutoencoderKL
+    "diffusers>=0.38",  # ModelMixin/ConfigMixin, schedulers, AutoencoderKL; before, code in a pipeline's folder ran
     "accelerate>=1.6",
     "deepspeed>=0.16",
     "transformers>=4.46",  # accelerate's DeepSpeed plugin asks for its version

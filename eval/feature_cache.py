@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.core.files import write_atomic
+from data.core.files import remove_leftovers, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class FeatureCache:
         self.key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self.folder = Path(folder) / "features"
         self.whole = self.folder / f"{self.key[:32]}.npy"
+        remove_leftovers(self.folder)
 
     @staticmethod
     def _read(path: Path) -> np.ndarray | None:

@@ -49,10 +49,17 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "LatentVideoPipeline":
-        """A saved pipeline. ValueError when model_index.json names other classes: diffusers would import any module."""
+        """A saved pipeline. ValueError when model_index.json names other classes or code lies in the folder.
+
+        diffusers imports any module that is named there, and before 0.38 runs code it finds beside the weights.
+        """
         index = Path(folder) / "model_index.json"
         if index.is_file():
             named = read_json(index)
+            if named.get("_class_name") != cls.__name__:
+                raise ValueError(f"{index}: {named.get('_class_name')} is not that of a {cls.__name__}")
+            if code := sorted(Path(folder).rglob("*.py")):
+                raise ValueError(f"{code[0]}: code in the folder of a pipeline is never run; remove it")
             allowed = {"transformer": [Latte], "vae": VAES}
             for part, classes in allowed.items():
                 if named.get(part) not in [[c.__module__, c.__name__] for c in classes]:

@@ -94,7 +94,11 @@ def measure(s: Session, work: Callable[[], Any], repeats: int = 3, warmup: int =
         times.append(time.perf_counter() - start)
     memory = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if s.cuda else (None, None)
     gib = [None if m is None else round(m / GIB, 2) for m in memory]
-    return {"s": max(1e-7, round(sorted(times)[len(times) // 2], 7)), "peak_gib": gib[0], "reserved_gib": gib[1]}
+    return {
+        "s": max(1e-7, round(sorted(times)[len(times) // 2], 7)),
+        "peak_gib": gib[0],
+        "reserved_gib": gib[1],
+    }
 
 
 def relative(found: Any, reference: Any) -> float:

@@ -250,7 +250,8 @@ class TrainingRun:
         step, trainer = self.trainer.step, self.trainer
         if any_process(self.accelerator, not trainer.is_finite()).read() > 0:
             self._give_up(f"step {step}: the weights are not finite; they are not saved")
-        if self._inode() != self.inode:
+        # of the main process, which writes: others may start before it has made the folder
+        if any_process(self.accelerator, self.main and self._inode() != self.inode).read() > 0:
             raise OSError(
                 f"run_dir={self.folder}: moved or replaced since the start; nothing was written there"
             )

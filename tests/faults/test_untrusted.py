@@ -204,6 +204,20 @@ def test_a_pipeline_that_names_other_classes_imports_none_of_them(cache, own_vae
             index.write_text(json.dumps(good | {part: named}))
             with pytest.raises(ValueError, match=f"{part} is .* not a class of this project"):
                 LatentVideoPipeline.from_pretrained(index.parent)
+    code = (tmp_path / "modules" / "hostile.py").read_text()
+    for named in (
+        ["hostile", "Anything"],
+        ["hostile", "LatentVideoPipeline"],
+    ):  # diffusers before 0.38 ran it
+        index.write_text(json.dumps(good | {"_class_name": named}))
+        with pytest.raises(ValueError, match="is not that of a LatentVideoPipeline"):
+            LatentVideoPipeline.from_pretrained(index.parent)
+    index.write_text(json.dumps(good))
+    for place in (index.parent / "hostile.py", index.parent / "transformer" / "denoiser.latte.py"):
+        place.write_text(code)
+        with pytest.raises(ValueError, match="never run; remove it"):
+            LatentVideoPipeline.from_pretrained(index.parent)
+        place.unlink()
     index.write_text(json.dumps(good | {"_class_name": "hostile.Anything"}))
     with pytest.raises(ValueError, match="is not that of a LatentVideoPipeline"):
         sample.main([f"pipeline={index.parent}", f"out={tmp_path / 'out'}"])
