@@ -7,13 +7,20 @@ Both programs read the same settings. The same command again resumes. Several GP
 accelerate launch --config_file configs/accelerate/FILE.yaml -m pipelines.train_latte ...
 """
 
+import argparse
+
 from data.cli import run
 from pipelines.config import parse
 from pipelines.latte_settings import FLAGS, TrainLatteConfig
 
 
+def config_from(argv: list[str] | None) -> tuple[TrainLatteConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
+    return parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
+    config, args = config_from(argv)
     if args.plan:
         from pipelines.plan.report import plan_text
 

@@ -6,20 +6,21 @@ The same command again resumes. The defaults are the paper's: variant 4, tail in
 Adam 1e-5 constant, batch 8, EMA 0.999, 650k steps.
 """
 
+import argparse
+
 from data.cli import run
 from pipelines.config import parse
 from pipelines.vae_settings import TrainVAEConfig
 
 
+def config_from(argv: list[str] | None) -> tuple[TrainVAEConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
+    flags = {"--data": "source.root", "--dataset": "source.name"}
+    return parse(TrainVAEConfig, argv, "train_vae", __doc__, flags, planned=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(
-        TrainVAEConfig,
-        argv,
-        "train_vae",
-        __doc__,
-        {"--data": "source.root", "--dataset": "source.name"},
-        planned=True,
-    )
+    config, args = config_from(argv)
     if args.plan:
         from pipelines.plan.report import plan_text
 

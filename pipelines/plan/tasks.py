@@ -80,5 +80,6 @@ def simulate(program: str, config: Any) -> "Simulation":
         "cache_latents": programs.cache,
         "sample": programs.sample,
         "benchmark": programs.benchmark,
+        "reconstruct": programs.reconstruct,
     }
     return run[program](config)

@@ -31,6 +31,7 @@ PROGRAMS = [
     "stand_in",
     "run_report",
     "export",
+    "scores",
 ]
 
 
