@@ -12,15 +12,15 @@ import logging
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.cli import run
 from data.files import claim_folder
 from data.video import list_videos
-from pipelines.config import load
-from pipelines.run import ROOT, versions
+from pipelines.training.config import load
+from pipelines.training.folder import ROOT, versions
 
 log = logging.getLogger(__name__)
 NUM_VIDEOS = 32  # generated; the page shows the first SHOWN
@@ -98,9 +98,9 @@ def loss_settings(run_dir: Path) -> list[str]:
 
 def settings(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Configs of the image VAE, stage one, stage two and sampling: the demo files, the data, the output folder."""
-    from pipelines.latte_settings import TrainLatteConfig
     from pipelines.sample import SampleConfig
-    from pipelines.vae_settings import TrainVAEConfig
+    from pipelines.train_latte import TrainLatteConfig
+    from pipelines.train_vae import TrainVAEConfig
 
     out = Path(args.out)
     source = [f"source.index_dir={out / 'index'}"]
@@ -143,7 +143,7 @@ def untrained_samples(sampling: Any, latte: Any, count: int) -> list[Any]:
 
     from data.clip import to_uint8
     from denoiser.latte import Latte
-    from pipelines.engine import draw_seed
+    from pipelines.training.distributed import draw_seed
     from pipelines.video_pipeline import LatentVideoPipeline
 
     pipe = LatentVideoPipeline.from_pretrained(sampling.pipeline)
@@ -159,9 +159,9 @@ def real_clips(latte: Any, least: int, most: int) -> tuple[list[Any], Any, list[
     """Windows of the training videos, one of each within these bounds; their videos' numbers; the names of the classes."""
     import numpy as np
 
-    from pipelines.settings import open_clips
+    from pipelines.training.open import open_clips
 
-    clips = open_clips(latte.source, latte.clip.spec(), latte.seed)
+    clips = open_clips(latte.source, latte.clip, latte.seed)
     rng = np.random.default_rng(latte.seed)
     numbers = np.arange(min(max(least, len(clips)), most)) % len(clips)
     return [clips.clip_uint8(i, rng) for i in numbers], numbers, list(clips.class_names)
@@ -172,20 +172,20 @@ def reconstruct(vae_config: Any, folder: Path) -> tuple[list[tuple[Any, Any]], A
     import torch
 
     from data.clip import to_float, to_uint8
-    from pipelines.settings import open_clips
-    from pipelines.vae_start import build_vae_model
-    from pipelines.vae_trainer import validate
+    from pipelines.train_vae import evaluate
+    from pipelines.training.open import open_clips
+    from pipelines.training.start import build_vae_model
     from vae import load_vae
 
     vae = load_vae(folder)
-    clips = open_clips(vae_config.source, vae_config.clip.spec(position="center"), 0, held_out=True)
+    clips = open_clips(vae_config.source, replace(vae_config.clip, position="center"), 0, held_out=True)
     pairs = []
     with torch.inference_mode():
         for n in range(min(4, len(clips))):
             x = to_float(clips[n]["video"])[None]
             pairs.append((to_uint8(x)[0], to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)[0]))
     torch.manual_seed(vae_config.seed)
-    scores, _ = validate(build_vae_model(vae_config), clips, vae_config.val_videos, torch.device("cpu"))
+    scores, _ = evaluate(build_vae_model(vae_config), clips, vae_config.val_videos, torch.device("cpu"))
     return pairs, vae, scores["val/psnr"]
 
 
@@ -242,8 +242,8 @@ def judge(vae_config: Any, latte: Any, sampling: Any, short: bool) -> Outcome:
     from data.video import read_frames
     from eval.efficiency import encoder_speed
     from eval.fidelity import psnr, ssim
-    from pipelines.log import read_metrics
     from pipelines.sample import file_name
+    from pipelines.training.log import read_metrics
 
     pairs, vae, untrained = reconstruct(vae_config, Path(latte.vae.path))
     num = NUM_SHORT if short else NUM_VIDEOS
@@ -326,9 +326,9 @@ def speeds(vae_config: Any, latte: Any, cspeed: dict[str, Any]) -> list[tuple[st
 def page(path: Path, outcome: Outcome, vae_config: Any, latte: Any, seconds: float) -> None:
     import numpy as np
 
-    from pipelines.log import read_metrics
     from pipelines.media import comparison, grid
     from pipelines.report import Section, clip_figure, curve_figure, series_of, write_report
+    from pipelines.training.log import read_metrics
 
     stage_one, stage_two = (read_metrics(Path(c.run_dir)) for c in (vae_config, latte))
     clips = outcome.clips
@@ -390,10 +390,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--data {args.data}: no such folder")
     if args.data and len(found := list_videos(args.data)) < 2:
         raise ValueError(f"--data {args.data}: {len(found)} videos; at least 2, one is held out")
-    from pipelines import latte_trainer, vae_trainer
+    from pipelines import train_latte, train_vae
     from pipelines.cache_latents import build_cache
-    from pipelines.log import console
     from pipelines.sample import sample
+    from pipelines.training.log import console
 
     console()
     fetch_judges()
@@ -401,13 +401,13 @@ def main(argv: list[str] | None = None) -> int:
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     start = time.monotonic()
     log.info("1/6 an image VAE, in the place of SD2.1-VAE")
-    vae_trainer.train(image_config)
+    train_vae.train(image_config)
     log.info("2/6 stage one: OD-VAE from it by tail initialization")
-    vae_trainer.train(vae_config)
+    train_vae.train(vae_config)
     log.info("3/6 cache latents")
     build_cache(latte)
     log.info("4/6 stage two: train Latte")
-    latte_trainer.train(latte)
+    train_latte.train(latte)
     log.info("5/6 generate %d videos", NUM_VIDEOS)
     sample(sampling)
     log.info("6/6 score and report")

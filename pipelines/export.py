@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--public: only with --push REPO")
     from huggingface_hub.utils import validate_repo_id
 
-    from pipelines.log import console
     from pipelines.results.shared import Request, export, push
+    from pipelines.training.log import console
 
     console()
     if args.push:

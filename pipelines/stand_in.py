@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.kind}: {error}") from error
 
     from data.files import write_json
-    from pipelines.run import versions
+    from pipelines.training.folder import versions
 
     write_json(temporary / "stand_in.json", {"kind": args.kind, "settings": settings, "versions": versions()})
     if args.out.exists():

@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         list_vaes()
         return 0
     from eval.weights import weights_folder
-    from pipelines.log import console
     from pipelines.results.render import render
     from pipelines.results.run_table import Desk, run_table
     from pipelines.results.tables import Places, load_table, names
+    from pipelines.training.log import console
 
     console()
     folders = args.data, args.weights_dir or weights_folder(), args.out or f"runs/tables-{args.preset}"

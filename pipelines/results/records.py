@@ -14,8 +14,8 @@ from typing import Any
 
 from eval import fvd, inception_score
 from pipelines import benchmark, cache_latents, reconstruct, sample, stand_in, train_latte, train_vae
-from pipelines.config import flatten, free_keys, read_yaml
-from pipelines.log import read_metrics
+from pipelines.training.config import flatten, free_keys, read_yaml
+from pipelines.training.log import read_metrics
 
 # Settings that say where things lie: no result depends on them
 PLACES = {"root", "init_from", "path", "out", "pipeline", "transformer", "dir", "run_dir", "index_dir"}

@@ -14,12 +14,12 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from data.files import claim_folder, write_atomic
-from pipelines.log import read_metrics
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import Figure, Section, Series, curve_svg, svg_figure, write_page
 from pipelines.results.records import Command, wanted
 from pipelines.results.run_table import Desk
 from pipelines.results.tables import Column, Curve, Row, Table
+from pipelines.training.log import read_metrics
 
 CSV = ["table", "preset", "row", "column", "value", "paper", "reason", "label", "step", "record", "commit"]
 CSV += ["protocol"]

@@ -25,7 +25,7 @@ from data.files import write_json
 from eval.weights import find_weights
 from pipelines.results.records import PROGRAMS, Command, Record, find, judges_of
 from pipelines.results.tables import ROOT, Places, Row, Table
-from pipelines.run import STOPS, Stopped, stop_on_signal
+from pipelines.training.folder import STOPS, Stopped, stop_on_signal
 from vae.registry import FAMILIES
 
 log = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints import Checkpoints
-from pipelines.config import read_yaml
-from pipelines.log import read_metrics
 from pipelines.results.page import is_number
-from pipelines.run import flatten_yaml
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.config import read_yaml
+from pipelines.training.folder import flatten_yaml
+from pipelines.training.log import read_metrics
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from huggingface_hub.errors import HTTPError
 from data.encode import write_mp4
 from data.files import read_json, sha256_of, write_atomic, write_json
 from data.video import list_videos, probe, read_frames
-from pipelines.checkpoints import replace_folder
 from pipelines.results.card import Card, public, read_scores, render, training_score
 from pipelines.results.runs import is_run, read_manifest, read_run
-from pipelines.run import versions
-from pipelines.settings import weights_digest
+from pipelines.training.checkpoints import replace_folder
+from pipelines.training.folder import versions
+from pipelines.training.open import weights_digest
 from pipelines.video_pipeline import LatentVideoPipeline
 from vae import load_vae
 

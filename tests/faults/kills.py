@@ -199,9 +199,9 @@ def preload() -> None:
     from tensorboard.compat.proto import summary_pb2  # noqa: F401
 
     import pipelines.cache_latents
-    import pipelines.latte_trainer
     import pipelines.sample
-    import pipelines.vae_trainer  # noqa: F401
+    import pipelines.train_latte
+    import pipelines.train_vae  # noqa: F401
 
 
 def main() -> int:
@@ -235,7 +235,7 @@ def main() -> int:
 
 def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespace) -> None:
     """The kills as JSON, and a page beside it."""
-    from pipelines.run import versions
+    from pipelines.training.folder import versions
 
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}

@@ -42,6 +42,8 @@ def imports(tree):
                 yield alias.name, True
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module, False
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy":
+            yield node.args[0].value, False
 
 
 def identifier(path):
@@ -106,14 +108,14 @@ def test_help_does_not_import_torch(program):
 
 def test_every_setting_is_read_somewhere():
     from pipelines.benchmark import BenchmarkConfig
-    from pipelines.latte_settings import TrainLatteConfig
     from pipelines.reconstruct import ReconstructConfig
     from pipelines.sample import SampleConfig
-    from pipelines.vae_settings import TrainVAEConfig
+    from pipelines.train_latte import TrainLatteConfig
+    from pipelines.train_vae import TrainVAEConfig
 
-    text = "\n".join(p.read_text() for p in (ROOT / "pipelines").glob("*.py"))
+    text = "\n".join(p.read_text() for p in (ROOT / "pipelines").rglob("*.py"))
     read = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
-    from pipelines.config import flatten
+    from pipelines.training.config import flatten
 
     keys = {
         key.split(".")[-1]
@@ -140,7 +142,7 @@ CONFIGS = {
 def test_shipped_configs_parse_and_say_what_they_are(path):
     from importlib import import_module
 
-    from pipelines.config import load
+    from pipelines.training.config import load
 
     module, name = CONFIGS[path.parent.name]
     load(getattr(import_module(module), name), path)

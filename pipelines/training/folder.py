@@ -19,11 +19,12 @@ from typing import Any
 
 from data.files import read_json, write_atomic, write_json
 from eval.records import git_commit
-from pipelines.config import dump, flatten, free_keys, parse_yaml, read_yaml
-from pipelines.settings import MAY_CHANGE
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.config import dump, flatten, free_keys, parse_yaml, read_yaml
+from pipelines.training.settings import MAY_CHANGE
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -103,6 +104,25 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     starts.append(start | ({"weights": weights} if weights else {}))
     write_json(env_file, {"program": program, "versions": versions(), "starts": starts})
     return folder
+
+
+def check_new_run(config: Any, export: str, inputs: dict[str, str]) -> None:
+    """Check, before anything is written, that run_dir is free for these settings and that it swallows no input.
+
+    export: the folder that the run will replace as a whole at its end. inputs: {setting: path} of weights that are read.
+    Raises ValueError with the setting that is wrong.
+    """
+    check_run(config.run_dir, config)
+    refuse_in_data(config.run_dir, "run_dir", config.source)
+    for key, path in inputs.items():
+        refuse_inside(config.run_dir, export, path, key)
+
+
+def will_resume(config: Any) -> bool:
+    """Whether a start continues from a checkpoint. A changed run may have to go back to its beginning."""
+    return (
+        bool(Checkpoints(Path(config.run_dir), config.keep_checkpoints).steps()) and not config.resume.names
+    )
 
 
 def refuse_inside(run_dir: str | Path, export: str, given: str, key: str) -> None:

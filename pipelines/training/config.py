@@ -16,19 +16,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, text: str, free: bool = False, of: type | None = None) -> Any:
-    """A dataclass field with its help text. `free`: may differ when a run is resumed (it does not change the result).
-
-    of: the field maps names to dataclasses of this type, set by `key.NAME.setting=value`; its default is `dict`.
-    """
-    metadata = {"help": text, "free": free, "of": of}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """A (nested) dataclass instance as {"a.b": value}; enums become their values."""
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the trainers of both stages keep between steps: the counter, the means to log, updates that must be finite.
+"""The base of both trainers: step counter, means to log, updates that must be finite, EMA.
 
 A step never waits for the device: whether its gradient was finite is decided there, and read later.
 """
@@ -6,14 +6,17 @@ A step never waits for the device: whether its gradient was finite is decided th
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils import gather_object
-from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
+from data.core.lazy import lazy
 
-from pipelines.engine import Later, uses_deepspeed
+torch = lazy("torch")
+accelerate = lazy("accelerate.utils")
+distributed = lazy("pipelines.training.distributed")
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 
 log = logging.getLogger(__name__)
 REHEARSED = ("cuda",)  # devices whose memory ends before the host's does
@@ -31,11 +34,12 @@ class Trainer:
     def __init__(self, config: Any, accelerator: Any):
         self.config, self.accelerator = config, accelerator
         self.step = 0
+        self.learning_rate = 0.0
         self.skipped_in_row = 0
         self.window: dict[str, list[Any]] = {}
-        self._finite: list[tuple[int, Tensor | Later]] = []  # (step, verdict) not read yet
+        self._finite: list[tuple[int, Any]] = []  # (step, verdict) not read yet
 
-    def note(self, values: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+    def note(self, values: dict[str, Any]) -> None:
         """Add tensors to the means of the current log window; nothing is copied from the GPU yet.
 
         Of a pair (values, where) the elements count at which `where`, a bool tensor of that shape, holds.
@@ -52,7 +56,7 @@ class Trainer:
         """The window of all processes together; every process calls it."""
         tables = [{n: [float(total), int(count)] for n, (total, count) in self.window.items()}]
         if self.accelerator.num_processes > 1:
-            tables = gather_object(tables)
+            tables = accelerate.gather_object(tables)
         merged: dict[str, list[Any]] = {}
         for table in tables:
             for name, (total, count) in table.items():
@@ -68,19 +72,20 @@ class Trainer:
     def set_learning_rate(self, *optimizers: Any) -> None:
         """Constant, after a linear warm-up."""
         rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        self.learning_rate = rate
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def update(self, module: nn.Module, optimizer: Any, largest: float, name: str) -> Tensor:
+    def update(self, module: "nn.Module", optimizer: Any, largest: float, name: str) -> "Tensor":
         """Clip the gradient to norm `largest` (0: no limit) and step; a bool tensor, False where it is not finite.
 
         Then there was no step: the fused optimizers leave it out on the device. DeepSpeed has made its own by now.
         """
-        if largest or uses_deepspeed(self.accelerator):
+        if largest or distributed.uses_deepspeed(self.accelerator):
             norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
         norm = torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
         finite = norm.isfinite()
         optimizer.optimizer.found_inf = (~finite).float()
@@ -90,7 +95,7 @@ class Trainer:
         optimizer.zero_grad()
         return finite
 
-    def trained(self) -> list[nn.Module]:
+    def trained(self) -> list["nn.Module"]:
         """The prepared modules with optimizers."""
         raise NotImplementedError
 
@@ -107,7 +112,7 @@ class Trainer:
         Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
         """
         device = self.accelerator.device
-        if device.type not in REHEARSED or uses_deepspeed(self.accelerator):
+        if device.type not in REHEARSED or distributed.uses_deepspeed(self.accelerator):
             return
         models, now = self.trained(), self.step
         buffers = [b for m in models for b in m.buffers()]
@@ -138,7 +143,13 @@ class Trainer:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
 
-    def finish_step(self, finite: Tensor) -> None:
+    def update_ema(self, model: "nn.Module", where: "Tensor") -> None:
+        """Move the averaged weights towards the model's, if `where`, a bool tensor on the device, holds."""
+        mine, theirs = list(self.ema.module.parameters()), list(model.parameters())
+        with torch.no_grad():
+            torch._foreach_lerp_(mine, theirs, [where * (1.0 - self.ema.decay)] * len(mine))
+
+    def finish_step(self, finite: "Tensor") -> None:
         self.note({"skipped": (torch.ones_like(finite), ~finite)})
         self._finite.append((self.step, finite))
         self.step += 1
@@ -151,7 +162,9 @@ class Trainer:
 
     def settle(self, everything: bool = True) -> None:
         """Count and name the steps left out, but for the newest one unless `everything`: so nobody waits for the device."""
-        self._finite = [(n, v if isinstance(v, Later) else Later(v)) for n, v in self._finite]
+        self._finite = [
+            (n, v if isinstance(v, distributed.Later) else distributed.Later(v)) for n, v in self._finite
+        ]
         ready = len(self._finite) if everything else len(self._finite) - 1
         for step, finite in self._finite[: max(0, ready)]:
             self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
@@ -179,15 +192,3 @@ def lacks_memory(error: RuntimeError) -> bool:
     """torch's own error, or cuDNN and cuBLAS, which say it in other words."""
     words = ("out of memory", "alloc_failed", "unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
-
-
-def as_fused(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state_dict as the fused one takes it; older checkpoints of stage one come from another."""
-    return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
-
-
-@torch.no_grad()
-def average(ema: ModelEmaV3, model: nn.Module, where: Tensor) -> None:
-    """The next step of a moving average of float32 weights, if `where`, a bool tensor on their device, holds."""
-    mine, theirs = list(ema.module.parameters()), list(model.parameters())
-    torch._foreach_lerp_(mine, theirs, [where * (1.0 - ema.decay)] * len(mine))
