@@ -1,6 +1,7 @@
 """Model what the commands of the paper's tables cost, for `python -m pipelines.plan --hours`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from pipelines.plan.tasks import simulate
 from pipelines.results.markdown import markdown_table
 from pipelines.results.records import Command, config_of, judges_of, wanted
 from pipelines.results.tables import CARD, HOURS, ROOT, Places, load_table, names
+from pipelines.training.config import flatten
 
 PAGE = ROOT / "docs" / "reproduce.md"
 BEGIN, END = "<!-- python -m pipelines.plan --hours -->\n", "<!-- end -->\n"
@@ -70,9 +72,19 @@ def page_table() -> str:
                 parts = sorted(what.removeprefix(kind) for what in needs if what.startswith(kind))
                 cells.append(" ".join(f"`{part}`" for part in parts) or "none")
             hours, disk = (sum(cost[key] for cost in found) for key in ("hours", "disk_gb"))
-            rows.append([*cells, f"{hours:,.0f}", f"{disk:,.0f} GB"])
+            rows.append([*cells, f"{hours:,.0f}" if hours >= 1 else "minutes", f"{disk:,.0f} GB"])
     header = ["`python -m pipelines.table ...`", "weights", "data", f"GPU hours ({CARD})", "disk"]
     return markdown_table(header, rows)
+
+
+def _imagined(config: Any) -> Any:
+    """The same settings with SD-VAE in place of SVD-VAE: same encoder, same latents, but no mix factors.
+
+    Those are made from a number, which torch's fake tensors do not survive.
+    """
+    if config.vae.name != "svd":
+        return config
+    return replace(config, vae=replace(config.vae, name="sd2_1"))
 
 
 def cost_of(
@@ -88,9 +100,11 @@ def cost_of(
 
     # One simulation per kind of work
     trained = next((c for c in before if c.program == "pipelines.train_latte"), None)
-    trained = trained and config_of(trained.program, trained.arguments)
-    decides = {k: v for k, v in wanted(command).items() if not k.startswith(FREE)}
-    key = f"{program} {decides} {trained.vae if trained else ''}"
+    trained = trained and _imagined(config_of(trained.program, trained.arguments))
+    if program in ("cache_latents", "train_latte"):
+        config = _imagined(config)
+    decides = {k: v for k, v in flatten(config).items() if k in wanted(command) and not k.startswith(FREE)}
+    key = f"{program} {decides} {trained.vae.name if trained else ''}"
     if key not in simulated:
         if program == "sample":
             simulated[key] = programs.sample(config, trained)

@@ -71,7 +71,8 @@ def find(command: Command) -> Record:
     try:
         config = config_of(command.program, command.arguments)
         for record in program.records(command.folder, config):
-            difference = differences(program.wanted(config), record.settings)
+            asked = program.wanted(config) if record.settings else {}
+            difference = differences(asked, record.settings)
             if difference or record.state == "other":
                 other = replace(record, state="other", note=difference or record.note)
             else:

@@ -211,8 +211,10 @@ def mean_and_spread(runs: list[list[tuple[int, float]]]) -> np.ndarray:
 
 def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[Series, list[str]]:
     series: Series = {}
-    notes = ["line: mean, band: standard deviation over seeds"]
-    for row in [row for row in table.rows if row.name in curve.rows]:
+    rows = [row for row in table.rows if row.name in curve.rows]
+    seeds = max(len(table.sources[row.name, curve.source]) for row in rows)
+    notes = ["line: mean, band: standard deviation over seeds" if seeds > 1 else "one seed"]
+    for row in rows:
         runs = []
         for command in [table.commands[name] for name in table.sources[row.name, curve.source]]:
             records = read_metrics(command.folder)
@@ -224,7 +226,8 @@ def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[Series, list[str]]:
             else:
                 runs.append(points)
         if runs:
-            series[f"{row.name} (n = {len(runs)})"] = tuple(mean_and_spread(runs))
+            label = f"{row.name} (n = {len(runs)})" if seeds > 1 else row.name
+            series[label] = tuple(mean_and_spread(runs))
     return series, notes
 
 

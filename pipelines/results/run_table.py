@@ -103,7 +103,7 @@ class Desk:
         found = {}
         for what, path in command.needs:
             if not (path.is_dir() and any(path.iterdir())):
-                found[f"no {what}"] = f"{path}: {where_from(what)}"
+                found[f"no {what}"] = f"{path}: {where_from(what, path)}"
         for judge in judges_of(command):
             try:
                 find_weights(judge, self.places.weights_dir)
@@ -112,16 +112,14 @@ class Desk:
         return found
 
 
-def where_from(what: str) -> str:
+def where_from(what: str, path: Path) -> str:
     """What to put into a folder that is missing. what: "data: ucf101" or "weights: svd"."""
     kind, name = what.split(": ")
     if kind == "data":
         return f"put the videos of {name} here (docs/datasets.md has the layouts)"
     family = FAMILIES[name]
     if family.convert:
-        return (
-            f"get {family.source}; convert it: python scripts/convert.py {family.convert} --src FILE --dst ."
-        )
+        return f"get {family.source}; convert it: python scripts/convert.py {family.convert} --src FILE --dst {path}"
     return f"get {family.source} and put it here"
 
 

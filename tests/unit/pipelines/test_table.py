@@ -5,8 +5,9 @@ import re
 import pytest
 import yaml
 
+from pipelines.plan.hours import BEGIN, END, page_table
 from pipelines.results.records import config_of, wanted
-from pipelines.results.tables import load_table, names, paper_numbers, presets, read
+from pipelines.results.tables import TABLES, load_table, names, paper_numbers, presets, read
 from tests.unit.pipelines.tables import ROOT
 
 EVERY = [(name, preset) for preset in presets() for name in names(preset)]
@@ -173,3 +174,11 @@ def test_a_command_waits_for_those_whose_folders_it_reads_and_for_what_the_user_
     assert needs == {"weights: svd": f"{places.weights_dir}/svd", "data: ucf101": f"{places.data}/ucf101"}
     tiny = load_table("table2", "tiny", places).commands.values()
     assert not [c.name for c in tiny if c.needs]  # its stand-ins come first
+
+
+def test_every_long_command_of_the_paper_has_modelled_hours():
+    costs = yaml.safe_load((TABLES / "presets" / "hours.yaml").read_text())
+    assert costs["odvae-full-seed0"]["hours"] > costs["odvae-v4-tail-seed0"]["hours"] > 24
+    assert all(cost["hours"] > 0 and cost["disk_gb"] > 0 for cost in costs.values())
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    assert page.split(BEGIN)[1].split(END)[0] == page_table()

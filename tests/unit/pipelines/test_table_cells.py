@@ -88,6 +88,15 @@ def test_a_damaged_record_is_unfinished_work(desk, places):
     assert find(step).state == "partly"
 
 
+@pytest.mark.parametrize(("complete", "state"), [(True, "done"), (False, "partly")])
+def test_a_cache_is_done_when_its_index_says_so_whatever_its_vae_does(complete, state, places):
+    folder = places.runs / "cache"
+    words = (f"cache.dir={folder}", "source.root=r", "vae.tiling_frames=33")
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text(json.dumps({"complete": complete}))
+    assert find(Command("cache", "pipelines.cache_latents", words, folder)).state == state
+
+
 def test_a_training_is_done_at_its_last_step_and_with_its_export(places):
     found = find(run_folder(places))
     assert (found.state, found.values["val/psnr"], found.git) == ("done", 24.0, "abc")
