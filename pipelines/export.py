@@ -11,7 +11,7 @@ what is not given is "not measured".
 import argparse
 from pathlib import Path
 
-from data.cli import run
+from data.core.cli import run
 
 
 def main(argv: list[str] | None = None) -> int:

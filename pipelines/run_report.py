@@ -9,7 +9,7 @@ Reads the folder only, so a run in progress can be looked at. --samples shows vi
 import argparse
 from pathlib import Path
 
-from data.cli import run
+from data.core.cli import run
 
 
 def main(argv: list[str] | None = None) -> int:

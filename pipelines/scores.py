@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.cli import run
-from data.files import claim_file, write_atomic
+from data.core.cli import run
+from data.core.files import claim_file, write_atomic
 
 FORMATS = ("md", "csv", "html")
 REQUIRED = ("metric", "value", "protocol")

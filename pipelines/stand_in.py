@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
+from data.core.cli import run
 from vae.registry import list_vaes
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except TypeError as error:
         raise ValueError(f"{args.kind}: {error}") from error
 
-    from data.files import write_json
+    from data.core.files import write_json
     from pipelines.training.folder import versions
 
     write_json(temporary / "stand_in.json", {"kind": args.kind, "settings": settings, "versions": versions()})

@@ -7,8 +7,8 @@ python -m pipelines.plan --hours                     # writes the hours of the p
 import argparse
 from pathlib import Path
 
-from data.cli import run
-from data.files import write_atomic
+from data.core.cli import run
+from data.core.files import write_atomic
 from pipelines.plan.cards import CARDS, seconds
 from pipelines.plan.hours import write_hours
 from pipelines.plan.report import METHOD, needed_gib

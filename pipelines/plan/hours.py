@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from data.files import write_atomic
+from data.core.files import write_atomic
 from pipelines.plan import programs
 from pipelines.plan.cards import CARDS, seconds
 from pipelines.plan.tasks import simulate

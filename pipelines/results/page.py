@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from data.core.files import write_atomic
 from data.encode import encode_webp
-from data.files import write_atomic
 from data.video import probe
 
 MARK = '<meta name="generator" content="OmniLatte">'  # by which a program knows a page of its own

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
-from data.files import claim_folder, write_atomic
+from data.core.files import claim_folder, write_atomic
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import Figure, Section, Series, curve_svg, svg_figure, write_page
 from pipelines.results.records import Command, wanted

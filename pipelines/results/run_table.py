@@ -20,8 +20,8 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from data.files import write_json
+from data.core.cli import run
+from data.core.files import write_json
 from eval.weights import find_weights
 from pipelines.results.records import PROGRAMS, Command, Record, find, judges_of
 from pipelines.results.tables import ROOT, Places, Row, Table

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from data.core.files import read_json, sha256_of, write_atomic, write_json
 from data.encode import write_mp4
-from data.files import read_json, sha256_of, write_atomic, write_json
 from data.video import list_videos, probe, read_frames
 from pipelines.results.card import Card, public, read_scores, render, training_score
 from pipelines.results.runs import is_run, read_manifest, read_run

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data.core.files import append_line, fsync
 from data.encode import encode_webp
-from data.files import append_line, fsync
 
 log = logging.getLogger(__name__)
 

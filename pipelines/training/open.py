@@ -35,6 +35,7 @@ def open_clips(
         labels=config.labels,
         index_dir=config.index_dir,
         workers=config.scan_workers,
+        reader=config.reader,
         val_fraction=config.val_fraction,
         held_out=held_out,
         seed=config.demo_seed if config.name == "demo" else 0,

@@ -86,6 +86,7 @@ class SourceConfig:
     val_fraction: float = option(0.05, "share of videos (UCF101: groups of clips) held out for validation")
     index_dir: str = option("runs/index", "where scans are cached and quarantine lists written", free=True)
     scan_workers: int = option(4, "processes of the scan", free=True)
+    reader: str = option("pyav", "pyav, or decord for files where the scan finds it right", free=True)
     max_failed_share: float = option(
         0.05, "share of the videos that may become unreadable in training before the run stops", free=True
     )
