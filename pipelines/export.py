@@ -12,6 +12,11 @@ import argparse
 from pathlib import Path
 
 from data.core.cli import run
+from data.core.lazy import lazy
+from pipelines.training.log import console
+
+hub = lazy("huggingface_hub.utils")
+shared = lazy("pipelines.results.shared")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,18 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.public and not args.push:
         raise ValueError("--public: only with --push REPO")
-    from huggingface_hub.utils import validate_repo_id
-
-    from pipelines.results.shared import Request, export, push
-    from pipelines.training.log import console
-
     console()
     if args.push:
-        validate_repo_id(args.push)
-    request = Request(args.model, args.out, args.samples, args.records, args.license, args.push)
-    print(f"wrote {export(request)}")
+        hub.validate_repo_id(args.push)
+    request = shared.Request(args.model, args.out, args.samples, args.records, args.license, args.push)
+    print(f"wrote {shared.export(request)}")
     if args.push:
-        print(f"pushed to {push(args.out, args.push, args.public)}")
+        print(f"pushed to {shared.push(args.out, args.push, args.public)}")
     return 0
 
 

@@ -10,6 +10,11 @@ import argparse
 from pathlib import Path
 
 from data.core.cli import run
+from data.core.lazy import lazy
+
+pages = lazy("pipelines.results.page")
+run_page = lazy("pipelines.results.run_page")
+runs_of = lazy("pipelines.results.runs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,16 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out is None and len(args.runs) > 1:
         raise ValueError(f"{len(args.runs)} runs: say with --out FILE where the page goes")
-    from pipelines.results.page import MARK
-    from pipelines.results.run_page import write_run_page
-    from pipelines.results.runs import read_run
-
-    runs, out = [read_run(folder) for folder in args.runs], args.out or args.runs[0] / "report.html"
+    runs, out = [runs_of.read_run(folder) for folder in args.runs], args.out or args.runs[0] / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give the name of a file, e.g. {out / 'report.html'}")
-    if out.is_file() and MARK.encode() not in out.read_bytes()[:1000]:
+    if out.is_file() and pages.MARK.encode() not in out.read_bytes()[:1000]:
         raise ValueError(f"--out {out}: exists and is no report of this program; choose another name")
-    write_run_page(out, runs, args.samples, args.records, args.max_mb * 1e6)
+    run_page.write_run_page(out, runs, args.samples, args.records, args.max_mb * 1e6)
     print(f"open {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -13,6 +13,11 @@ from pathlib import Path
 
 from data.core.cli import run
 from data.core.files import claim_file, write_atomic
+from data.core.lazy import lazy
+from pipelines.results.markdown import markdown_table, plain
+
+pandas = lazy("pandas")
+tables = lazy("pipelines.results.tables")
 
 FORMATS = ("md", "csv", "html")
 REQUIRED = ("metric", "value", "protocol")
@@ -26,13 +31,11 @@ PAPER = {  # first part of a tag -> table and columns of configs/paper.yaml
 
 def paper_value(tag: str, metric: str) -> float | None:
     """The paper's number for a tag DATASET/METHOD, None if it has none."""
-    from pipelines.results.tables import paper_numbers
-
     dataset, _, method = tag.partition("/")
     if dataset.lower() not in PAPER:
         return None
     table, section = PAPER[dataset.lower()]
-    return paper_numbers()[table].get(method, {}).get(f"{section} {metric}")
+    return tables.paper_numbers()[table].get(method, {}).get(f"{section} {metric}")
 
 
 def read_records(paths: Sequence[Path]) -> list[dict]:
@@ -93,14 +96,10 @@ def row_of(record: dict) -> dict[str, str]:
 
 def render(records: Sequence[dict], form: str) -> str:
     """The records as Markdown, CSV or a page of HTML."""
-    import pandas as pd
-
-    from pipelines.results.markdown import markdown_table, plain
-
     rows = [row_of(record) for record in records]
     if form == "md":
         return markdown_table(list(rows[0]), [list(map(plain, row.values())) for row in rows])
-    table = pd.DataFrame(rows)
+    table = pandas.DataFrame(rows)
     if form == "csv":
         return table.to_csv(index=False, lineterminator="\n")
     head = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Scores</title>\n'

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from data.core.cli import run
+from data.core.files import write_json
+from data.core.lazy import lazy
 from vae.registry import list_vaes
+
+torch = lazy("torch")
+vae = lazy("vae")
+videos = lazy("data.demo")
+encode = lazy("data.encode")
+folder = lazy("pipelines.training.folder")
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -30,29 +38,22 @@ def setting(text: str) -> tuple[str, Any]:
 
 def random_vae(out: Path, name: str, seed: int = 0, **settings: Any) -> None:
     """Save a VAE of that family with random weights. settings: its config; odvae takes `preset` and `variant` too."""
-    import torch
-
-    from vae import ODVAE, build_vae
-
     torch.manual_seed(seed)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     if name == "odvae":
-        model = ODVAE.preset(values.pop("preset", "odvae"), **values)
+        model = vae.ODVAE.preset(values.pop("preset", "odvae"), **values)
     else:
-        model = build_vae(name, **values)
+        model = vae.build_vae(name, **values)
     model.save_pretrained(out)
 
 
 def demo_videos(out: Path, count: int = 8, size: int = 32, num_frames: int = 33, classes: int = 4) -> None:
     """Write lossless files of procedural scenes, one folder per class; video n is the same in every call."""
-    from data.demo import DemoVideos
-    from data.encode import write_ffv1
-
-    demo = DemoVideos(count, classes, size, num_frames)
+    demo = videos.DemoVideos(count, classes, size, num_frames)
     for n in range(count):
         file = out / demo.class_names[demo.label(n)] / f"{n:05d}.mkv"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_ffv1(file, demo.frames(n, range(num_frames)), 8)
+        encode.write_ffv1(file, demo.frames(n, range(num_frames)), 8)
 
 
 def config_from(argv: list[str] | None) -> argparse.Namespace:
@@ -86,10 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     except TypeError as error:
         raise ValueError(f"{args.kind}: {error}") from error
 
-    from data.core.files import write_json
-    from pipelines.training.folder import versions
-
-    write_json(temporary / "stand_in.json", {"kind": args.kind, "settings": settings, "versions": versions()})
+    write_json(
+        temporary / "stand_in.json", {"kind": args.kind, "settings": settings, "versions": folder.versions()}
+    )
     if args.out.exists():
         shutil.rmtree(args.out)
     os.replace(temporary, args.out)

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.core.cli import run
+from data.core.lazy import lazy
+from pipelines.training.log import console
 
 if TYPE_CHECKING:
     from pipelines.results.run_table import Desk
     from pipelines.results.tables import Table
+
+pandas = lazy("pandas")
+weights = lazy("eval.weights")
+rendering = lazy("pipelines.results.render")
+running = lazy("pipelines.results.run_table")
+tables = lazy("pipelines.results.tables")
+vae = lazy("vae")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,8 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="", help="only the columns of this data set, e.g. ucf101")
     add("--preset", default="paper", choices=("paper", "small", "tiny"), help="sizes (default paper)")
     add("--data", default="data-sets", help="folder with one sub-folder per data set (default data-sets)")
-    weights = "folder of VAEs and judges (default $OMNILATTE_WEIGHTS, else weights/ of the repository)"
-    add("--weights-dir", help=weights)
+    default = "$OMNILATTE_WEIGHTS, else weights/ of the repository"
+    add("--weights-dir", help=f"folder of VAEs and judges (default {default})")
     add("--out", help="folder of runs, logs and tables (default runs/tables-PRESET)")
     add("--launch", default="", help='for several GPUs: "accelerate launch --config_file FILE"')
     args = parser.parse_args(argv)
@@ -51,34 +60,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def list_vaes() -> None:
     """Print the VAEs at the paper's size. Of TATS the paper counts the whole training module."""
-    import pandas as pd
-
-    from vae import describe_vaes
-
     rows = []
-    for vae in describe_vaes():
-        frames = "/".join(str(vae["latent_frames"][T]) for T in (25, 33, 81))
-        counts = f"{vae['params']:,}", f"{vae['params_paper_counts']:,}"
-        ratios = str(vae["vcpr_nominal"]), f"{vae['vcpr_effective_81']:.1f}"
-        rows.append((vae["name"], vae["paper_name"], *counts, *ratios, frames, vae["licence"]))
+    for one in vae.describe_vaes():
+        frames = "/".join(str(one["latent_frames"][T]) for T in (25, 33, 81))
+        counts = f"{one['params']:,}", f"{one['params_paper_counts']:,}"
+        ratios = str(one["vcpr_nominal"]), f"{one['vcpr_effective_81']:.1f}"
+        rows.append((one["name"], one["paper_name"], *counts, *ratios, frames, one["licence"]))
     head = ["name", "paper's name", "params", "in the paper", "VCPR", "at 81", "latent frames of 25/33/81"]
-    print(pd.DataFrame(rows, columns=[*head, "licence"]).to_string(index=False))
+    print(pandas.DataFrame(rows, columns=[*head, "licence"]).to_string(index=False))
 
 
 def show(desk: "Desk", table: "Table") -> None:
     """Print the rows with their state, and what the user must bring."""
-    from pipelines.results.run_table import row_state, to_get
-    from pipelines.results.tables import modelled
-
     print(f"{table.title}\n  preset {table.preset}, {desk.places.out}")
     width = max(len(row.name) for row in table.rows)
     for row in table.rows:
-        word, reason = row_state(desk, table, row)
+        word, reason = running.row_state(desk, table, row)
         print(f"  {row.name:{width}}  {word:8} {reason}".rstrip())
         left = [command for command in table.commands_of(row) if desk.state(command).word != "done"]
         if left and table.preset == "paper":
-            print(f"  {'':{width}}  left: {modelled(left)}")
-    for reason in to_get(desk, table):
+            print(f"  {'':{width}}  left: {tables.modelled(left)}")
+    for reason in running.to_get(desk, table):
         print(f"  to get: {reason}")
 
 
@@ -87,29 +89,27 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_vaes:
         list_vaes()
         return 0
-    from eval.weights import weights_folder
-    from pipelines.results.render import render
-    from pipelines.results.run_table import Desk, run_table
-    from pipelines.results.tables import Places, load_table, names
-    from pipelines.training.log import console
-
     console()
-    folders = args.data, args.weights_dir or weights_folder(), args.out or f"runs/tables-{args.preset}"
-    places = Places(*(str(Path(folder).expanduser().absolute()) for folder in folders))
+    folders = (
+        args.data,
+        args.weights_dir or weights.weights_folder(),
+        args.out or f"runs/tables-{args.preset}",
+    )
+    places = tables.Places(*(str(Path(folder).expanduser().absolute()) for folder in folders))
     chosen = [name for name in args.rows.split(";") if name]
-    wanted = names(args.preset) if args.names == ["all"] else args.names
-    tables = [load_table(name, args.preset, places, chosen, args.dataset) for name in wanted]
-    desk, failed = Desk(places), 0
-    for table in tables:
+    wanted = tables.names(args.preset) if args.names == ["all"] else args.names
+    loaded = [tables.load_table(name, args.preset, places, chosen, args.dataset) for name in wanted]
+    desk, failed = running.Desk(places), 0
+    for table in loaded:
         if args.dry_run:
             for command in table.commands.values():
                 if desk.state(command).word != "done":
                     print(command.text())
             continue
         if args.run:
-            failed += run_table(desk, table, args.launch)
+            failed += running.run_table(desk, table, args.launch)
         show(desk, table)
-        print(f"  {render(desk, table) / (table.name + '.html')}")
+        print(f"  {rendering.render(desk, table) / (table.name + '.html')}")
     return 1 if failed else 0
 
 

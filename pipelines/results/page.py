@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogFormatter
 
 from data.core.files import write_atomic
 from data.encode import encode_webp
@@ -60,8 +64,6 @@ class Section:
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
     """Render the page; every text is escaped."""
-    from jinja2 import Environment
-
     template = (Path(__file__).parent / "page.html.j2").read_text()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
@@ -147,9 +149,6 @@ def svg_figure(svg: str, caption: str, alt: str) -> Figure:
 
 def curve_svg(series: Series, xlabel: str = "step", ylabel: str = "", log_y: bool = False) -> str:
     """Draw series as SVG text in the colours of the page; without any point it says that nothing is measured."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     with matplotlib.rc_context(dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": ""}):
         canvas = Canvas(figsize=(6.4, 2.9), layout="constrained")
@@ -188,7 +187,6 @@ def curve_svg(series: Series, xlabel: str = "step", ylabel: str = "", log_y: boo
 
 def _log_axis(axes: Any) -> None:
     """A logarithmic axis with plain numbers at its ticks."""
-    from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: int | None = None) -> str:

@@ -154,17 +154,13 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 class Program:
-    """A program whose `config_from` makes a dataclass of settings. file: its record, one JSON object."""
+    """A program and its records. config: makes the settings of a command line. file: its record, a JSON object."""
 
     file = ""
     numbers: tuple[str, ...] = ()  # that a complete folder has
 
-    def __init__(self, main: Callable[[list[str]], int | None], config_from: Callable[[list[str]], Any]):
-        self.main, self.config_from = main, config_from
-
-    def config(self, argv: list[str]) -> Any:
-        """The settings of a command line."""
-        return self.config_from(argv)[0]
+    def __init__(self, main: Callable[[list[str]], int | None], config: Callable[[list[str]], Any]):
+        self.main, self.config = main, config
 
     def folder(self, config: Any) -> Path:
         """Where its records go."""
@@ -291,9 +287,6 @@ class StandIn(Program):
 
     file = "stand_in.json"
 
-    def config(self, argv: list[str]) -> Any:
-        return self.config_from(argv)
-
     def wanted(self, config: Any) -> dict[str, Any]:
         return {}
 
@@ -309,9 +302,6 @@ class Judge(Program):
     ):
         super().__init__(module.main, module.parse)
         self.protocol_of, self.numbers, self.networks = protocol_of, tuple(numbers), networks
-
-    def config(self, argv: list[str]) -> Any:
-        return self.config_from(argv)
 
     def folder(self, config: Any) -> Path:
         return Path(config.out).parent
@@ -334,12 +324,12 @@ class Judge(Program):
 
 
 PROGRAMS: dict[str, Program] = {
-    "pipelines.train_vae": Training(train_vae.main, train_vae.config_from),
-    "pipelines.train_latte": Training(train_latte.main, train_latte.config_from),
-    "pipelines.cache_latents": Cache(cache_latents.main, cache_latents.config_from),
-    "pipelines.sample": Sample(sample.main, sample.config_from),
-    "pipelines.reconstruct": Reconstruct(reconstruct.main, reconstruct.config_from),
-    "pipelines.benchmark": Benchmark(benchmark.main, benchmark.config_from),
+    "pipelines.train_vae": Training(train_vae.main, lambda argv: train_vae.config_from(argv)[0]),
+    "pipelines.train_latte": Training(train_latte.main, lambda argv: train_latte.config_from(argv)[0]),
+    "pipelines.cache_latents": Cache(cache_latents.main, lambda argv: cache_latents.config_from(argv)[0]),
+    "pipelines.sample": Sample(sample.main, lambda argv: sample.config_from(argv)[0]),
+    "pipelines.reconstruct": Reconstruct(reconstruct.main, lambda argv: reconstruct.config_from(argv)[0]),
+    "pipelines.benchmark": Benchmark(benchmark.main, lambda argv: benchmark.config_from(argv)[0]),
     "pipelines.stand_in": StandIn(stand_in.main, stand_in.config_from),
     "eval.fvd": Judge(fvd, fvd.protocol_of, ("FVD", "KVD"), "i3d"),
     "eval.inception_score": Judge(
