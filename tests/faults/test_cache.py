@@ -141,7 +141,7 @@ def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_ch
         return clips
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_latents, "cached_clips", vanishing)
+        patch.setattr(latents, "cached_clips", vanishing)
         cache_latents.main([*settings, f"cache.dir={parts}"])
     index = json.loads((parts / "index.json").read_text())
     assert [f["entry"] for f in index["failed"]] == [3]
