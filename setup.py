@@ -32,8 +32,9 @@ DEPENDENCIES = [
     "pillow>=10",
     "tqdm>=4.66",
     "matplotlib>=3.8",  # curves of the report
-    "jinja2>=3.1",  # the report's page
-    "huggingface_hub>=0.30",  # export --push; diffusers brings it
+    "jinja2>=3.1",  # templates of the pages and the model card
+    "pandas>=2.2",  # writes the tables as csv, LaTeX and html
+    "huggingface_hub>=0.30",  # model cards and export --push; diffusers brings it
 ]
 
 

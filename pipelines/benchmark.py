@@ -6,6 +6,7 @@
 Each row runs in a process of its own, with random weights, which take the same time as trained ones.
 """
 
+import argparse
 import json
 import logging
 import multiprocessing
@@ -99,13 +100,18 @@ def line(row: dict[str, Any]) -> str:
     return f"variant {row['variant']}  {row['params']:>12,}  encode {speeds[0]}  decode {speeds[1]}  {where}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def config_from(argv: list[str] | None) -> tuple[BenchmarkConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["vae"]:
         argv = argv[1:]
     elif "--help" not in argv and "-h" not in argv:
         raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
-    config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__, planned=True)
+    return parse(BenchmarkConfig, argv, "benchmark", __doc__, planned=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, args = config_from(argv)
     if args.plan:
         from pipelines.plan import programs
         from pipelines.plan.report import plan_text

@@ -6,6 +6,7 @@ Reads the settings of train_latte. The same command again goes on where it stopp
 read; processes share the shards, also those of several launches at once. --verify checks a whole cache.
 """
 
+import argparse
 import hashlib
 import logging
 import os
@@ -204,11 +205,15 @@ def _short(values: list[float]) -> str:
     return "[" + ", ".join(f"{v:.3f}" for v in values) + "]"
 
 
-def main(argv: list[str] | None = None) -> int:
+def config_from(argv: list[str] | None) -> tuple[TrainLatteConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
     verify = "check every shard of the cache, write nothing; exit code 1 if one is damaged"
-    config, args = parse(
-        TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, {"--verify": verify}, planned=True
-    )
+    switches = {"--verify": verify}
+    return parse(TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, switches, planned=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, args = config_from(argv)
     if args.plan:
         print(plan.plan_text("cache_latents", programs.cache, config, args.card))
         return 0

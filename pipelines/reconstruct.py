@@ -6,6 +6,7 @@
 Posterior means, no codec in between, rounded to uint8. --stream takes whole videos of any length in constant memory.
 """
 
+import argparse
 import itertools
 import json
 import logging
@@ -218,11 +219,15 @@ FLAGS = {
 }
 
 
+def config_from(argv: list[str] | None) -> tuple[ReconstructConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
+    words = sys.argv[1:] if argv is None else argv
+    words = ["stream=true" if word == "--stream" else word for word in words]
+    return parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
+
+
 def main(argv: list[str] | None = None) -> int:
-    words = [
-        "stream=true" if word == "--stream" else word for word in (sys.argv[1:] if argv is None else argv)
-    ]
-    config, args = parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
+    config, args = config_from(argv)
     console()
     if args.dry_run:
         print(summary(config))

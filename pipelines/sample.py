@@ -6,6 +6,7 @@ Video i has its own seed and class (i modulo the number of classes), so it is th
 number of processes (to rounding). The same command again makes only what is missing.
 """
 
+import argparse
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -211,8 +212,13 @@ def sample(config: SampleConfig) -> Path:
     return config.folder
 
 
+def config_from(argv: list[str] | None) -> tuple[SampleConfig, argparse.Namespace]:
+    """The settings of a command line, and its switches."""
+    return parse(SampleConfig, argv, "sample", __doc__, planned=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(SampleConfig, argv, "sample", __doc__, planned=True)
+    config, args = config_from(argv)
     if args.plan:
         print(plan.plan_text("sample", programs.sample, config, args.card))
     elif args.dry_run:

@@ -9,6 +9,7 @@ accelerate launch --config_file configs/accelerate/FILE.yaml -m pipelines.train_
 From top to bottom: settings, networks, loss, one step, the loop, preparation, command line.
 """
 
+import argparse
 import logging
 import math
 from dataclasses import dataclass
@@ -372,8 +373,13 @@ def train(config: TrainLatteConfig) -> Path:
 # ---- command line ----------------------------------------------------------------------------------------
 
 
+def config_from(argv: list[str] | None) -> tuple[TrainLatteConfig, argparse.Namespace]:
+    """Read the settings of a command line, and its switches."""
+    return parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
+    config, args = config_from(argv)
     if args.plan:
         print(plan.plan_text("train_latte", partial(programs.stage_two, LatteTrainer), config, args.card))
     elif args.dry_run:

@@ -9,6 +9,7 @@ adversarial term, nor that of LPIPS: those are the reference code's.
 From top to bottom: settings, networks, losses, one step, the loop, preparation, command line.
 """
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -503,9 +504,14 @@ def train(config: TrainVAEConfig) -> Path:
 # ---- command line ----------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+def config_from(argv: list[str] | None) -> tuple[TrainVAEConfig, argparse.Namespace]:
+    """Read the settings of a command line, and its switches."""
     flags = {"--data": "source.root", "--dataset": "source.name"}
-    config, args = parse(TrainVAEConfig, argv, "train_vae", __doc__, flags, planned=True)
+    return parse(TrainVAEConfig, argv, "train_vae", __doc__, flags, planned=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, args = config_from(argv)
     if args.plan:
         print(plan.plan_text("train_vae", partial(programs.stage_one, VAETrainer), config, args.card))
     elif args.dry_run:

@@ -1,6 +1,7 @@
 """The table of docs/hardware.md: what each task needs, and how long it takes, on each card. Modelled.
 
 python -m pipelines.plan --out docs/hardware.md      # minutes on one core; no GPU, no data, no weights
+python -m pipelines.plan --hours                     # writes the hours of the paper's tables
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 from data.core.cli import run
 from data.core.files import write_atomic
 from pipelines.plan.cards import CARDS, seconds
+from pipelines.plan.hours import write_hours
 from pipelines.plan.report import METHOD, needed_gib
 from pipelines.plan.tasks import ROWS, Row, simulate
 
@@ -45,7 +47,11 @@ def _line(row: Row) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.plan", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="", help="Markdown file; default: print")
+    parser.add_argument("--hours", action="store_true", help="write the hours of the paper's tables instead")
     args = parser.parse_args(argv)
+    if args.hours:
+        write_hours()
+        return 0
     card_lines = [
         f"- {c.name}: {c.gib:g} GiB, {c.half / 1e12:g} TFLOP/s bf16, {c.tf32 / 1e12:g} TF32, {c.bandwidth / 1e12:g} TB/s"
         for c in CARDS.values()

@@ -190,6 +190,11 @@ def imagined_vae(settings: Any) -> Any:
     return vae.eval().requires_grad_(False)
 
 
+def _frozen(vae: Any, device: Any, precision: Any) -> Any:
+    """As `for_inference`, in place: an imagined weight made from a number (SVD's mix factors) cannot be copied."""
+    return (vae.bfloat16() if precision.value == "bf16" else vae).to(device)
+
+
 CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; the others' are in their files
 
 
@@ -198,7 +203,6 @@ def stage_two_parts(
 ) -> tuple[Any, Iterator[Any], Any]:
     """(trainer, endless batches, frozen VAE) of train_latte without data and weights. where: as of `stage_one_parts`."""
     from pipelines.training.latents import OnlineLatents
-    from pipelines.training.open import for_inference
     from pipelines.training.settings import Mode
     from pipelines.training.start import build_latte
 
@@ -206,7 +210,7 @@ def stage_two_parts(
     vae = imagined_vae(config.vae)
     with where:
         latte = build_latte(config, vae, CLASSES.get(config.source.name))
-    frozen = for_inference(vae, device, config.precision)  # also what draws the sample grids
+    frozen = _frozen(vae, device, config.precision)  # also what draws the sample grids
     online = config.mode is Mode.online
     encode = OnlineLatents(frozen, device) if online else None
     trainer = make_trainer(config, accelerator, latte, vae, encode)
@@ -302,10 +306,8 @@ def benchmark(config: Any) -> Simulation:
 
 def cache(config: Any) -> Simulation:
     """cache_latents: encoding one batch of clips. config: TrainLatteConfig."""
-    from pipelines.training.open import for_inference
-
     with _device() as (_, costs):
-        vae = for_inference(imagined_vae(config.vae), DEVICE, config.precision)
+        vae = _frozen(imagined_vae(config.vae), DEVICE, config.precision)
         resident, clip = costs.live, config.clip
         with torch.inference_mode():
             shape = (config.cache.batch, 3, clip.num_frames, clip.size, clip.size)
@@ -313,23 +315,44 @@ def cache(config: Any) -> Simulation:
         return Simulation("clip", [Task("encode", cost, 1 / config.cache.batch)], [], {"VAE": resident})
 
 
+def reconstruct(config: Any) -> Simulation:
+    """reconstruct: a clip through the VAE. config: ReconstructConfig."""
+    with _device() as (_, costs):
+        vae = imagined_vae(config.vae)
+        if vae.frame_rule == "4n":
+            vae.enable_frame_padding()
+        vae, size = vae.to(DEVICE), config.clip.size
+        x = _empty(1, 3, config.clip.num_frames, size, size)
+        with torch.inference_mode():
+            cost = _measure(costs, lambda: vae(x, sample_posterior=False).sample)
+        return Simulation("clip", [Task("reconstruct", cost)])
+
+
 def _half(config: Any) -> bool:
     return config.precision.value == "bf16"
 
 
-def sample(config: Any) -> Simulation:
-    """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; its pipeline may be absent."""
+def sample(config: Any, trained: Any = None) -> Simulation:
+    """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; its pipeline may be absent.
+
+    trained: TrainLatteConfig of a pipeline that is yet to be trained.
+    """
     from denoiser.latte import Latte
     from denoiser.sampling import cfg_forward
-    from pipelines.training.open import for_inference, tile_time
+    from pipelines.training.open import tile_time
+    from pipelines.training.start import build_latte
     from pipelines.video_pipeline import LatentVideoPipeline
 
-    geometry, classes, vae_settings = _pipeline_parts(Path(config.pipeline))
     with _device() as (_, costs):
-        vae = imagined_vae(vae_settings)
+        if trained:
+            vae = imagined_vae(trained.vae)
+            latte = build_latte(trained, vae, CLASSES.get(trained.source.name))
+        else:
+            geometry, _, vae_settings = _pipeline_parts(Path(config.pipeline))
+            vae, latte = imagined_vae(vae_settings), Latte(**geometry)
         tile_time(vae, config.tiling_frames, "tiling_frames")
-        latte = Latte(**geometry).to(DEVICE).eval().requires_grad_(False)
-        pipe = LatentVideoPipeline(vae=for_inference(vae, DEVICE, config.precision), transformer=latte)
+        classes, latte = latte.config.num_classes is not None, latte.to(DEVICE).eval().requires_grad_(False)
+        pipe = LatentVideoPipeline(vae=_frozen(vae, DEVICE, config.precision), transformer=latte)
         resident, B = costs.live, config.batch
         shape = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):

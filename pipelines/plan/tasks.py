@@ -76,5 +76,6 @@ def simulate(program: str, config: Any) -> programs.Simulation:
         "cache_latents": programs.cache,
         "sample": programs.sample,
         "benchmark": programs.benchmark,
+        "reconstruct": programs.reconstruct,
     }
     return run[program](config)

@@ -33,6 +33,7 @@ PROGRAMS = [
     "run_report",
     "export",
     "gpu_check",
+    "scores",
 ]
 
 

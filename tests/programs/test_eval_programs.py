@@ -15,10 +15,10 @@ from eval.fidelity import main as fidelity_main
 from eval.fvd import fvd_of_clips
 from eval.fvd import main as fvd_main
 from eval.inception_score import main as is_main
-from eval.report import main as report_main
+from pipelines.scores import main as report_main
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("fvd", "inception_score", "fidelity", "report", "check_weights", "fetch_weights")
+PROGRAMS = ("fvd", "inception_score", "fidelity", "check_weights", "fetch_weights")
 
 
 def video(seed: int, T: int, side: int = 24) -> np.ndarray:
@@ -310,7 +310,8 @@ def test_records_of_every_judge_are_rendered(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no records"), ("{", r"s\.jsonl:1: not JSON"), ("[1]", "no record of a judge")]
+    ("text", "message"),
+    [("", "no records"), ("{", r"s\.jsonl:1: not JSON"), ("[1]", "not a record of a judge")],
 )
 def test_what_is_no_record_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "s.jsonl").write_text(text)

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipelines.export import main
-from pipelines.model_card import public
+from pipelines.results.card import public
 from pipelines.training.open import weights_digest
 from pipelines.video_pipeline import LatentVideoPipeline
 from tests.programs.runs import write_samples
@@ -75,6 +75,14 @@ def test_the_exported_vae_is_the_run_s_and_the_card_has_its_numbers(run, summary
     assert kept.keys() == made.keys()
     assert all(torch.equal(kept[k], made[k]) for k in kept)
     head, body = card(out)
+    (index,) = head.pop("model-index")  # the Hub's own form of the numbers
+    values = {
+        m["type"]: m["value"]
+        for r in index["results"]
+        for m in r["metrics"]
+        if r["dataset"]["name"] == "webvid"
+    }
+    assert (index["name"], values) == ("share", {"psnr": 31.25, "ssim": 0.875})
     assert head == {
         "license": "mit",
         "library_name": "diffusers",
@@ -83,7 +91,7 @@ def test_the_exported_vae_is_the_run_s_and_the_card_has_its_numbers(run, summary
     }
     how = "webvid, 64 videos, 25 frames of 256 pixels, on uint8 in memory | [summary.json](records/summary.json)"
     assert f"| PSNR | 31.2500 | {how} |" in body
-    assert "| LPIPS | not measured | | |" in body
+    assert "| LPIPS | not measured |  |  |" in body
     assert "step 4 of 4, global batch 4" in body
     assert "2 held-out clips, EMA weights | log of the run |" in body
     assert (out / "samples" / "val_00000004.mp4").is_file()
@@ -113,7 +121,7 @@ def test_an_exported_pipeline_generates_what_the_original_does(pipeline, tmp_pat
     assert torch.equal(a, b)
     _, body = card(tmp_path / "share")
     assert "3 classes: a, b\\|, &lt;c>" in body
-    assert all(f"| {m} | not measured | | |" in body for m in ("FVD", "KVD", "IS"))
+    assert all(f"| {m} | not measured |  |  |" in body for m in ("FVD", "KVD", "IS"))
     assert "Not known: this folder was exported without its run." in body
     shown = sorted(p.name for p in (tmp_path / "share" / "samples").iterdir())
     assert len(shown) == 8
@@ -154,8 +162,9 @@ def test_a_random_feature_score_does_not_fill_the_place_of_fvd(pipeline, tmp_pat
     export(pipeline, "--out", tmp_path / "share", "--records", tmp_path / "scores.jsonl")
     head, body = card(tmp_path / "share")
     assert head["metrics"] == []
+    assert "model-index" not in head
     assert "| random-feature FVD (I3D, seed 0) | 3.0000 |" in body
-    assert "| FVD | not measured | | |" in body
+    assert "| FVD | not measured |  |  |" in body
 
 
 def test_no_folder_of_this_machine_is_published(run, pipeline, summary, tmp_path):
@@ -213,7 +222,7 @@ def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipelines.export.write_videos", full)
+    monkeypatch.setattr("pipelines.results.shared.write_videos", full)
     with pytest.raises(OSError, match="No space left"):
         export(run, "--out", out)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before

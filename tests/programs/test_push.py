@@ -34,7 +34,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(Hub, "calls", [])
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("pipelines.results.shared.HfApi", Hub)
     return Hub
 
 

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pipelines.gallery import chosen, thinned
-from pipelines.report import BINS, MARK, Link, Section, curve_figure, downsample, write_report
+from pipelines.results.page import BINS, MARK, Link, Section, curve_figure, downsample, write_page
+from pipelines.results.run_page import chosen, thinned
 from pipelines.run_report import main
 from tests.programs.runs import noise, write_run, write_samples
 
@@ -236,7 +236,7 @@ def test_scores_are_shown_with_their_protocol(tmp_path, report):
 def test_a_link_is_a_link_and_a_curve_wears_the_colours_of_the_page(tmp_path):
     figure = curve_figure({"a": ([1, 2], [1.0, 100.0]), "none": ((), ())}, "c", log_y=True)
     section = Section("s", header=("k", "v"), rows=[("x", Link("<file>", "a%20b"))], figures=[figure])
-    page = Page(write_report(tmp_path / "p.html", "t", "", [section]))
+    page = Page(write_page(tmp_path / "p.html", "t", "", [section]))
     assert page.all("a") == [{"href": "a%20b"}]
     assert "<file>" in page.text
     drawn = svg(figure.source)

@@ -9,16 +9,15 @@ import pytest
 
 from data.encode import write_ffv1
 from eval import fidelity, fvd
-from eval.report import read_records, render, row_of
 from eval.weights import Provenance, score_name
 from pipelines import demo, reconstruct
 from pipelines.export import main as export
-from pipelines.model_card import Card
-from pipelines.model_card import render as render_card
-from pipelines.read_run import read_run
 from pipelines.reconstruct import lpips_of
-from pipelines.tables.records import find
-from pipelines.tables.spec import Step
+from pipelines.results.card import Card
+from pipelines.results.card import render as render_card
+from pipelines.results.records import Command, find
+from pipelines.results.runs import read_run
+from pipelines.scores import read_records, render
 from vae import ODVAE
 
 SCORE = re.compile(r"(?<!random-feature )\b(?:LPIPS|lpips|FVD|KVD|IS)\b")
@@ -68,7 +67,7 @@ def test_reconstruct_names_it_in_console_json_card_and_table(videos, trained_vae
         assert unlabelled(text) == []
     assert summary["random-feature lpips (AlexNet, seed 0)"] > 0
 
-    step = Step("reconstruct", out, out, "pipelines.reconstruct", tuple(words))
+    step = Command("reconstruct", "pipelines.reconstruct", tuple(words), out)
     found = find(step)
     assert found.state == "done", found.note
     assert found.label == "random-feature LPIPS"
@@ -81,7 +80,7 @@ def test_reconstruct_names_it_in_console_json_card_and_table(videos, trained_vae
         assert export([str(trained_vae), "--out", str(share), "--records", str(out / "summary.json")]) == 0
         card = (share / "README.md").read_text()
         assert f"| random-feature LPIPS (AlexNet, seed 0) | {value:.4f} |" in card
-        assert "| LPIPS | not measured | | |" in card
+        assert "| LPIPS | not measured |  |  |" in card
         assert unlabelled(card.replace("| LPIPS | not measured", "")) == []
         assert find(step).values["lpips"] == value
 
@@ -95,7 +94,7 @@ def test_the_judges_name_it_in_console_records_and_all_reports(videos, tmp_path,
     console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is no score
     records = read_records([file])
     names = [record["metric"] for record in records]
-    reports = [render([row_of(record) for record in records], form) for form in ("md", "csv", "html")]
+    reports = [render(records, form) for form in ("md", "csv", "html")]
     for text in (console, *names, *reports):
         assert unlabelled(text) == []
     for text in (console, *reports):

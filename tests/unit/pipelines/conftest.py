@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipelines.tables.run import Desk
-from pipelines.tables.spec import Places
+from pipelines.results.run_table import Desk
+from pipelines.results.tables import Places
 
 
 @pytest.fixture

@@ -1,30 +1,35 @@
 """Small tables, and records as the programs would leave them."""
 
 import json
+from pathlib import Path
 
-from pipelines.tables.protocol import wanted
-from pipelines.tables.spec import Column, Row, Step, Table
+from pipelines.results.records import Command, wanted
+from pipelines.results.tables import Column, Row, Table
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def table_of(steps, rows=("a", "b"), better="up", paper=None, key="psnr", column="PSNR"):
-    """A table of one column whose cells are the given steps: {row: [step, ...]}."""
-    made = [Row(r, {}, (paper or {}).get(r, {})) for r in rows]
-    table = Table("t", "tiny", "trial", "T", "S", "", made, [Column(column, "", key, better)], [], [0], True)
+    """A table of one column whose cells are of the given commands: {row: [command, ...]}."""
+    made = [Row(r, {}, paper=(paper or {}).get(r, {})) for r in rows]
+    columns = [Column(column, "it", key, better=better)]
+    table = Table("t", "tiny", "trial", "T", "S", "", made, columns)
     for row, found in steps.items():
         for step in found:
-            table.steps[step.name] = step
-        table.cells[row, column] = [s.name for s in found]
+            table.commands[step.name] = step
+        table.of_row[row] = table.sources[row, "it"] = [s.name for s in found]
     return table
 
 
 def reconstruction(places, name, frames=25, **changes):
     folder = places.runs / name
     words = ("vae.name=sd2_1", f"out={folder}", f"clip.num_frames={frames}", "source.name=folder")
-    return Step(name, folder, folder, "pipelines.reconstruct", words, **changes)
+    words += ("lpips_weights=random:0",)  # needs no file
+    return Command(name, "pipelines.reconstruct", words, folder, **changes)
 
 
 def write_summary(step, psnr, **settings):
-    """The record that the step's command would leave, with other settings if asked."""
+    """The record that the command would leave, with other settings if asked."""
     tree = {}
     for key, value in (wanted(step) | settings).items():
         *path, last = key.split(".")
@@ -38,7 +43,7 @@ def write_summary(step, psnr, **settings):
 
 
 def run_folder(places, name="run", steps=4, asked=4, seed=0, export=True):
-    """A run folder of train_vae as it would be after `steps` of `asked` steps, and its step."""
+    """A run folder of train_vae as it would be after `steps` of `asked` steps, and its command."""
     from pipelines.train_vae import TrainVAEConfig
     from pipelines.training.config import dump, load
 
@@ -53,7 +58,7 @@ def run_folder(places, name="run", steps=4, asked=4, seed=0, export=True):
         (folder / "vae").mkdir()
         (folder / "vae" / "config.json").write_text("{}")
     arguments = (*words, f"seed={seed}")
-    return Step(name, folder, folder / "vae", "pipelines.train_vae", arguments)
+    return Command(name, "pipelines.train_vae", arguments, folder)
 
 
 def score(metric, value, **protocol):

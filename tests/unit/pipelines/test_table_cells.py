@@ -3,17 +3,22 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
-from pipelines.tables.cells import cells_of
-from pipelines.tables.plan import load_table
-from pipelines.tables.plot import mean_and_spread
-from pipelines.tables.records import find
-from pipelines.tables.render import comma_separated, latex, markdown, render, tex
-from pipelines.tables.run import Desk, row_state
-from pipelines.tables.spec import Step
+from pipelines.results.records import Command, find
+from pipelines.results.render import cells_of, comma_separated, latex, markdown, mean_and_spread, render, tex
+from pipelines.results.run_table import Desk, row_state
+from pipelines.results.tables import load_table
 from tests.unit.pipelines.tables import reconstruction, run_folder, score, table_of, write_summary
+
+
+def judged(folder):
+    """The command of fvd with its record in a folder."""
+    return Command(
+        "fvd", "eval.fvd", ("--real", "r", "--fake", "f", "--out", f"{folder}/scores.jsonl"), folder
+    )
 
 
 def test_a_row_says_which_weights_and_data_are_missing_and_where_from(desk, places):
@@ -73,7 +78,7 @@ def test_a_record_from_before_a_setting_says_what_was_then(older, same, desk, pl
     file.write_text(json.dumps(content))
     assert find(step).state == ("done" if same else "other")
     for asked in ("vae.tiling_frames=33", "held_out=true"):
-        assert find(Step(**{**vars(step), "arguments": (*step.arguments, asked)})).state == "other"
+        assert find(replace(step, arguments=(*step.arguments, asked))).state == "other"
 
 
 def test_a_damaged_record_is_unfinished_work(desk, places):
@@ -81,6 +86,15 @@ def test_a_damaged_record_is_unfinished_work(desk, places):
     step.folder.mkdir(parents=True)
     (step.folder / "summary.json").write_text('{"psnr": 3')
     assert find(step).state == "partly"
+
+
+@pytest.mark.parametrize(("complete", "state"), [(True, "done"), (False, "partly")])
+def test_a_cache_is_done_when_its_index_says_so_whatever_its_vae_does(complete, state, places):
+    folder = places.runs / "cache"
+    words = (f"cache.dir={folder}", "source.root=r", "vae.tiling_frames=33")
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text(json.dumps({"complete": complete}))
+    assert find(Command("cache", "pipelines.cache_latents", words, folder)).state == state
 
 
 def test_a_training_is_done_at_its_last_step_and_with_its_export(places):
@@ -92,10 +106,10 @@ def test_a_training_is_done_at_its_last_step_and_with_its_export(places):
     assert longer.state == "other"
     assert "steps is 9, asked 4" in longer.note
     other = run_folder(places, "changed")
-    found = find(Step(**{**vars(other), "arguments": (*other.arguments, "learning_rate=1")}))
+    found = find(replace(other, arguments=(*other.arguments, "learning_rate=1")))
     assert found.state == "other"
     assert "learning_rate" in found.note
-    assert not found.again
+    assert not found.shared
 
 
 def test_seeds_give_mean_and_spread_and_say_how_many_there_are(desk, places):
@@ -132,8 +146,8 @@ def test_best_and_second_are_marked_in_ours_and_in_the_papers(better, marks, des
 def test_a_score_of_random_weights_is_never_shown_as_the_score(desk, places):
     folder = places.runs / "fvd"
     folder.mkdir(parents=True)
-    real = Step("fvd", folder, folder, "eval.fvd", ("--real", "r", "--fake", "f"))
-    trial = Step(**{**vars(real), "arguments": (*real.arguments, "--weights", "random:0")})
+    real = judged(folder)
+    trial = replace(real, arguments=(*real.arguments, "--weights", "random:0"))
     names = ("random-feature FVD (I3D, seed 0)", "random-feature KVD (I3D, seed 0)")
     (folder / "scores.jsonl").write_text("".join(score(n, 5.0) + "\n" for n in names))
     table = table_of({"a": [real]}, rows=["a"], key="FVD", column="FVD")
@@ -148,7 +162,7 @@ def test_a_score_of_random_weights_is_never_shown_as_the_score(desk, places):
 def test_the_newest_score_of_the_protocol_asked_for_counts(places):
     folder = places.runs / "fvd"
     folder.mkdir(parents=True)
-    step = Step("fvd", folder, folder, "eval.fvd", ("--real", "r", "--fake", "f"))
+    step = judged(folder)
     lines = [score("FVD", 1.0), score("KVD", 2.0), score("FVD", 3.0, num_frames=81), score("FVD", 4.0)]
     (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
     found = find(step)
@@ -157,7 +171,7 @@ def test_the_newest_score_of_the_protocol_asked_for_counts(places):
     (folder / "scores.jsonl").write_text(score("FVD", 3.0, num_frames=81))
     found = find(step)
     assert found.state == "other"
-    assert found.again
+    assert found.shared
     assert "num_frames" in found.note
 
 
@@ -191,4 +205,5 @@ def test_a_table_renders_without_a_single_run(desk, places):
         assert (folder / f"figure4.{ending}").stat().st_size > 500
     page = (folder / "figure4.html").read_text()
     assert page.count("<img") == len(table.curves)
-    assert "no data: stage1" in page
+    assert "no weights: sd2_1" in page
+    assert f"{places.data}/stage1: put the videos of stage1 here" in page

@@ -1,15 +1,15 @@
-"""A run's folder read back, finished or in progress: settings, versions, newest checkpoint, curves. Nothing is changed."""
+"""Read a run's folder, finished or in progress: settings, versions, newest checkpoint, curves. Nothing is changed."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.results.page import is_number
 from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.config import read_yaml
 from pipelines.training.folder import flatten_yaml
 from pipelines.training.log import read_metrics
-
-TRAINERS = ("train_vae", "train_latte")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """The step at which the run ends."""
         return int(self.settings.get("steps", 0))
 
     @property
     def finished(self) -> bool:
+        """Whether the last step has its checkpoint."""
         return bool(self.steps) and self.checkpoint.get("step", 0) >= self.steps
 
     def last(self, name: str) -> tuple[int, float] | None:
@@ -51,42 +53,31 @@ class Run:
         return None
 
 
-def is_number(value: Any) -> bool:
-    """A finite int or float. JSON's NaN and null are none."""
-    return isinstance(value, (int, float)) and abs(value) < float("inf")
-
-
 def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a training."""
     return (folder / "config.yaml").is_file() and (folder / "env.json").is_file()
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run in `folder`. Raises ValueError when it is none."""
-    from pipelines.training.config import read_yaml
-
+    """Read the run in `folder`. Raises ValueError when there is none."""
     folder = Path(folder)
     if not is_run(folder):
         raise ValueError(
             f"{folder}: no run there (config.yaml and env.json); give the run_dir of a training program"
         )
-    settings = flatten_yaml(read_yaml(folder / "config.yaml"))
-    env = _json(folder / "env.json")
-    steps = Checkpoints(folder).steps()
+    env, steps = _json(folder / "env.json"), Checkpoints(folder).steps()
+    versions, starts = env.get("versions"), env.get("starts")
     return Run(
         folder=folder,
         program=env.get("program", "unknown"),
-        settings=settings,
-        versions=env.get("versions", {}) if isinstance(env.get("versions"), dict) else {},
-        starts=env.get("starts", []) if isinstance(env.get("starts"), list) else [],
+        settings=flatten_yaml(read_yaml(folder / "config.yaml")),
+        versions=versions if isinstance(versions, dict) else {},
+        starts=starts if isinstance(starts, list) else [],
         efficiency=_json(folder / "efficiency.json"),
         checkpoint=_json(Checkpoints(folder).path(steps[-1]) / "manifest.json") if steps else {},
-        metrics=_records(folder, "metrics.jsonl"),
-        speed=_records(folder, "speed.jsonl"),
+        metrics=[record for record in read_metrics(folder) if is_number(record["step"])],
+        speed=[record for record in read_metrics(folder, "speed.jsonl") if is_number(record["step"])],
     )
-
-
-def _records(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(folder, name) if is_number(record["step"])]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -96,3 +87,20 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_manifest(folder: Path) -> tuple[list[str], list[str], dict[str, Any]]:
+    """File names, class names ([]: none; video i is of class i modulo their number) and settings of a sample folder.
+
+    Raises ValueError when the folder has no readable manifest.json.
+    """
+    file = folder / "manifest.json"
+    try:
+        content = json.loads(file.read_text())
+        settings = dict(content["settings"]) | {"fps": float(content["settings"]["fps"])}
+        classes = [str(c) for c in settings["labels"] or settings["class_names"]]
+        return list(content["files"]), classes, settings
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: no manifest of samples ({error}); give a folder of pipelines.sample"
+        ) from error

@@ -1,0 +1,186 @@
+"""The README.md of an exported model: what it is, how it was trained, what was measured, how to load it (card.md.j2)."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pipelines.reconstruct import lpips_of
+from pipelines.results.markdown import markdown_table, plain
+from pipelines.results.page import is_number
+from pipelines.results.runs import Run
+from pipelines.scores import read_records, row_of
+
+SCORES = {"vae": ("PSNR", "SSIM", "LPIPS"), "pipeline": ("FVD", "KVD", "IS")}
+TASKS = {"vae": "video-vae", "pipeline": "video-generation"}
+HIDDEN = ("run_dir", "cache.dir", "source.index_dir")  # settings that tell about a machine, not about a model
+_PATH = re.compile(r"(?<![\w.:/])/(?:[^/\s]+/)+")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the card's table. record: file name in records/, "" when the number comes from the run's own log."""
+
+    metric: str
+    value: float
+    text: str
+    protocol: str
+    dataset: str = "unknown"
+    record: str = ""
+
+    def cells(self) -> list[str]:
+        record = f"[{plain(self.record)}](records/{self.record})" if self.record else "log of the run"
+        return [plain(self.metric), plain(self.text), plain(self.protocol), record]
+
+
+@dataclass
+class Card:
+    """All that the card says. kind: "vae" or "pipeline". repo: where it is pushed, "" when it is not."""
+
+    kind: str
+    model: Any
+    name: str
+    licence: str
+    repo: str = ""
+    run: Run | None = None
+    step: int | None = None  # of the run, whose weights these are
+    scores: list[Score] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)  # file names in samples/
+
+
+def public(value: Any) -> Any:
+    """The same value with absolute paths reduced to their last name: nobody's folders are published."""
+    if isinstance(value, dict):
+        return {public(k): public(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    return Path(value).name if value.startswith("/") and "\n" not in value else _PATH.sub("", value)
+
+
+def read_scores(paths: Sequence[Path], digest: str) -> list[Score]:
+    """Scores of the judges' JSONL files and of pipelines.reconstruct's summary.json.
+
+    digest: of the exported VAE; a summary of another VAE is refused with a ValueError.
+    """
+    found = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--records {path}: no such file")
+        if path.suffix == ".json":
+            found += _summary_scores(path, digest)
+            continue
+        for record in read_records([path]):
+            row = row_of(record)
+            made = f"{row['protocol']}, N = {row['N']}, weights {row['weights']}, {row['device']}"
+            interval = f" (95 %: {row['95 % interval']})" if row["95 % interval"] else ""
+            how = public(f"{row['tag']}: {made}" if row["tag"] else made)
+            dataset = row["tag"].partition("/")[0] or "unknown"
+            found.append(
+                Score(row["metric"], record["value"], row["ours"] + interval, how, dataset, path.name)
+            )
+    return found
+
+
+def _summary_scores(path: Path, digest: str) -> list[Score]:
+    try:
+        summary = json.loads(path.read_text())
+        clip, source = summary["settings"]["clip"], summary["settings"]["source"]["name"]
+        values = {m: float(summary[m.lower()]) for m in ("PSNR", "SSIM")}
+        name, lpips = lpips_of(summary)
+        values |= {} if lpips is None else {name: float(lpips)}
+        whole = summary["settings"].get("stream", False) and summary["settings"].get("whole", True)
+        videos, made_by = summary["videos"], summary["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--records {path}: no summary of pipelines.reconstruct ({error})") from error
+    if made_by != digest:
+        raise ValueError(
+            f"--records {path}: measured with another VAE (weights {made_by[:12]}, exported {digest[:12]}); measure this one"
+        )
+    frames = "all" if whole else clip["num_frames"]
+    how = f"{source}, {videos} videos, {frames} frames of {clip['size']} pixels, on uint8 in memory"
+    return [Score(m, v, f"{v:.4f}", how, source, path.name) for m, v in values.items()]
+
+
+def training_score(run: Run | None) -> list[Score]:
+    """The last PSNR of the run's own log."""
+    last = run.last("val/psnr") if run else None
+    if last is None:
+        return []
+    clips = f"{run.settings.get('val_videos')} held-out clips, EMA weights"
+    how = f"during training, at step {last[0]:,}: {clips}"
+    return [Score("PSNR", last[1], f"{last[1]:.4f}", how, str(run.settings.get("source.name")))]
+
+
+def card_data(card: Card) -> ModelCardData:
+    """The card's YAML head, with the Hub's model-index; scores of random weights are not in it."""
+    results = []
+    for score in card.scores:
+        if " " not in score.metric and is_number(score.value):
+            args = {
+                "task_type": TASKS[card.kind],
+                "dataset_type": score.dataset,
+                "dataset_name": score.dataset,
+            }
+            metric = {"metric_type": score.metric.lower(), "metric_value": score.value}
+            results.append(EvalResult(**args, **metric, metric_name=f"{score.metric} ({score.protocol})"))
+    return ModelCardData(
+        license=card.licence,
+        library_name="diffusers",
+        tags=["omnilatte", "video", TASKS[card.kind]],
+        metrics=sorted({result.metric_type for result in results}),
+        model_name=card.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def render(card: Card) -> str:
+    """The whole README.md, with its YAML head."""
+    vae = card.model if card.kind == "vae" else card.model.vae
+    latte = None if card.kind == "vae" else card.model.transformer
+    named = {score.metric for score in card.scores}
+    missing = [[metric, "not measured", "", ""] for metric in SCORES[card.kind] if metric not in named]
+    rows = [*(score.cells() for score in card.scores), *missing]
+    words = {
+        "plain": plain,
+        "vae": vae,
+        "vae_class": type(vae).__name__,
+        "latte": latte,
+        "params": sum(p.numel() for p in (latte or vae).parameters()),
+        "numbers": markdown_table(["score", "value", "protocol", "record"], rows).rstrip(),
+        "where": f'snapshot_download("{card.repo}")' if card.repo else '"path/to/this/folder"',
+        "download": "from huggingface_hub import snapshot_download\n" if card.repo else "",
+    }
+    if latte:
+        words |= {
+            "frames": vae.pixel_frames(latte.config.num_frames),
+            "class_names": list(map(plain, card.model.config.class_names)),
+        }
+    words |= vars(card) | (_training(card.run) if card.run else {})
+    template = Path(__file__).parent / "card.md.j2"
+    return ModelCard.from_template(card_data(card), str(template), **words).content.rstrip() + "\n"
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """How a model was trained, in words of the template."""
+    data = [f"{v:,} {k}" for k, v in run.checkpoint.get("data", {}).items() if isinstance(v, int)]
+    cores = sorted({start.get("host_cores") for start in run.starts if start.get("host_cores")})
+    memory, speed = run.efficiency.get("tmem", {}).get("device_mib"), run.efficiency.get("tspeed")
+    timed = f"{speed:.3f} steps/s, mode {run.efficiency.get('mode')}" if is_number(speed) else "not measured"
+    code = [f"{k} {v}" for k, v in run.versions.items() if k in ("git", "python", "torch", "diffusers")]
+    kept = {k: public(v) for k, v in run.settings.items() if k not in HIDDEN}
+    settings = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in kept.items()]
+    return {
+        "data_counts": ", ".join(data) or "counts not known",
+        "speed": timed,
+        "memory": f"{memory:,.0f} MiB" if is_number(memory) else "not measured",
+        "cores": " or ".join(map(str, cores)),
+        "code": ", ".join(code),
+        "teacher": run.starts[-1].get("weights", {}).get("loss") if run.starts else None,
+        "settings": "\n".join(settings).replace("```", ""),
+    }

@@ -1,0 +1,197 @@
+"""A self-contained page: texts, tables, curves, clips that play. Opens offline, in light and dark. Layout: page.html.j2."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogFormatter
+
+from data.core.files import write_atomic
+from data.encode import encode_webp
+from data.video import probe
+
+MARK = '<meta name="generator" content="OmniLatte">'  # by which a program knows a page of its own
+BINS = 400  # points of a curve at most
+WIDTH = 720  # pixels to which small clips are enlarged
+COLORS = ("#3b82d6", "#e2711d", "#2f9e62", "#b35cc9", "#c29a1f", "#d9495b", "#1fa3b0", "#8a7566")
+INK = "#0a0b0c"  # replaced by the page's own text colour, light or dark
+Series = dict[str, tuple[Sequence[float], ...]]  # name -> (x, y) or (x, y, low, high)
+
+
+@dataclass
+class Figure:
+    """A picture or a video. kind: "plot", "clip" (enlarged, sharp pixels), "film" (as it is), "example" (a tile)."""
+
+    caption: str
+    source: str  # data: URI
+    kind: str = "plot"
+    alt: str = ""  # what a screen reader says; empty: the caption
+    width: int | None = None  # in CSS pixels; None: the picture's own
+
+
+@dataclass(frozen=True)
+class Link:
+    """A table cell that leads to a file. href: relative to the page, quoted."""
+
+    text: str
+    href: str
+
+
+@dataclass
+class Section:
+    """A heading with, in this order: text, tiles (name, value, note), a table, figures of one kind.
+
+    folded: the words to click on when the table is long and should begin closed. dim_from: columns from this one on
+    are remarks, in a quieter colour.
+    """
+
+    title: str
+    text: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+    figures: list[Figure] = field(default_factory=list)
+    tiles: Sequence[tuple[str, str, str]] = ()
+    folded: str = ""
+    dim_from: int = 2
+
+
+def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Render the page; every text is escaped."""
+    template = (Path(__file__).parent / "page.html.j2").read_text()
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(
+        mark=MARK, title=title, subtitle=subtitle, sections=sections, cell_class=_cell_class
+    )
+    write_atomic(path, page)
+    return path
+
+
+def _cell_class(cell: Any, column: int, dim_from: int) -> str:
+    if cell in ("pass", "fail"):
+        return cell
+    return "note" if column >= dim_from else "number" if column else ""
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# ---- videos ----------------------------------------------------------------------------------------------
+
+
+def clip_figure(
+    video: np.ndarray, caption: str, fps: float = 8, width: int = WIDTH, kind: str = "clip"
+) -> Figure:
+    """Show uint8 (T, H, W, 3), enlarged by a whole factor to about `width` pixels, as an animated WebP that loops."""
+    factor = max(1, width // video.shape[2])
+    large = video.repeat(factor, axis=1).repeat(factor, axis=2)
+    return Figure(caption, data_uri("image/webp", encode_webp(large, fps)), kind)
+
+
+def video_figure(path: Path, caption: str) -> Figure:
+    """Show an mp4 as it is, its size in the caption. Raises ValueError when it cannot be read."""
+    info = probe(path)
+    factor = max(1, WIDTH // info.width)
+    frames = "1 frame" if info.num_frames == 1 else f"{info.num_frames} frames"
+    text = f"{caption} ({frames}, {info.width} x {info.height} pixels)"
+    source = data_uri("video/mp4", path.read_bytes())
+    return Figure(text, source, "clip" if factor > 1 else "film", width=factor * info.width)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite int or float; JSON's NaN and null are not."""
+    return isinstance(value, (int, float)) and abs(value) < float("inf")
+
+
+def series_of(records: Sequence[dict], *names: str) -> Series:
+    """Curves of a metrics.jsonl: only names that occur, only finite values."""
+    found = {}
+    for name in names:
+        points = [(r["step"], r[name]) for r in records if is_number(r.get(name))]
+        if points:
+            found[name] = tuple(map(list, zip(*points, strict=True)))
+    return found
+
+
+def downsample(steps: Sequence[float], values: Sequence[float], bins: int = BINS) -> np.ndarray:
+    """(4, n) of step, mean, least and greatest value of equal parts of a curve, n <= bins: no spike is lost."""
+    points = np.array([steps, values], dtype=np.float64)
+    count = min(bins, points.shape[1])
+    parts = np.array_split(points, count, axis=1) if count else []
+    return np.array([[p[0].mean(), p[1].mean(), p[1].min(), p[1].max()] for p in parts]).reshape(-1, 4).T
+
+
+def curve_figure(series: Series, caption: str, log_y: bool = False) -> Figure:
+    """Draw curves against steps; a long one as its mean with a band from least to greatest value.
+
+    log_y: logarithmic axis, where all values are above 0 and far apart.
+    """
+    ends = []  # the curves in words, for those who cannot see them
+    for name, (x, y, *_) in series.items():
+        if len(x):
+            ends.append(f"{name} from {y[0]:.4g} at step {x[0]:,.0f} to {y[-1]:.4g} at step {x[-1]:,.0f}")
+    return svg_figure(curve_svg(series, log_y=log_y), caption, f"{caption}. {'; '.join(ends[:8])}")
+
+
+def svg_figure(svg: str, caption: str, alt: str) -> Figure:
+    return Figure(caption, data_uri("image/svg+xml", svg.encode()), "plot", alt)
+
+
+def curve_svg(series: Series, xlabel: str = "step", ylabel: str = "", log_y: bool = False) -> str:
+    """Draw series as SVG text in the colours of the page; without any point it says that nothing is measured."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    with matplotlib.rc_context(dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": ""}):
+        canvas = Canvas(figsize=(6.4, 2.9), layout="constrained")
+        axes = canvas.subplots()
+        for n, (name, (x, y, *band)) in enumerate(series.items()):
+            if not len(x):
+                continue  # its colour stays its own on a page with several charts
+            x, y, low, high = (np.asarray(v) for v in ((x, y, *band) if band else downsample(x, y)))
+            style = {"color": COLORS[n % len(COLORS)], "linestyle": ("-", "--", ":")[n // len(COLORS) % 3]}
+            label = f" {name}" if name.startswith("_") else name  # matplotlib hides those with _
+            axes.plot(x, y, label=label, marker="o" if len(x) < 12 else "", markersize=3, **style)
+            if len(x) == 1:
+                axes.errorbar(x, y, yerr=[y - low, high - y], color=style["color"])
+            elif (high > low).any():
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        values = [float(v) for _, ys, *_ in series.values() for v in ys]
+        if not values:
+            axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
+        elif log_y and min(values) > 0 and max(values) > 3 * min(values):
+            _log_axis(axes)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if xlabel == "step":
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.15)
+        if len(series) > 1:
+            legend = axes.legend(frameon=False, fontsize="small", ncols=1 + (len(series) > 5))
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a run's name may hold a $
+        axes.spines[["top", "right"]].set_visible(False)
+        picture = io.StringIO()
+        canvas.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    theme = "<style>svg{color:#1a1d21}@media(prefers-color-scheme:dark){svg{color:#e8eaee}}</style>"
+    return picture.getvalue().replace(INK, "currentColor").replace("<defs>", theme + "<defs>", 1)
+
+
+def _log_axis(axes: Any) -> None:
+    """A logarithmic axis with plain numbers at its ticks."""
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))

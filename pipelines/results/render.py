@@ -1,0 +1,345 @@
+"""Show a table: ours next to the paper's, as Markdown, html, csv and LaTeX; each number of ours with its record."""
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+
+from data.core.files import claim_folder, write_atomic
+from pipelines.results.markdown import markdown_table, plain
+from pipelines.results.page import Figure, Section, Series, curve_svg, svg_figure, write_page
+from pipelines.results.records import Command, wanted
+from pipelines.results.run_table import Desk
+from pipelines.results.tables import Column, Curve, Row, Table
+from pipelines.training.log import read_metrics
+
+CSV = ["table", "preset", "row", "column", "value", "paper", "reason", "label", "step", "record", "commit"]
+CSV += ["protocol"]
+TEX_SIGNS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+TEX_SIGNS |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format writes the best, the second and an ordinary number, escapes text, and points to the better."""
+
+    best: str
+    second: str
+    escape: Callable[[str], str]
+    up: str = " ↑"
+    down: str = " ↓"
+
+    def marked(self, text: str, mark: str) -> str:
+        return {"best": self.best, "second": self.second, "": "{}"}[mark].format(self.escape(text))
+
+
+def tex(text: str) -> str:
+    """Text escaped for LaTeX."""
+    return re.sub("[" + re.escape("".join(TEX_SIGNS)) + "]", lambda match: TEX_SIGNS[match[0]], text)
+
+
+MARKDOWN = Format("**{}**", "<u>{}</u>", plain)
+HTML = Format("<b>{}</b>", "<u>{}</u>", lambda text: str(escape(text)))
+TEX = Format(r"\textbf{{{}}}", r"\underline{{{}}}", tex, r" $\uparrow$", r" $\downarrow$")
+
+
+# ---- cells -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One number of ours and its record, seen from the table's folder; value None: `reason` says why, `detail` in full."""
+
+    command: str
+    value: float | None
+    reason: str = ""
+    detail: str = ""
+    record: str = ""
+    git: str = ""
+    protocol: str = ""
+    label: str = ""
+
+
+@dataclass
+class Cell:
+    """A row's value of a column, one source per seed. mark, paper_mark: "best", "second" or ""."""
+
+    row: Row
+    column: Column
+    sources: list[Source] = field(default_factory=list)
+    mark: str = ""
+    paper_mark: str = ""
+
+    @property
+    def blank(self) -> str:
+        """Why the table has no command for it."""
+        return self.row.blank.get(self.column.title, "")
+
+    @property
+    def values(self) -> list[float]:
+        """What is measured, one value per seed."""
+        return [source.value for source in self.sources if source.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds; None when nothing is measured."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def label(self) -> str:
+        """E.g. "random-feature score": then the number is not a score of the column's name."""
+        return next((source.label for source in self.sources if source.label), "")
+
+    @property
+    def paper(self) -> str:
+        """The paper's number as it prints it; "" when it has none."""
+        number = self.row.paper.get(self.column.title)
+        return "" if number is None else f"{number:.{self.column.digits}f}"
+
+    @property
+    def text(self) -> str:
+        """The value with its standard deviation over seeds, or the reason why there is none."""
+        if self.mean is None:
+            return self.blank or self.sources[0].reason
+        text, digits = f"{self.mean:.{self.column.digits}f}", self.column.digits
+        if len(self.values) > 1:
+            text += f" ± {statistics.stdev(self.values):.{digits}f}"
+        return text + (f" (n = {len(self.values)})" if len(self.sources) > 1 else "")
+
+    def shown(self, form: Format) -> str:
+        """Ours, and the paper's in brackets."""
+        text = form.marked(self.text, self.mark)
+        text += f" [{form.escape(self.label)}]" if self.label else ""
+        return text + (f" (paper {form.marked(self.paper, self.paper_mark)})" if self.paper else "")
+
+
+Cells = dict[tuple[str, str], Cell]
+
+
+def cells_of(desk: Desk, table: Table) -> Cells:
+    """Every cell of the table by (row name, column title), with its marks."""
+    cells = {}
+    for row in table.rows:
+        for column in table.columns:
+            cell = cells[row.name, column.title] = Cell(row, column)
+            if not cell.blank:
+                names = table.sources[row.name, column.source]
+                cell.sources = [_source(desk, table, table.commands[name], column) for name in names]
+    for column in table.columns:
+        here = [cells[row.name, column.title] for row in table.rows if row.marked]
+        ours = [(cell, cell.mean) for cell in here if cell.mean is not None and not cell.label]
+        for cell, mark in _ranked(ours, column):
+            cell.mark = mark
+        for cell, mark in _ranked([(cell, float(cell.paper)) for cell in here if cell.paper], column):
+            cell.paper_mark = mark
+    return cells
+
+
+def _source(desk: Desk, table: Table, command: Command, column: Column) -> Source:
+    found = desk.state(command).found
+    if desk.state(command).word != "done":
+        return Source(command.name, None, *why_not(desk, table, command))
+    value = found.values.get(column.key)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return Source(command.name, None, "not measured", f"{found.file} has no {column.key}")
+    record = os.path.relpath(found.file, Path(desk.places.out) / table.name)
+    shown = wanted(command).keys() | {"steps", "size", "device"}
+    settings = [f"{k}={json.dumps(v, default=str)}" for k, v in sorted(found.settings.items()) if k in shown]
+    protocol = "; ".join([column.protocol, *settings] if column.protocol else settings)
+    # a label belongs to the number that random weights made, not to its neighbours in the record
+    labelled = found.label.split(" ")[-1] in ("score", column.key.upper())
+    label = found.label if labelled else ""
+    return Source(command.name, value * column.scale, "", "", record, found.git, protocol, label)
+
+
+def why_not(desk: Desk, table: Table, command: Command) -> tuple[str, str]:
+    """(in a few words, in full): what keeps a command from being done, looked for in it and all that it waits for."""
+    for name in _chain(table, command):
+        state = desk.state(table.commands[name])
+        if state.word in ("missing", "failed", "other", "running"):
+            short = {"failed": f"failed: {name}", "other": "other protocol"}.get(state.word, state.word)
+            return next(iter(state.lacking), short), f"{name}: {state.reason}"
+    state = desk.state(command)
+    return state.word, state.reason or "run it with --run"
+
+
+def _chain(table: Table, command: Command) -> list[str]:
+    before = [name for earlier in command.after for name in _chain(table, table.commands[earlier])]
+    return [*dict.fromkeys(before), command.name]
+
+
+def _ranked(numbers: list[tuple[Cell, float]], column: Column) -> list[tuple[Cell, str]]:
+    """Best and second of at least two; numbers that print alike share their mark."""
+    if column.better == "none" or len(numbers) < 2:
+        return []
+    printed = [(cell, round(number, column.digits)) for cell, number in numbers]
+    order = sorted({number for _, number in printed}, reverse=column.better == "up")
+    marks = dict(zip(order, ("best", "second"), strict=False))
+    return [(cell, marks[number]) for cell, number in printed if number in marks]
+
+
+# ---- panels ----------------------------------------------------------------------------------------------
+
+
+def panels_of(desk: Desk, table: Table, cells: Cells) -> list[tuple[Figure, str]]:
+    """(figure, SVG) of each curve of the table; what is missing is in the caption."""
+    panels = []
+    for curve in table.curves:
+        series, notes = _scatter(table, cells, curve) if curve.x else _lines(desk, table, curve)
+        svg = curve_svg(series, curve.x or "step", curve.y)
+        panels.append((svg_figure(svg, f"{curve.title}. {'; '.join(notes)}", curve.title), svg))
+    return panels
+
+
+def mean_and_spread(runs: list[list[tuple[int, float]]]) -> np.ndarray:
+    """(4, n): step, mean, mean - s, mean + s at the steps that all runs have; s: standard deviation, 0 for one run."""
+    tables = [dict(run) for run in runs]
+    steps = sorted(set.intersection(*(set(t) for t in tables)))
+    values = np.array([[t[s] for s in steps] for t in tables], dtype=np.float64)
+    mean = values.mean(axis=0)
+    spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
+    return np.array([steps, mean, mean - spread, mean + spread])
+
+
+def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[Series, list[str]]:
+    series: Series = {}
+    rows = [row for row in table.rows if row.name in curve.rows]
+    seeds = max(len(table.sources[row.name, curve.source]) for row in rows)
+    notes = ["line: mean, band: standard deviation over seeds" if seeds > 1 else "one seed"]
+    for row in rows:
+        runs = []
+        for command in [table.commands[name] for name in table.sources[row.name, curve.source]]:
+            records = read_metrics(command.folder)
+            points = [(r["step"], r[curve.key]) for r in records if r.get(curve.key) is not None]
+            if desk.state(command).word != "done":
+                notes.append(f"{command.name}: {why_not(desk, table, command)[0]}")
+            elif not points:
+                notes.append(f"{command.name}: {curve.key} is not logged")
+            else:
+                runs.append(points)
+        if runs:
+            label = f"{row.name} (n = {len(runs)})" if seeds > 1 else row.name
+            series[label] = tuple(mean_and_spread(runs))
+    return series, notes
+
+
+def _scatter(table: Table, cells: Cells, curve: Curve) -> tuple[Series, list[str]]:
+    series: Series = {}
+    notes = ["bar: standard deviation over seeds"]
+    for row in table.rows:
+        x, y = cells[row.name, curve.x], cells[row.name, curve.y]
+        if x.mean is None or y.mean is None:
+            notes.append(f"{row.name}: {x.text if x.mean is None else y.text}")
+            continue
+        spread = statistics.stdev(y.values) if len(y.values) > 1 else 0.0
+        series[row.name] = ([x.mean], [y.mean], [y.mean - spread], [y.mean + spread])
+    return series, notes
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def render(desk: Desk, table: Table) -> Path:
+    """Write <out>/<table>/<table>.{md,html,csv,tex} and one picture per panel; returns the folder."""
+    folder = Path(desk.places.out) / table.name
+    claim_folder(folder, "table", lambda folder: (folder / f"{table.name}.tex").is_file())
+    cells = cells_of(desk, table)
+    panels = panels_of(desk, table, cells)
+    for number, (_, svg) in enumerate(panels, 1):
+        write_atomic(folder / f"{table.name}-{number}.svg", svg)
+    figures = [figure for figure, _ in panels]
+    write_atomic(folder / f"{table.name}.md", markdown(table, cells, figures))
+    write_atomic(folder / f"{table.name}.csv", comma_separated(table, cells))
+    write_atomic(folder / f"{table.name}.tex", latex(table, cells))
+    write_html(folder / f"{table.name}.html", table, cells, figures)
+    return folder
+
+
+def frame(table: Table, cells: Cells, form: Format) -> pd.DataFrame:
+    """The table as text of a format."""
+    arrows = {"up": form.up, "down": form.down, "none": ""}
+    columns = [form.escape(column.title) + arrows[column.better] for column in table.columns]
+    rows = [[cells[row.name, c.title].shown(form) for c in table.columns] for row in table.rows]
+    return pd.DataFrame(rows, index=[form.escape(row.name) for row in table.rows], columns=columns)
+
+
+def remarks(table: Table, cells: Cells) -> list[str]:
+    """The rows' notes, then each reason why a cell is empty, once, with the columns that it concerns."""
+    notes = [f"{row.name}: {row.note}" for row in table.rows if row.note]
+    reasons: dict[str, list[str]] = {}
+    for (row, column), cell in cells.items():
+        for source in cell.sources:
+            if source.value is None:
+                reasons.setdefault(f"{row}: {source.reason}. {source.detail}", []).append(column)
+        if cell.blank:
+            reasons.setdefault(f"{row}: {cell.blank}", []).append(column)
+    return notes + [f"{text} [{', '.join(dict.fromkeys(where))}]" for text, where in reasons.items()]
+
+
+def traces(cells: Cells) -> pd.DataFrame:
+    """Row, column, value, record, commit and protocol of each number of ours."""
+    found = []
+    for (row, column), cell in cells.items():
+        for s in cell.sources:
+            if s.value is not None:
+                found.append((row, column, f"{s.value:.6g}", s.record, s.git or "unknown", s.protocol))
+    return pd.DataFrame(found, columns=["row", "column", "value", "record", "commit", "protocol"])
+
+
+def markdown(table: Table, cells: Cells, figures: list[Figure]) -> str:
+    """The table, its panels, notes, and the record of each number."""
+    about = f"{table.source}. Preset {table.preset}: {table.about}."
+    parts = [f"# {table.title}", about, table.text]
+    shown = frame(table, cells, MARKDOWN)
+    parts.append(markdown_table(["", *shown.columns], shown.reset_index().values))
+    for number, figure in enumerate(figures, 1):
+        parts += [f"![{figure.alt}]({table.name}-{number}.svg)", plain(figure.caption)]
+    if notes := remarks(table, cells):
+        parts += ["## Notes", "\n".join(f"- {plain(text)}" for text in notes)]
+    made = traces(cells).drop(columns="protocol").map(plain)
+    parts += ["## Where each number comes from", markdown_table(made.columns, made.values)]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def comma_separated(table: Table, cells: Cells) -> str:
+    """One line per number or its absence: a cell has one per seed."""
+    lines = []
+    for (row, column), cell in cells.items():
+        for s in cell.sources or [Source("", None, cell.blank)]:
+            value, reason = "" if s.value is None else repr(s.value), s.reason
+            reason += f" ({s.detail})" if s.detail else ""
+            line = (table.name, table.preset, row, column, value, cell.paper, reason, s.label)
+            lines.append((*line, s.command, s.record, s.git, s.protocol))
+    return pd.DataFrame(lines, columns=CSV).to_csv(index=False, lineterminator="\n")
+
+
+def latex(table: Table, cells: Cells) -> str:
+    """A tabular with booktabs' rules, notes below it."""
+    layout = "l" + "r" * len(table.columns)
+    text = frame(table, cells, TEX).to_latex(escape=False, column_format=layout, caption=tex(table.title))
+    head = f"% {table.source}; preset {table.preset}: {table.about}; needs booktabs\n"
+    return head + text + "".join(f"% {' '.join(note.split())}\n" for note in remarks(table, cells))
+
+
+def write_html(path: Path, table: Table, cells: Cells, figures: list[Figure]) -> None:
+    """The same as a page."""
+    shown = frame(table, cells, HTML)
+    rows = [(row.name, *map(Markup, line)) for row, line in zip(table.rows, shown.values, strict=True)]
+    heads = ["", *map(Markup, shown.columns)]
+    sections = [Section("Ours, and the paper's in brackets", table.text, heads, rows, dim_from=len(heads))]
+    if figures:
+        sections.append(Section("Curves", figures=figures))
+    notes = [(text,) for text in remarks(table, cells)] or [("none",)]
+    sections.append(Section("Notes", header=["bold: best, underlined: second"], rows=notes, dim_from=1))
+    made = traces(cells)
+    title = "Where each number comes from"
+    sections.append(Section(title, "", list(made.columns), made.values.tolist(), dim_from=3))
+    write_page(path, table.title, f"{table.source}. Preset {table.preset}: {table.about}.", sections)

@@ -1,0 +1,284 @@
+"""The sections of a page about runs: how far, curves, videos that play, samples by class, settings, versions."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from data.video import probe, read_frames
+from pipelines.results.page import (
+    Figure,
+    Link,
+    Section,
+    clip_figure,
+    curve_figure,
+    is_number,
+    series_of,
+    video_figure,
+    write_page,
+)
+from pipelines.results.runs import Run, read_manifest
+from pipelines.scores import read_records, row_of
+
+TITLES = {
+    "val/psnr": "PSNR on held-out clips, dB (EMA weights)",
+    "val/ssim": "SSIM on held-out clips (EMA weights)",
+    "val/lpips": "LPIPS on held-out clips (EMA weights)",
+    "loss/rec": "mean absolute error of the reconstruction",
+    "loss/mse": "mean squared error of the predicted noise",
+    "gan/weight": "adaptive weight of the adversarial term",
+    "eff/tspeed": "TSpeed, steps per second",
+    "eff/device_mib": "TMem, memory in use on the device, MiB",
+    "skipped": "updates skipped: loss or gradient not finite",
+}
+TOGETHER = {"loss_at_t/": "error by timestep", "gan/logits_": "logits of the discriminator"}  # one chart each
+FIRST = ("val/", "loss", "gan/")
+TILES = (  # metric, title, format; the first three that a run has
+    ("val/psnr", "PSNR, held out", "{:.2f} dB"),
+    ("val/ssim", "SSIM, held out", "{:.4f}"),
+    ("loss", "loss", "{:.4g}"),
+    ("loss/rec", "loss, reconstruction", "{:.4g}"),
+    ("loss/mse", "loss, mean squared error", "{:.4g}"),
+)
+FILES = ("config.yaml", "env.json", "metrics.jsonl", "speed.jsonl", "efficiency.json", "media", "samples")
+PREVIEWS = 4  # shown of a kind: the newest, the first, and some between
+SAMPLES = 64  # generated videos read at most, or one per class
+FRAMES = 17  # of a generated video, from its beginning
+PIXELS = 128  # of its longer side; larger videos are made smaller
+
+
+class Budget:
+    """Counts the bytes of videos on the page, and names what was left out."""
+
+    def __init__(self, limit: float):
+        self.limit, self.used = limit, 0
+        self.left_out: list[str] = []
+
+    def take(self, figure: Figure, name: str) -> bool:
+        """Whether the figure still fits: then it is counted, else it is named."""
+        size = len(figure.source)
+        if self.used + size > self.limit:
+            self.left_out.append(f"{name} ({size / 1e6:.1f} MB)")
+            return False
+        self.used += size
+        return True
+
+    def note(self) -> str:
+        """What was left out, in words."""
+        if not self.left_out:
+            return ""
+        more = f" and {len(self.left_out) - 12} more" if len(self.left_out) > 12 else ""
+        names = ", ".join(self.left_out[:12])
+        return f"Left out, because the page is limited to {self.limit / 1e6:g} MB (--max-mb): {names}{more}."
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run: its folder's name, or the whole path where two share one."""
+    names = [r.folder.resolve().name for r in runs]
+    return [n if names.count(n) == 1 else str(r.folder) for n, r in zip(names, runs, strict=True)]
+
+
+def side_by_side(columns: Sequence[dict[str, str]], missing: str = "") -> list[tuple[str, ...]]:
+    """Rows (key, value in each column) of several runs."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [(key, *(column.get(key, missing) for column in columns)) for key in keys]
+
+
+# ---- sections --------------------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, note) of a run: how far, how good, how fast."""
+    state = "finished" if run.finished else "in progress, or stopped"
+    batch = run.settings.get("global_batch", 0)
+    found = [("step", f"{run.step:,} of {run.steps:,}", f"{state}; {run.step * int(batch):,} clips seen")]
+    for name, title, form in TILES:
+        last = run.last(name)
+        if last and len(found) < 4:
+            found.append((title, form.format(last[1]), f"at step {last[0]:,}"))
+    speed, memory = run.efficiency.get("tspeed"), run.efficiency.get("tmem", {}).get("device_mib")
+    if not is_number(speed):  # a run in progress has no efficiency.json yet
+        speed = next((r["eff/tspeed"] for r in reversed(run.speed) if is_number(r.get("eff/tspeed"))), None)
+    how = f"global batch {batch}, mode {run.efficiency.get('mode', 'unknown')}"
+    found.append(("TSpeed", f"{speed:.3f} it/s" if speed else "not measured", how))
+    found.append(("TMem", f"{memory:,.0f} MiB" if is_number(memory) else "not measured", "memory of the GPU"))
+    return found
+
+
+def overview(runs: Sequence[Run]) -> Section:
+    if len(runs) == 1:
+        return Section("Overview", tiles=facts(runs[0]))
+    columns = [{name: f"{value} ({note})" for name, value, note in facts(r)} for r in runs]
+    return Section("Overview", header=("", *labels(runs)), rows=side_by_side(columns), dim_from=99)
+
+
+def scores(paths: Sequence[Path]) -> Section:
+    """The judges' records, each with its protocol and the paper's number where one belongs to it."""
+    rows = [row_of(record) for record in read_records(paths)]
+    kept = [key for key in rows[0] if any(row[key] for row in rows)]
+    return Section("Scores", header=kept, rows=[[row[key] for key in kept] for row in rows])
+
+
+def media(run: Run, label: str, budget: Budget) -> Section:
+    """The run's own previews: of each kind the newest, the first and some between."""
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted((run.folder / "media").glob("*.mp4")):
+        kinds.setdefault(re.sub(r"_\d+$", "", path.stem), []).append(path)
+    words = {"val": "original | reconstruction | error x 4, held-out clips", "samples": "generated"}
+    figures, notes = [], []
+    for kind, paths in kinds.items():
+        count = min(PREVIEWS, len(paths))
+        shown = {round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)} | {len(paths) - 1}
+        for path in [paths[i] for i in sorted(shown, reverse=True)]:
+            step = re.search(r"_(\d+)$", path.stem)
+            when = f"step {int(step[1]):,}: " if step else ""
+            figures += _taken(lambda: video_figure(path, when + words.get(kind, kind)), path, budget, notes)  # noqa: B023
+        if len(paths) > count:
+            notes.append(f"{count} of {len(paths)} {kind} videos are shown; all are in media/.")
+    text = " ".join(notes) if kinds else "The run has written no videos yet."
+    return Section(f"Videos of {label}", text, figures=figures)
+
+
+def _taken(show: Callable[[], Figure], path: Path, budget: Budget, notes: list[str]) -> list[Figure]:
+    """The figure of a video if it can be read and still fits; otherwise it is named."""
+    try:
+        figure = show()
+    except ValueError as error:
+        notes.append(f"{path.name} cannot be read ({error}).")
+        return []
+    return [figure] if budget.take(figure, path.name) else []
+
+
+def gallery(folder: Path, budget: Budget) -> Section:
+    """Generated videos of a folder of pipelines.sample, by class. Raises ValueError without a readable manifest.json."""
+    names, classes, settings = read_manifest(folder)
+    figures: list[Figure] = []
+    notes: list[str] = []
+    for index in chosen(len(names), len(classes)):
+        path = folder / Path(names[index]).name  # a manifest does not lead out of its folder
+        caption = f"{classes[index % len(classes)]}, {path.name}" if classes else path.name
+        figures += _taken(lambda: example(path, caption, settings["fps"]), path, budget, notes)  # noqa: B023
+    kind = f"{len(classes)} classes" if classes else "no classes"
+    how = f"{settings.get('sampler')}, {settings.get('num_steps')} steps, guidance {settings.get('guidance_scale')}"
+    text = f"{len(figures)} of {len(names)} generated videos, {kind}; {how}. Their first {FRAMES} frames."
+    return Section("Samples", " ".join([text, *notes[:3]]), figures=figures)
+
+
+def chosen(videos: int, classes: int) -> list[int]:
+    """Numbers of the videos to show, class by class."""
+    if not classes:
+        return list(range(min(videos, SAMPLES // 4)))
+    each = max(1, min(4, SAMPLES // classes))
+    return [i for c in range(classes) for i in range(c, videos, classes)[:each]]
+
+
+def example(path: Path, caption: str, fps: float) -> Figure:
+    """One video as a tile. Raises ValueError when it cannot be read."""
+    frames = read_frames(path, range(min(FRAMES, probe(path).num_frames)))
+    return clip_figure(thinned(frames), caption, fps, PIXELS, "example")
+
+
+def thinned(frames: np.ndarray) -> np.ndarray:
+    """uint8 (T, H, W, 3) made smaller by a whole factor, the mean of each block, until no side is above PIXELS."""
+    T, H, W, _ = frames.shape
+    n = min(-(-max(H, W) // PIXELS), H, W)
+    blocks = frames[:, : H // n * n, : W // n * n].reshape(T, H // n, n, W // n, n, 3)
+    return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
+
+
+def curves(runs: Sequence[Run]) -> Section:
+    """A chart for each logged quantity, a line for each run."""
+    # Which charts there are, and in which order
+    records = [[*r.metrics, *r.speed] for r in runs]
+    charts: dict[str, list[str]] = {}
+    for name in dict.fromkeys(key for rows in records for row in rows for key in row if key != "step"):
+        group = next((group for group in TOGETHER if name.startswith(group)), name)
+        charts.setdefault(group, []).append(name)
+
+    def place(chart: str) -> int:
+        return next((n for n, start in enumerate(FIRST) if chart.startswith(start)), len(FIRST))
+
+    figures = []
+    for chart in sorted(charts, key=place):
+        lines = {}
+        for label, rows in zip(labels(runs), records, strict=True):
+            found = series_of(rows, *charts[chart])
+            for name in sorted(charts[chart]):
+                words = [label if len(runs) > 1 else "", name.removeprefix(chart)]
+                lines[" ".join(filter(None, words)) or name] = found.get(name, ((), ()))
+        title = TOGETHER.get(chart) or TITLES.get(chart)
+        if any(len(steps) for steps, _ in lines.values()):
+            caption = f"{chart.rstrip('/_')}: {title}" if title else chart
+            figures.append(curve_figure(lines, caption, log_y=chart.startswith(("loss", "grad_norm"))))
+
+    # What the curves leave out
+    texts = []
+    for label, r in zip(labels(runs), runs, strict=True):
+        gaps: dict[str, list[int]] = {}
+        for record in r.metrics:
+            for name in [name for name, value in record.items() if not is_number(value)]:
+                gaps.setdefault(name, []).append(int(record["step"]))
+        parts = [f"{name} {len(at):,} times, first at step {at[0]:,}" for name, at in gaps.items()]
+        texts += [f"Not finite in {label}, and left out of the curves: {'; '.join(parts)}."] if parts else []
+    return Section(
+        "Curves", " ".join(texts) or ("" if figures else "Nothing is logged yet."), figures=figures
+    )
+
+
+def settings(runs: Sequence[Run]) -> Section:
+    """All settings of one run, or what differs between several."""
+    rows = side_by_side([{k: str(v) for k, v in r.settings.items()} for r in runs], "no such key")
+    if len(runs) == 1:
+        return Section("Settings", header=("key", "value"), rows=rows, folded=f"all {len(rows)} settings")
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    text = "" if rows else "All settings are equal."
+    return Section("Settings that differ", text, header=("key", *labels(runs)), rows=rows, dim_from=99)
+
+
+def origin(runs: Sequence[Run]) -> Section:
+    """Versions, commit, starts, and the digests of the newest checkpoint."""
+    columns = []
+    for r in runs:
+        found, starts = dict(r.versions), [start.get("time", "") for start in r.starts]
+        if starts:
+            found["program"] = r.program
+            found["starts"] = f"{len(starts)}, first {starts[0]}, last {starts[-1]}"
+        found |= {f"data: {k}": str(v) for k, v in r.checkpoint.get("data", {}).items()}
+        if "step" in r.checkpoint:
+            found["newest checkpoint"] = f"step {r.checkpoint['step']:,}"
+        for name, digest in r.checkpoint.get("files", {}).items():
+            if name.endswith(".safetensors"):
+                found[f"sha256 of {name}"] = digest[:16]
+        columns.append(found)
+    header, words = ("", *labels(runs)), "versions, starts, digests"
+    rows = side_by_side(columns)
+    return Section("Where it comes from", header=header, rows=rows, dim_from=99, folded=words)
+
+
+def files(runs: Sequence[Run], records: Sequence[Path], out: Path) -> Section:
+    """Links to what the page was made from, relative to the page."""
+    paths = [(label, r.folder / n) for label, r in zip(labels(runs), runs, strict=True) for n in FILES]
+    rows = []
+    for label, path in [*paths, *(("records", path) for path in records)]:
+        if path.exists():
+            relative = Path(os.path.relpath(path.resolve(), out.resolve().parent))
+            rows.append((label, Link(path.name, quote(relative.as_posix()))))
+    return Section("Files", header=("of", "file"), rows=rows, dim_from=99)
+
+
+def write_run_page(
+    out: Path, runs: Sequence[Run], samples: Path | None, records: Sequence[Path], limit: float
+) -> None:
+    """Write the page of one run or several. samples: a folder of pipelines.sample; limit: bytes of videos."""
+    budget = Budget(limit)
+    parts = [overview(runs)]
+    parts += [scores(records)] if records else []
+    parts += [media(run, label, budget) for run, label in zip(runs, labels(runs), strict=True)]
+    folders = [samples] if samples else [run.folder / "samples" for run in runs]
+    parts += [gallery(f, budget) for f in folders if samples or (f / "manifest.json").is_file()]
+    parts += [curves(runs), settings(runs), origin(runs), files(runs, records, out)]
+    subtitle = f"Made from {', '.join(str(run.folder) for run in runs)}. {budget.note()}"
+    write_page(out, ", ".join(labels(runs)), subtitle, parts)

@@ -1,0 +1,131 @@
+"""Show the judges' records as a table, with the paper's numbers in a column of their own: md, csv or html.
+
+    python -m pipelines.scores scores.jsonl [more.jsonl] [--format md] [--out scores.html]
+
+The paper's number is shown only where a record's tag names a row of its tables, e.g. ucf101/OD-VAE or webvid-10m/OD-VAE,
+and where the network is the real one: a score of random weights has another name.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.core.cli import run
+from data.core.files import claim_file, write_atomic
+from data.core.lazy import lazy
+from pipelines.results.markdown import markdown_table, plain
+
+pandas = lazy("pandas")
+tables = lazy("pipelines.results.tables")
+
+FORMATS = ("md", "csv", "html")
+REQUIRED = ("metric", "value", "protocol")
+PAPER = {  # first part of a tag -> table and columns of configs/paper.yaml
+    "webvid-10m": ("table1", "WebVid-10M 25f"),
+    "panda-70m": ("table1", "Panda-70M 25f"),
+    "ucf101": ("table2", "UCF101"),
+    "sky_timelapse": ("table2", "SkyTimelapse"),
+}
+
+
+def paper_value(tag: str, metric: str) -> float | None:
+    """The paper's number for a tag DATASET/METHOD, None if it has none."""
+    dataset, _, method = tag.partition("/")
+    if dataset.lower() not in PAPER:
+        return None
+    table, section = PAPER[dataset.lower()]
+    return tables.paper_numbers()[table].get(method, {}).get(f"{section} {metric}")
+
+
+def read_records(paths: Sequence[Path]) -> list[dict]:
+    """All records of JSONL files. Raises ValueError naming file and line for one that is not a record."""
+    records = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}); was the file cut short?") from error
+            if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
+                raise ValueError(f"{path}:{number}: not a record of a judge: needs {', '.join(REQUIRED)}")
+            records.append(record)
+    if not records:
+        raise ValueError(f"{', '.join(map(str, paths))}: no records; the judges write them with --out FILE")
+    return records
+
+
+def row_of(record: dict) -> dict[str, str]:
+    """One record as text; what was not measured is empty."""
+    protocol, interval, floor = record["protocol"], record.get("interval"), record.get("floor")
+    spread = f" ± {record['std']:.4f}" if record.get("std") is not None else ""
+    changed = ", ".join(f"{k}={v}" for k, v in protocol.get("overrides", {}).items())
+    name = " ".join(filter(None, [protocol.get("name", ""), record.get("label", ""), changed]))
+    plain = f"{protocol.get('num_frames') or 'all'} frames, size {protocol.get('size') or 'as stored'}"
+    paper = paper_value(record.get("tag", ""), record["metric"])
+    floor_at = f" (N = {floor['num_videos']})" if floor and not floor["same_num_videos"] else ""
+
+    # How the pixels of both sides were stored, and which network judged
+    storage = {side: "/".join(kinds) for side, kinds in record.get("storage", {}).items()}
+    storage = storage or {side: record[side]["storage"] for side in ("real", "fake") if side in record}
+    weights, judge = record.get("weights"), "none needed"
+    if weights and weights["seed"] is not None:
+        judge = f"random, seed {weights['seed']}"
+    elif weights:
+        known = "known" if weights["known"] else "UNKNOWN"
+        judge = f"{weights['file']} {weights['sha256'][:8]} {known}"
+    git = record.get("git") or ""
+    return {
+        "metric": record["metric"],
+        "tag": record.get("tag", ""),
+        "ours": ("" if record["value"] is None else f"{record['value']:.4f}") + spread,
+        "95 % interval": f"[{interval['low']:.4f}, {interval['high']:.4f}]" if interval else "",
+        "floor": f"{floor['value']:.4f}{floor_at}" if floor else "",
+        "paper": "" if paper is None else f"{paper:.4f}",
+        "protocol": name or plain,
+        "N": str(protocol.get("num_videos", "")),
+        "videos": ", ".join(f"{side} {kind}" for side, kind in storage.items()),
+        "weights": judge,
+        "device": record.get("device", ""),
+        "time": record.get("time", ""),
+        "commit": git[:8] + ("+" if "+" in git else ""),
+    }
+
+
+def render(records: Sequence[dict], form: str) -> str:
+    """The records as Markdown, CSV or a page of HTML."""
+    rows = [row_of(record) for record in records]
+    if form == "md":
+        return markdown_table(list(rows[0]), [list(map(plain, row.values())) for row in rows])
+    table = pandas.DataFrame(rows)
+    if form == "csv":
+        return table.to_csv(index=False, lineterminator="\n")
+    head = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Scores</title>\n'
+    return f"{head}{table.to_html(index=False)}\n</html>\n"
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.scores", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument("records", nargs="+", type=Path, metavar="JSONL", help="files of the judges' --out")
+    parser.add_argument("--format", choices=FORMATS, help="default: the suffix of --out, else md")
+    parser.add_argument("--out", type=Path, help="file to write; default: print")
+    args = parser.parse_args(argv)
+    suffix = args.out.suffix.lstrip(".") if args.out else "md"
+    form = args.format or suffix
+    if form not in FORMATS:
+        raise ValueError(f"--out {args.out}: the suffix is none of {', '.join(FORMATS)}; give --format")
+    text = render(read_records(args.records), form)
+    if args.out:
+        claim_file(args.out, lambda first: first == text.split("\n", 1)[0].rstrip("\r"))
+        write_atomic(args.out, text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    run(main)
