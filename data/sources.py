@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data import layouts, lists
+from data.core.files import escaped, printable, unescaped, write_atomic
 from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
-from data.files import escaped, printable, unescaped, write_atomic
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
@@ -81,7 +81,7 @@ def open_source(
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
     sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
-    Names in the lists are escaped (`data.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
+    Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
     if name not in SOURCES:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import remove_leftovers, write_atomic
+from data.core.files import remove_leftovers, write_atomic
 
 logger = logging.getLogger(__name__)
 

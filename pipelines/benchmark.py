@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
+from data.core.cli import run
 from data.core.option import option
 from pipelines.training.config import parse
 from pipelines.training.settings import Precision
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(plan_text("benchmark", programs.benchmark, config, args.card))
         return 0
-    from data.files import append_line, claim_file, is_json_object
+    from data.core.files import append_line, claim_file, is_json_object
     from pipelines.training.folder import summary, versions
 
     if args.dry_run:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.cli import run
 from data.clip import to_float
+from data.core.cli import run
+from data.core.files import printable
 from data.core.lazy import lazy
-from data.files import printable
 from data.processes import Pool
 from data.video import BadVideo
 from pipelines.train_latte import FLAGS, TrainLatteConfig

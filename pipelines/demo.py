@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from data.files import claim_folder
+from data.core.cli import run
+from data.core.files import claim_folder
 from data.video import list_videos
 from pipelines.training.config import load
 from pipelines.training.folder import ROOT, versions

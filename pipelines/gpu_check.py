@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
+from data.core.cli import run
 
 GIB = 2**30
 Result = dict[str, Any]

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import run
 from data.clip import ClipSpec, crop_resize_uint8, to_float, to_uint8
+from data.core.cli import run
+from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.core.lazy import lazy
 from data.core.option import option
 from data.encode import write_mp4
-from data.files import claim_folder, read_json, write_atomic, write_json
 from data.video import iterate_frames
 from eval.weights import score_name, weights_line
 from pipelines.media import comparison

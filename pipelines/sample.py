@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
 from data.clip import to_uint8
+from data.core.cli import run
+from data.core.files import read_json, remove_leftovers, sha256_of, write_json
 from data.core.lazy import lazy
 from data.core.option import option
 from data.encode import write_ffv1, write_mp4
-from data.files import read_json, remove_leftovers, sha256_of, write_json
 from data.video import read_frames
 from pipelines.media import grid
 from pipelines.training.config import parse

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.cli import run
+from data.core.cli import run
 
 if TYPE_CHECKING:
     from pipelines.tables.run import Desk

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.cli import run as run_program
 from data.clip import ClipSpec, to_uint8
+from data.core.cli import run as run_program
 from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
@@ -295,7 +295,7 @@ class LatteTrainer(Trainer):
     def save(self, folder: Path) -> None:
         """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
 
-        The same files whatever the launch: one process, DDP or DeepSpeed, see pipelines/zero.py.
+        The same files whatever the launch: one process, DDP or DeepSpeed, see pipelines/training/distributed.py.
         """
         main = self.accelerator.is_main_process
         state = self.counters() | {

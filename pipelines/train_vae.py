@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.cli import run as run_program
 from data.clip import ClipSpec, to_float, to_uint8
+from data.core.cli import run as run_program
 from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder

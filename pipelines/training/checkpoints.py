@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from data.files import fsync, read_json, remove_leftovers, remove_tree, sha256_of, usual_mode, write_json
+from data.core.files import fsync, read_json, remove_leftovers, remove_tree, sha256_of, usual_mode, write_json
 
 log = logging.getLogger(__name__)
 EXPORTS = ("vae", "pipeline")  # folders of a run that are replaced as a whole

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,6 +160,8 @@ def _explain(error: Exception, known: dict[str, Any]) -> str:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"config: unknown key {key!r}{hint} (--help lists all keys)"
+    if choice := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", first):
+        return f"{key}={choice[1]!r}: choose one of {choice[2]}"
     return f"config: {key}: {first}"
 
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.files import read_json, write_atomic, write_json
+from data.core.files import read_json, write_atomic, write_json
 from eval.records import git_commit
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import dump, flatten, free_keys, parse_yaml, read_yaml

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data.core.files import append_line, fsync
 from data.encode import encode_webp
-from data.files import append_line, fsync
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,9 @@ def console() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("PIL", "matplotlib", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # diffusers 0.42 says this of every model that is cast, although its list of modules is empty
+    casts = logging.getLogger("diffusers.models.modeling_utils")
+    casts.addFilter(lambda record: "kept in float32: []" not in record.getMessage())
 
 
 class MetricLog:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from data.files import append_line, escaped, printable
+from data.core.files import append_line, escaped, printable
 
 log = logging.getLogger(__name__)
 

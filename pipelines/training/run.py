@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data.files import write_json
+from data.core.files import write_json
 from data.loader import StepBatches, make_loader
 from eval.efficiency import Meter
 from eval.records import git_commit

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from data.files import read_json, sha256_of
+from data.core.files import read_json, sha256_of
+from data.core.tensors import differences
 from denoiser.latte import Latte
 from eval.fidelity import check_lpips_size, load_lpips
 from eval.weight_files import TRUNKS
@@ -194,16 +195,12 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str]) -> Non
     same = given.config.num_classes == latte.config.num_classes if same is None else same
     theirs, ours = given.state_dict(), latte.state_dict()
     table = {key for key in {*theirs, *ours} if key.startswith(CLASS_TABLE)}
-    differing = [
-        f"{key}: {tuple(theirs[key].shape) if key in theirs else 'none'} there, "
-        f"{tuple(ours[key].shape) if key in ours else 'none'} here"
-        for key in sorted({*theirs, *ours} - (set() if same else table))
-        if key not in theirs or key not in ours or theirs[key].shape != ours[key].shape
-    ]
-    if differing or given.config.patch_size != latte.config.patch_size:
-        raise ValueError(
-            f"denoiser.init_from={folder} is another Latte ({'; '.join(differing[:3]) or 'patch_size'})"
-        )
+    fixed = [{k: v for k, v in state.items() if same or k not in table} for state in (ours, theirs)]
+    wrong = differences(*fixed) or (
+        "patch_size" if given.config.patch_size != latte.config.patch_size else ""
+    )
+    if wrong:
+        raise ValueError(f"denoiser.init_from={folder} is another Latte ({wrong})")
     latte.load_state_dict({key: ours[key] if key in table and not same else theirs[key] for key in ours})
     log.info(
         "weights of %s taken as they are%s",

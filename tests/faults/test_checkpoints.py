@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.files import machine
+from data.core.files import machine
 from pipelines.train_vae import main
 from pipelines.training.checkpoints import Checkpoints, export_folder, recover, writing
 

@@ -28,7 +28,7 @@ def train(vae_settings, videos, tmp_path, monkeypatch):
 
     def go(name, damage, *more, steps=6):
 
-        original = train_vae.fit
+        original = train_vae.VAETrainer.fit
 
         def damaged_fit(*args, **kwargs):
             damage(videos)
@@ -38,7 +38,7 @@ def train(vae_settings, videos, tmp_path, monkeypatch):
         source = [f"source.root={videos}", "source.val_fraction=0", f"source.index_dir={tmp_path / 'index'}"]
         source += ["source.scan_workers=1"]  # each is a new process with its imports
         with monkeypatch.context() as patch:
-            patch.setattr(train_vae, "fit", damaged_fit)
+            patch.setattr(train_vae.VAETrainer, "fit", damaged_fit)
             code = program(
                 train_vae.main, *settings, *source, f"run_dir={tmp_path / name}", f"steps={steps}", *more
             )

@@ -8,9 +8,9 @@ import stat
 import numpy as np
 import pytest
 
+from data.core.files import claim_file, claim_folder, is_json_object, machine, remove_leftovers
 from data.demo import DemoVideos
 from data.encode import write_mp4
-from data.files import claim_file, claim_folder, is_json_object, machine, remove_leftovers
 from data.latent_writer import LatentCacheWriter
 from eval import report
 from eval.feature_cache import FeatureCache, cache_folder

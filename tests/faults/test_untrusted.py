@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.files import sha256_of
+from data.core.files import sha256_of
 from data.latents import LatentCache
 from pipelines import cache_latents, sample, train_latte, train_vae
 from pipelines.training.checkpoints import Checkpoints

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("data", "vae", "denoiser", "eval", "pipelines")
+CORE = {"data.core"}  # what every package may use
 MAY_IMPORT = {
     "data": {"data"},
     "vae": {"vae"},
@@ -57,7 +58,14 @@ def test_imports_go_downward_and_name_what_they_take(path):
         if top not in ROOMS:
             continue
         assert not whole, f"`import {module}` binds the room; write `from {module} import name`"
-        assert top in MAY_IMPORT.get(room, set(ROOMS)), f"{room} must not import {top}"
+        allowed = top in MAY_IMPORT.get(room, set(ROOMS)) or ".".join(module.split(".")[:2]) in CORE
+        assert allowed, f"{room} must not import {module}"
+
+
+def test_the_ground_floor_imports_nothing_above_it():
+    for path in (ROOT / "data" / "core").glob("*.py"):
+        above = [m for m, _ in imports(ast.parse(path.read_text())) if m.split(".")[0] in ROOMS]
+        assert all(m.startswith("data.core") for m in above), path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=identifier)

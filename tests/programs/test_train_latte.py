@@ -198,7 +198,7 @@ def test_discrete_vaes_are_refused(latte_settings, tmp_path, monkeypatch):
     class Codes:
         discrete = True
 
-    monkeypatch.setattr("vae.load_vae", lambda *_: Codes())
+    monkeypatch.setattr("pipelines.training.open.load_vae", lambda *_: Codes())
     with pytest.raises(ValueError, match="vae.name=tats: its latents are discrete"):
         settings.open_vae(load(TrainLatteConfig, None, ["vae.name=tats"]).vae)
 
