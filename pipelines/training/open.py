@@ -1,18 +1,25 @@
 """Open what the settings name: videos, VAEs and the facts about them that belong into checkpoints and caches."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.clip import ClipSpec
+from data.core.files import read_json
 from data.dataset import VideoClips
 from data.mixture import MixedClips, part_seed
 from data.sources import open_source
+from pipelines.training.config import read_yaml
 from pipelines.training.settings import Precision, SourceConfig, VAEConfig
 from vae import load_vae
+
+log = logging.getLogger(__name__)
 
 
 def open_clips(
@@ -98,12 +105,32 @@ def tile_time(vae: Any, num_frames: int, key: str) -> None:
 def open_vae(config: VAEConfig) -> Any:
     """The VAE in eval mode, frozen, tiled as asked; discrete ones are refused: diffusion needs continuous latents."""
     vae = load_vae(config.name, config.path or None)
+    warn_if_unfinished(config.path)
     if vae.discrete:
         raise ValueError(
             f"vae.name={config.name}: its latents are discrete codes; stage two takes odvae, sd2_1, svd, cvvae, ops"
         )
     tile_time(vae, config.tiling_frames, "vae.tiling_frames")
     return vae.requires_grad_(False)
+
+
+def run_of(export: Path) -> dict[str, Any]:
+    """What an exported folder and the run around it know: the run's settings and the `step` of the export; {} of others."""
+    known: dict[str, Any] = {}
+    for file, read in ((export / "export.json", read_json), (export.parent / "config.yaml", read_yaml)):
+        if file.is_file():
+            known |= read(file)
+    return known
+
+
+def warn_if_unfinished(export: str | Path) -> None:
+    """Log that weights were exported before their training had made all its steps; a folder of others says nothing."""
+    run: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):  # somebody else's files of these names
+        run = run_of(Path(export)) if export else {}
+    step, steps = run.get("step"), run.get("steps")
+    if isinstance(step, int) and isinstance(steps, int) and step < steps:
+        log.warning("%s: exported at step %d of %d; that training is not finished", export, step, steps)
 
 
 def check_clip(vae: Any, clip: ClipSpec) -> None:

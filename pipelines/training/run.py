@@ -263,7 +263,8 @@ class TrainingRun:
 
     def export(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write(folder)` fill run_dir / name with the EMA model while the run folder is still locked."""
-        if self.main and export_folder(self.folder / name, write, self.trainer.progress()):
+        info = self.trainer.progress() | {"steps": self.config.steps}
+        if self.main and export_folder(self.folder / name, write, info):
             log.info("EMA weights: %s", self.folder / name)
         self.accelerator.wait_for_everyone()
 

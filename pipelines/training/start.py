@@ -16,11 +16,10 @@ from denoiser.latte import Latte
 from eval.fidelity import check_lpips_size, load_lpips
 from eval.weight_files import TRUNKS
 from eval.weights import weights_line
-from pipelines.training.config import read_yaml
 from pipelines.training.distributed import accumulation_steps
 from pipelines.training.folder import summary
 from pipelines.training.latents import cache_fingerprint, cache_folder, cached_clips, draws
-from pipelines.training.open import check_clip, open_vae
+from pipelines.training.open import check_clip, open_vae, run_of, warn_if_unfinished
 from pipelines.training.settings import Init, PerceptualNet
 from vae import load_vae
 from vae.inflate import inflate
@@ -59,6 +58,7 @@ def initialize(vae: ODVAE, config: Any) -> None:
             f"model.init={init.value} needs model.init_from=FOLDER with SD2.1-VAE (docs/vaes.md says where it is), or with "
             "an OD-VAE for model.init=weights; model.init=random starts without it"
         )
+    warn_if_unfinished(source)
     if init is Init.weights:
         take_vae_weights(vae, source)
     else:
@@ -90,13 +90,8 @@ def take_vae_weights(vae: ODVAE, folder: str) -> None:
 
 def trained_on_single_frames(source: Path) -> bool:
     """Whether an OD-VAE is an image VAE: its export, or the settings of its run, say clips of one frame."""
-    for file, read in ((source / "export.json", read_json), (source.parent / "config.yaml", read_yaml)):
-        if file.is_file():
-            content = read(file)
-            frames = content.get("num_frames", (content.get("clip") or {}).get("num_frames"))
-            if frames is not None:
-                return frames == 1
-    return False
+    run = run_of(source)
+    return run.get("num_frames", (run.get("clip") or {}).get("num_frames")) == 1
 
 
 def vae_start_digest(config: Any) -> str | None:
@@ -183,6 +178,7 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str]) -> Non
     Raises ValueError with what differs.
     """
     given, same = Path(folder), None
+    warn_if_unfinished(folder)
     if (given / "model_index.json").is_file():
         same = read_json(given / "model_index.json").get("class_names") == class_names
         given = given / "transformer"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import time
 
 import pytest
 
-from pipelines import demo, train_vae
+from pipelines import cache_latents, demo, train_latte, train_vae
 from pipelines.train_vae import main
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.folder import ROOT, STOPS
+from pipelines.training.open import warn_if_unfinished
 
 
 def stop_at(monkeypatch, step, number):
@@ -97,3 +99,41 @@ def test_a_run_that_began_with_other_weights_is_refused(vae_settings, tmp_path):
     main([*image[:-1], "steps=4"])  # other weights in its export
     with pytest.raises(ValueError, match="began with other weights"):
         main([*settings, "steps=3"])
+
+
+def test_latents_of_a_vae_whose_training_was_stopped_come_with_a_warning(
+    vae_settings, latte_settings, tmp_path, monkeypatch, caplog
+):
+    one = [*vae_settings, f"run_dir={tmp_path / 'one'}", "steps=4", "val_every=99", "loss.gan_weight=0"]
+    vae = tmp_path / "one/vae"
+    two = [
+        *latte_settings,
+        f"vae.path={vae}",
+        f"cache.dir={tmp_path / 'cache'}",
+        f"run_dir={tmp_path / 'two'}",
+    ]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            main(one)
+    warning = f"{vae}: exported at step 2 of 4; that training is not finished"
+    for program in (cache_latents, train_latte):
+        caplog.clear()
+        program.main([*two, "steps=1"])
+        assert caplog.messages.count(warning) == 1
+    known = json.loads((vae / "export.json").read_text())
+    copy = shutil.copytree(vae, tmp_path / "copied")  # alone, it knows what it wrote down itself
+    before = shutil.copytree(
+        vae, tmp_path / "one/before"
+    )  # earlier exports did not: the run beside them does
+    (before / "export.json").write_text(json.dumps({"step": known["step"]}))
+    for folder in (copy, before):
+        caplog.clear()
+        warn_if_unfinished(folder)
+        assert caplog.messages == [warning.replace(str(vae), str(folder))]
+    main(one)
+    (copy / "export.json").write_text("[")  # what is not ours to read does not matter
+    for folder in (vae, copy, ""):
+        caplog.clear()
+        warn_if_unfinished(folder)
+        assert not caplog.messages
