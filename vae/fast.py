@@ -137,7 +137,7 @@ def conv(
 def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool) -> Tensor:
     """The convolution of a torch layer. kept: by a kernel that is prepared once and kept for the next step."""
     bias = layer.bias if biased else None
-    if not torch.compiler.is_compiling() and (kept or _is_slow_im2col(x, layer.weight)):
+    if not ops.making_a_graph() and (kept or _is_slow_im2col(x, layer.weight)):
         kernel = ops.prepared(layer, x, "", stride=layer.stride, padding=layer.padding)
         return ops.convolve(x, kernel, bias, layer.stride, layer.padding)
     function = F.conv2d if layer.weight.ndim == 4 else F.conv3d

@@ -1,6 +1,6 @@
 """Operations of fast inference (vae/fast.py): prepared kernels, sizes of steps, and passes fused on a GPU.
 
-Nothing here records gradients, and a graph that torch.compile makes holds none of it.
+Nothing here records gradients, and a graph (torch.compile, torch.export, torch.jit.trace) holds none of it.
 """
 
 import functools
@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def making_a_graph() -> bool:
+    """Whether torch records the operations for a graph that shall run elsewhere."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -80,7 +85,7 @@ def prepared(
     place. An optimizer need not leave a trace of that: `forget` drops all kernels when gradients are recorded.
     """
     weight, dtype = layer.weight, compute_dtype(x)
-    if torch.compiler.is_compiling():
+    if making_a_graph():
         return derive(weight)
     if weight.is_inference():  # such a tensor does not count its changes
         return _ready(derive(weight), x, dtype, stride, padding)
@@ -94,7 +99,7 @@ def prepared(
 
 def forget(model: nn.Module) -> None:
     """Drop all that was prepared for a model: its weights are about to change."""
-    if torch.compiler.is_compiling():
+    if making_a_graph():
         return
     for module in model.modules() if _PREPARED else ():
         _PREPARED.pop(module, None)
@@ -223,7 +228,7 @@ def _triton() -> Any:
 
 def fused(x: Tensor) -> bool:
     """Whether the fused passes take x: on a GPU, in float32 or half precision, not while a graph is made."""
-    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype != torch.float64 and not making_a_graph()
 
 
 def group_norm(

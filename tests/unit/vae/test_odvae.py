@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -170,6 +171,22 @@ def test_a_compiled_model_is_one_graph(preset, mode, backend):
         z = model.encode(x).latent_dist.mode()
         torch.testing.assert_close(encode(x), z, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(decode(z), model.decode(z).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@torch.no_grad()
+def test_a_traced_and_an_exported_model_give_what_the_model_gives():
+    model = tiny("odvae", dtype=torch.float32, layers_per_block=1)
+    encode, decode = (lambda x: model.encode(x).latent_dist.mode()), (lambda z: model.decode(z).sample)
+    x, other = clip(5, 16, 16, dtype=torch.float32), clip(5, 16, 16, dtype=torch.float32)
+    for function, first, second in ((encode, x, other), (decode, encode(x), encode(other))):
+        whole = nn.Module()
+        whole.model, whole.forward = model, function
+        for graph in (
+            torch.jit.trace(whole, first, check_trace=False),
+            torch.export.export(whole, (first,)).module(),
+        ):
+            torch.testing.assert_close(graph(second), function(second), atol=1e-4, rtol=1e-4)
 
 
 class LargestTensor(TorchDispatchMode):
