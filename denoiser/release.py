@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,14 +39,9 @@ def read_release(path: str | Path) -> dict[str, Tensor]:
         return pick_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors, refused; save its state dict alone") from error
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-    ) as error:  # what a cut file raises, by where it is cut
+    except Exception as error:  # torch's reader raises many kinds on what is no checkpoint
         raise ValueError(f"{path}: damaged or no checkpoint ({error}); fetch it again") from error
 
 
@@ -65,6 +59,8 @@ def pick_state_dict(content: Mapping) -> dict[str, Tensor]:
         raise ValueError(f"{type(content).__name__}: expected a state dict, alone or under 'ema' or 'model'")
     state = {}
     for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{key!r}: no name of a tensor, so this is no state dict")
         while key.startswith(_PREFIXES):
             key = key.split(".", 1)[1]
         if not isinstance(value, Tensor):

@@ -134,10 +134,22 @@ def main(argv: list[str] | None = None) -> int | None:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if not args.src.exists():
         raise ValueError(f"--src {args.src}: no such file or folder")
-    if args.export:
-        print(export(args.family, args.src, args.dst))
-    else:
-        print(convert(args.family, args.src, args.dst, num_heads=args.num_heads, num_frames=args.num_frames))
+    try:
+        if args.export:
+            print(export(args.family, args.src, args.dst))
+        else:
+            print(
+                convert(args.family, args.src, args.dst, num_heads=args.num_heads, num_frames=args.num_frames)
+            )
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # odd shapes and settings fail wherever they are first used
+        told = isinstance(error, ValueError)
+        if told and (str(args.src) in str(error) or str(args.dst) in str(error)):
+            raise
+        raise ValueError(
+            f"--src {args.src}: not taken as weights of {args.family} ({'' if told else f'{type(error).__name__}: '}{error})"
+        ) from error
 
 
 if __name__ == "__main__":

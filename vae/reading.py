@@ -39,7 +39,12 @@ class Release:
     def count(self, pattern: str) -> int:
         """1 + the greatest number that the group of `pattern` takes among the keys; 0 if none."""
         found = (re.match(pattern, key) for key in self.state)
-        return 1 + max((int(m[1]) for m in found if m), default=-1)
+        number = 1 + max((int(m[1]) for m in found if m), default=-1)
+        if number > len(self.state):
+            raise ValueError(
+                f"{self.source}: a key says {number - 1:.4g} where there are {len(self.state)} keys"
+            )
+        return number
 
     def widths(self, pattern: str, levels: int) -> list[int]:
         """Output channels of the tensors `pattern` % level."""
@@ -101,7 +106,9 @@ def _torch_load(file: Path):
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's reader raises many kinds on what is no checkpoint
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
             reason = "it is damaged, or holds Python objects that are no tensors"
@@ -131,7 +138,7 @@ def read_config(file: Path) -> dict:
         return {}
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object")
@@ -145,9 +152,10 @@ def read_release(source: str | Path) -> Release:
     if isinstance(content.get("state_dict"), dict):
         given = content.get("hyper_parameters") or {}
         given = given.get("args", given) if isinstance(given, dict) else given
-        arguments = vars(given) if isinstance(given, argparse.Namespace) else dict(given)
+        given = vars(given) if isinstance(given, argparse.Namespace) else given
+        arguments = given if isinstance(given, dict) else {}
         content = content["state_dict"]
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {key: v for key, v in content.items() if isinstance(key, str) and isinstance(v, Tensor)}
     return Release(str(file), state, read_config(file), arguments)
 
 

@@ -241,6 +241,85 @@ def test_a_file_of_something_else_is_refused_by_name_of_the_first_key_it_lacks(t
         convert("ops", tmp_path / "two", tmp_path / "out")
 
 
+# The keys from which each reader takes its sizes.
+SIZES = {
+    "sd-vae": "encoder.down.0.block.0.conv1.weight encoder.conv_in.weight decoder.conv_out.weight post_quant_conv.weight",
+    "vqgan": "encoder.down.0.block.0.conv1.weight encoder.conv_in.weight decoder.conv_out.weight post_quant_conv.weight "
+    "quantize.embed.weight",
+    "tats": "encoder.conv_blocks.0.x codebook.embeddings encoder.conv_first.conv.weight decoder.conv_last.conv.weight",
+    "cvvae": "encoder.down.0.block.0.conv1.weight encoder.conv_in.weight decoder.conv_out.weight decoder.conv_in.weight",
+    "ops": "temporal_vae.encoder.block_res_blocks.0.0.conv1.conv.weight temporal_vae.post_quant_conv.conv.weight shift scale "
+    "spatial_vae.module.encoder.down_blocks.0.resnets.0.conv1.weight spatial_vae.module.encoder.conv_in.weight "
+    "spatial_vae.module.decoder.conv_out.weight temporal_vae.encoder.conv_in.conv.weight",
+    "open-sora-plan": "a",
+    "latte": "x_embedder.proj.weight blocks.0.mlp.fc1.weight final_layer.linear.weight pos_embed temp_embed",
+    "i3d": "conv3d_1a_7x7.conv3d.weight",
+    "c3d": "conv1a/W",
+}
+
+
+def odd_contents(family):
+    """Files that torch or JSON can write and no converter can use."""
+    keys = SIZES[family].split()
+    for shape in ((), (1,), (4, 4), (0, 0, 0, 0), (1, 0, 2, 3, 3)):
+        yield {key: torch.zeros(shape) for key in keys}
+    whole = {key: torch.zeros(4, 4, 3, 3, 3) for key in keys}
+    yield {key.replace(".0.", f".{10**20}."): value for key, value in whole.items()}
+    yield {key: torch.eye(4).to_sparse() for key in keys}
+    for arguments in ({"args": 5}, [1], "abc", {"downsample": 3}):
+        yield {"state_dict": whole, "hyper_parameters": arguments}
+    yield from (torch.zeros(3), [1], {1: torch.zeros(2)}, {"state_dict": {(1, 2): torch.zeros(2)}}, {}, None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", SIZES)
+def test_any_other_file_is_one_line(family, tmp_path, capsys):
+    def refused(*more):
+        with pytest.raises(SystemExit) as stop:
+            run(lambda: convert(family, source, tmp_path / "out", *more))
+        text = capsys.readouterr().err
+        assert stop.value.code == 2, text
+        assert text.count("\n") == 1
+        assert str(tmp_path) in text
+        assert sorted(p.name for p in tmp_path.iterdir()) == [source.name]
+
+    source = tmp_path / "a.ckpt"
+    for content in odd_contents(family):
+        torch.save(content, source)
+        refused()
+    for data in (b"", b"hello\n", b"abc", b"PK\3\4junk", b"\x80\2}q\0.", b"\x80\4N."):
+        source.write_bytes(data)
+        refused()
+    source.unlink()
+    source = tmp_path / "folder"
+    source.mkdir()
+    torch.save({key: torch.zeros(4, 4, 3, 3, 3) for key in SIZES[family].split()}, source / "a.ckpt")
+    for text in (
+        "[",
+        "[" * 100_000,
+        "3",
+        '{"hidden_size": "a"}',
+        '{"tile_overlap_ratio": [], "frames_at_a_time": "x"}',
+    ):
+        (source / "config.json").write_text(text)
+        refused(*(["--export"] if family in ("latte", "open-sora-plan") else []))
+        refused()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("field", ["hidden_size", "hidden_size_mult", "num_res_blocks", "z_channels"])
+def test_odd_numbers_in_an_open_sora_plan_config_are_one_line(field, tmp_path):
+    from vae import ODVAE
+    from vae.release import config_to_upstream
+
+    good = config_to_upstream(ODVAE.preset("osp_v1_2", block_out_channels=WIDTHS, layers_per_block=1))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
+    for value in ("a", None, 0, [4], {}):
+        (tmp_path / "config.json").write_text(json.dumps({**good, field: value}))
+        with pytest.raises(ValueError):  # noqa: PT011  # whatever fails first
+            convert("open-sora-plan", tmp_path, tmp_path / "out")
+
+
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
