@@ -137,10 +137,10 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     index.json keeps them: training scales the latents of a VAE that brings no rule by them. The VAE's folder stays as it is.
     """
     import torch
-    from tqdm import tqdm
 
     from data.latent_writer import LatentCacheWriter
     from data.latents import LatentCache
+    from data.progress import Progress
     from pipelines.engine import main_process_first, make_accelerator, matrix_products, same_everywhere
 
     accelerator = make_accelerator()
@@ -155,12 +155,12 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
     with torch.inference_mode(), matrix_products(config):
-        for shard in tqdm(mine, desc="cache", unit="shard", disable=not main or None):
-            if shard in again or not writer.is_written(shard):  # else another launch was quicker
-                tensors, failed = encode_shard(
-                    config, frozen, clips, writer.entries(shard), accelerator.device
-                )
-                writer.write(shard, tensors, failed)
+        with Progress(len(mine), "cache", "shard", main) as bar:
+            for shard in mine:
+                if shard in again or not writer.is_written(shard):  # else another launch was quicker
+                    entries = writer.entries(shard)
+                    writer.write(shard, *encode_shard(config, frozen, clips, entries, accelerator.device))
+                bar.update()
     accelerator.wait_for_everyone()
     if main:
         index = writer.finish({"class_names": clips.source.class_names})

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from data.files import write_json
 from data.loader import StepBatches, make_loader
+from data.progress import Progress
 from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.checkpoints import Checkpoints, export_folder, recover
@@ -149,12 +149,7 @@ class _Loop:
         meter = Meter(self.accelerator.device, mode, config.global_batch)
         incoming = self._batches(stream, lost, meter)
         stop, number = False, 0
-        bar = tqdm(
-            total=config.steps,
-            initial=trainer.step,
-            desc=self.details["program"],
-            disable=not self.main or None,
-        )
+        bar = Progress(config.steps, self.details["program"], "step", self.main, trainer.step)
         try:
             with stop_on_signal() as stopping:
                 if look_at_start and trainer.step == 0:
@@ -223,7 +218,7 @@ class _Loop:
             self.trainer.step % self.config.save_every == 0 or self.trainer.step == self.config.steps or stop
         )
 
-    def _record(self, lost: Quarantine, meter: Meter, bar: tqdm) -> None:
+    def _record(self, lost: Quarantine, meter: Meter, bar: Progress) -> None:
         """Numbers every log_every steps, a look every look_every, both at the end."""
         step, last = self.trainer.step, self.trainer.step == self.config.steps
         if self._records():

@@ -103,10 +103,10 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     import numpy as np
     import torch
     from accelerate.utils import gather_object
-    from tqdm import tqdm
 
     from data.encode import write_mp4
     from data.files import claim_folder, write_atomic, write_json
+    from data.progress import Progress
     from eval.fidelity import load_lpips
     from eval.weights import score_name
     from pipelines.engine import make_accelerator
@@ -140,7 +140,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
     pairs_of, records = stream_pairs if whole else clip_pairs, []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    for index in tqdm(mine, desc="videos", disable=not accelerator.is_main_process or None):
+    bar = Progress(len(mine), "reconstruct", "video", accelerator.is_main_process)
+    for index in mine:
         scores: dict[str, list[float]] = {}
         shown: list[Any] = []
         with torch.inference_mode():
@@ -154,6 +155,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             write_mp4(out / f"{index:05d}.mp4", np.concatenate(shown), 8)
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         records.append({"index": index, "video": clips.name(index), "frames": len(scores["psnr"]), **means})
+        bar.update()
+    bar.close()
     if accelerator.num_processes > 1:
         records = gather_object(records)
     records.sort(key=lambda r: r["index"])

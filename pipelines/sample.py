@@ -94,11 +94,11 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
 def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
     import torch
-    from tqdm import tqdm
 
     from data.clip import to_uint8
     from data.encode import write_ffv1, write_mp4
     from data.files import sha256_of, write_json
+    from data.progress import Progress
     from data.video import read_frames
     from pipelines.engine import autocast, draw_seed, make_accelerator, matrix_products
     from pipelines.media import grid
@@ -124,9 +124,7 @@ def sample(config: SampleConfig) -> Path:
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
     names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
     classes = pipe.transformer.config.num_classes
-    with tqdm(
-        total=len(mine), desc="videos", unit="video", disable=not accelerator.is_main_process or None
-    ) as bar:
+    with Progress(len(mine), "sample", "video", accelerator.is_main_process) as bar:
         for start in range(0, len(mine), config.batch):
             batch = mine[start : start + config.batch]
             labels = (
