@@ -18,6 +18,8 @@ DEPENDENCIES = [
     "deepspeed>=0.16",
     "transformers>=4.46",  # accelerate's DeepSpeed plugin asks for its version
     "av>=14.1",  # the reader, the scanner and the writer of video; VideoFrame.rotation is from 14.1 on
+    # the other reader (source.reader=decord); no wheel elsewhere, and the project runs without it
+    "decord>=0.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "numpy>=1.26",
     "scipy>=1.12",
     "tensorboard>=2.16",

@@ -6,52 +6,67 @@ Trainers and judges share the one path of this file, so that a metric never meas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from data.core.option import check_choices, option
 from data.video import Frames
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHOICES = {
-    "resize": ("short", "none"),
-    "crop": ("center", "random"),
-    "short": ("skip", "stretch", "reflect", "loop"),
-    "position": ("random", "center", "start"),
-}
+
+class Resize(StrEnum):
+    short = "short"
+    none = "none"
 
 
-@dataclass(frozen=True)
+class Crop(StrEnum):
+    center = "center"
+    random = "random"
+
+
+class Short(StrEnum):
+    skip = "skip"
+    stretch = "stretch"
+    reflect = "reflect"
+    loop = "loop"
+
+
+class Position(StrEnum):
+    random = "random"
+    center = "center"
+    start = "start"
+
+
+@dataclass
 class ClipSpec:
-    """How a clip is cut out of a video. Defaults: stage one of the paper (25 frames of 256 x 256 pixels).
+    """How a clip is cut out of a video. Defaults: stage one of the paper (25 frames of 256 x 256 pixels)."""
 
-    num_frames: frames of the clip. interval: distance of two of them in the video.
-    size: side of the square clip, pixels. resize: "short" scales the short side to `size` (antialiased
-    bilinear), "none" crops the video's own pixels. crop: "center" or "random". flip: mirror half of the clips.
-    short: what to do with a video of fewer than `span` frames: "skip" it, "stretch" (all of it, uneven steps),
-    "reflect" (forth and back) or "loop". position: where a clip starts in a long video.
-    """
-
-    num_frames: int = 25
-    interval: int = 1
-    size: int = 256
-    resize: str = "short"
-    crop: str = "center"
-    flip: bool = False
-    short: str = "skip"
-    position: str = "random"
+    num_frames: int = option(25, "frames of a clip")
+    interval: int = option(1, "distance of two frames of the clip in the video, in frames")
+    size: int = option(256, "side of the square clip in pixels")
+    resize: Resize = option(
+        Resize.short,
+        "short: scale the short side to size (antialiased bilinear); none: crop the video's own pixels",
+    )
+    crop: Crop = option(Crop.center, "where the square lies in a frame")
+    flip: bool = option(False, "mirror half of the clips")
+    short: Short = option(
+        Short.skip,
+        "videos with too few frames: skip them, stretch (all frames, uneven steps), reflect (back and forth) or loop",
+    )
+    position: Position = option(Position.random, "where a clip starts in a long video")
 
     def __post_init__(self):
         for name in ("num_frames", "interval", "size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: a clip needs a whole number of at least 1")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        check_choices(self)
 
 
 def span(spec: ClipSpec) -> int:

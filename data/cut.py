@@ -34,7 +34,14 @@ def show_time(ms: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{ms:03d}"
 
 
-def cut_frames(path: str | Path, first: int, tick: int, indices: Sequence[int], times: bytes = b"") -> Frames:
+def cut_frames(
+    path: str | Path,
+    first: int,
+    tick: int,
+    indices: Sequence[int],
+    times: bytes = b"",
+    decord: bool = False,
+) -> Frames:
     """Frames first + indices of a video, decoded when wanted; `tick` is the presentation time of frame `first`.
 
     times: of the scan (data/timeline.py). When it, or what the packets say without it, gives frame `first` another
@@ -43,7 +50,7 @@ def cut_frames(path: str | Path, first: int, tick: int, indices: Sequence[int], 
     times = times or packet_times(path)
     line = unpack_times(times) if times else None
     known = line is not None and first < len(line.ticks) and line.ticks[first] == tick
-    return Frames(path, [first + int(n) for n in indices], times if known else None)
+    return Frames(path, [first + int(n) for n in indices], times if known else None, decord)
 
 
 def read_cut(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.files import fsync, temporary_name
+from data.core.files import fsync, temporary_name
 
 
 @contextmanager

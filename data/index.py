@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.scan import ScanRecord, plausible, reader_name, scan_all
+from data import by_decord
+from data.processes import Pool
+from data.scan import MEMORY_BYTES, ScanRecord, plausible, reader_name, scan_all
 from data.table import Blobs
 from data.video import IMAGE_SUFFIXES
 
@@ -31,6 +33,8 @@ _TABLE = """CREATE TABLE IF NOT EXISTS scans (path BLOB PRIMARY KEY, files INT, 
  num_frames INT, width INT, height INT, fps REAL, damaged TEXT, times BLOB, reader TEXT) WITHOUT ROWID"""
 _FIND = """SELECT n, num_frames, width, height, fps, damaged, times, files, bytes, changed, reader
  FROM asked CROSS JOIN scans USING (path)"""  # CROSS: in the order of asked
+_DECORD = """CREATE TABLE IF NOT EXISTS decord (path BLOB PRIMARY KEY, files INT, bytes INT, changed INT,
+ agrees INT, reader TEXT) WITHOUT ROWID"""
 _STORE = "INSERT OR REPLACE INTO scans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -125,6 +129,45 @@ def scan_paths(
             for n, record in _scan_and_store(store, paths, todo, workers, timeout_s, known_good):
                 keep([(n, *_values(record))])
     return Scans(**columns, damaged=dict(sorted(damaged.items())), times=times)
+
+
+def decord_agrees(
+    paths: Sequence[str],
+    scans: Scans,
+    cache_file: str | Path | None = None,
+    workers: int = 2,
+    timeout_s: float = 120.0,
+) -> np.ndarray:
+    """bool (n,): which of the files scanned decord reads as PyAV does (data/by_decord.py), compared once and kept.
+
+    A file on which it crashes or hangs takes a process of the comparison with it, and is left to PyAV.
+    """
+    answer = np.zeros(len(paths), bool)
+    if not (name := by_decord.version()):
+        return answer
+    reader = f"{name}, {reader_name()}"
+    files = [n for n in range(len(paths)) if n not in scans.damaged and scans.times[n]]
+    with _store(cache_file) as store, Pool(workers, timeout_s, MEMORY_BYTES) as pool:
+        store.execute(_DECORD)
+        rows = store.execute("SELECT * FROM decord WHERE reader = ?", (reader,))
+        known = {row[:4]: row[4] for row in rows}
+        keys = {n: (os.fsencode(paths[n]), *_stamp(paths[n])) for n in files}
+        todo = [n for n in files if keys[n] not in known]
+        if todo:
+            logger.info("comparing decord with PyAV on %d of %d videos", len(todo), len(paths))
+        for n, found in zip(
+            todo, pool.in_order(((by_decord.agrees, paths[n]) for n in todo), 2 * workers), strict=True
+        ):
+            known[keys[n]] = found is True
+            if found in (True, False) or found.final:
+                store.execute(
+                    "INSERT OR REPLACE INTO decord VALUES (?, ?, ?, ?, ?, ?)",
+                    (*keys[n], found is True, reader),
+                )
+                store.commit()
+        answer[files] = [known[keys[n]] for n in files]
+    logger.info("decord reads %d of %d videos, PyAV the others", answer.sum(), len(paths))
+    return answer
 
 
 def _stored(store: sqlite3.Connection, paths: Sequence[str]) -> Iterator[list[tuple]]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.files import fsync, remove_leftovers, sha256_of, temporary_name, usual_mode, write_json
+from data.core.files import fsync, remove_leftovers, sha256_of, temporary_name, usual_mode, write_json
 from data.latents import read_index, read_sidecar, refuse_other, shard_file, sidecar_file
 
 

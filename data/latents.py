@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.files import sha256_of, write_atomic
+from data.core.files import sha256_of, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

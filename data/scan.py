@@ -25,7 +25,7 @@ from data.timeline import pack_times, rising
 from data.video import BadVideo, Screen, best_stream, list_frames, reading
 
 _MISSING_ALLOWED = 2  # frames: headers of intact AVI files with dropped frames are off by one or two
-_MEMORY_BYTES = 4 << 30  # what one process may allocate
+MEMORY_BYTES = 4 << 30  # what one process may allocate
 _ENTRIES_APART = 12  # frames, at least: what lies nearer is decoded quickly
 _TRIED = 8  # entries of a file: all of a clip, some of a film
 _COMPARED = 48  # frames after an entry
@@ -37,6 +37,7 @@ class ScanRecord:
     """What the scan saw of one file or folder of frames; damaged is "" or the reason in a few words.
 
     times: when its frames are shown and where to enter, as data/timeline.py packs them; b"" when unknown.
+    decord: read it with decord, which was compared on it (data/by_decord.py).
     final: False when the reason may be gone the next time: it is not kept.
     """
 
@@ -48,6 +49,7 @@ class ScanRecord:
     damaged: str = ""
     times: bytes = field(default=b"", repr=False, compare=False)
     final: bool = field(default=True, repr=False, compare=False)
+    decord: bool = field(default=False, repr=False, compare=False)
 
 
 @lru_cache(maxsize=1)
@@ -216,7 +218,7 @@ def _scan_folder(path: Path) -> ScanRecord:
 
 def scan_all(names: Sequence[str], workers: int, timeout_s: float) -> Iterator[ScanRecord]:
     """Records in the order they are done. A process that dies or takes too long is replaced, its file tried once more."""
-    with Pool(workers, timeout_s, _MEMORY_BYTES) as pool:
+    with Pool(workers, timeout_s, MEMORY_BYTES) as pool:
         waiting = iter(names)
         asked = {pool.submit(scan_file, name): name for name in itertools.islice(waiting, 2 * workers)}
         while asked:

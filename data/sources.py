@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data import layouts, lists
+from data.core.files import escaped, printable, unescaped, write_atomic
 from data.cut import cut_frames, frames_between
 from data.demo import DemoVideos
-from data.files import escaped, printable, unescaped, write_atomic
-from data.index import Scans, scan_paths
+from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
 from data.table import Video, VideoTable
@@ -45,9 +45,10 @@ def video_frames(
     """Frames of a video, decoded when they are wanted, (len(indices), H, W, 3); the demo's are drawn at `size` instead."""
     if demo is not None:
         return demo.frames(int(video.name), indices, size)
+    record = video.record
     if video.tick is not None:
-        return cut_frames(video.record.path, video.first, video.tick, indices, video.record.times)
-    return Frames(video.record.path, indices, video.record.times or None)
+        return cut_frames(record.path, video.first, video.tick, indices, record.times, record.decord)
+    return Frames(record.path, indices, record.times or None, record.decord)
 
 
 def open_source(
@@ -58,6 +59,7 @@ def open_source(
     labels: str = "none",
     index_dir: str | Path | None = None,
     workers: int = 2,
+    reader: str = "pyav",
     val_fraction: float = 0.0,
     held_out: bool = False,
     seed: int = 0,
@@ -75,14 +77,17 @@ def open_source(
     labels: for folder, "none" or "folder" (class = first folder below the root).
     index_dir: where scans, `<name>-quarantine.tsv` and `<name>-missing.txt` are kept; not below root. None: no file
     is written.
+    reader: "pyav", or "decord" for files on which the scan finds that it shows the same frames, PyAV for the others.
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
     sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
-    Names in the lists are escaped (`data.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
+    Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
     if name not in SOURCES:
         raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
+    if reader not in ("pyav", "decord"):
+        raise ValueError(f"reader={reader!r}: choose pyav or decord")
     splits = _SPLITS.get(name, ("train", "test"))
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
@@ -108,7 +113,7 @@ def open_source(
         raise ValueError(f"{name}: no videos in {root}; see docs/datasets.md for the layout")
     if name != "sky_timelapse":
         found = _hold_out(found, val_fraction, held_out)
-    return _scanned(name, root, found, index_dir, workers)
+    return _scanned(name, root, found, index_dir, workers, reader)
 
 
 def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: int) -> Source:
@@ -174,7 +179,9 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, workers: int) -> Source:
+def _scanned(
+    name: str, root: Path, found: Found, index_dir: str | Path | None, workers: int, reader: str
+) -> Source:
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
@@ -193,6 +200,8 @@ def _scanned(name: str, root: Path, found: Found, index_dir: str | Path | None, 
     rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
     columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
     columns["file"] = rows.astype(np.int32)
+    if reader == "decord":
+        columns["decord"] = decord_agrees(paths, scans, cache_file, workers)[rows]
     good = ~np.isin(rows, list(scans.damaged))
     if found.labels:
         columns["label"] = np.array(found.labels, np.int32)

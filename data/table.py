@@ -68,7 +68,7 @@ class VideoTable(Sequence):
         """base: folder of the files. files: paths below it, one a video. times: the scan's timelines, if there are any.
 
         columns, each (len(files), ...): num_frames, width, height, fps; if there are any: label; first, tick, and
-        cut int64 (n, 2), begin and end of the clip in ms; file, the number of the file in `times`.
+        cut int64 (n, 2), begin and end of the clip in ms; file, the number of the file in `times`; decord, its reader.
         """
         self.base, self.columns, self.times = base, columns, times
         self.files = files if isinstance(files, Texts) else Texts(files)
@@ -108,7 +108,9 @@ class VideoTable(Sequence):
         numbers = {key: int(self.columns[key][row]) for key in ("num_frames", "width", "height")}
         path = f"{self.base}/{self.files[row]}"
         times = self.times[self.columns["file"][row]] if self.times is not None else b""
-        record = ScanRecord(path, fps=float(self.columns["fps"][row]), times=times, **numbers)
+        decord = bool(self.columns["decord"][row]) if "decord" in self.columns else False
+        fps = float(self.columns["fps"][row])
+        record = ScanRecord(path, fps=fps, times=times, decord=decord, **numbers)
         where = [int(self.columns[key][row]) for key in ("first", "tick") if key in self.columns]
         return Video(self.name(index), record, self.label(index), *where)
 

@@ -1,7 +1,8 @@
 """Read frames by index, look at a file, find videos in a folder; the writers of data/encode.py by the way.
 
-One reader for the scan, training and judges: PyAV. Frame n is the n-th that a player shows. Decoding begins at an entry
-that the scan compared with decoding from frame 0 (data/timeline.py), and every frame must have the time expected of it.
+One reader for the scan, training and judges: PyAV (and decord where asked for, data/by_decord.py). Frame n is the n-th
+that a player shows. Decoding begins at an entry that the scan compared with decoding from frame 0 (data/timeline.py),
+and every frame must have the time expected of it.
 """
 
 from __future__ import annotations
@@ -239,12 +240,14 @@ class Frames:
 
     `np.asarray` gives uint8 (N, H, W, 3), RGB, as players show them. indices: any order, repeats allowed.
     times: the scan's timeline of the file: decoding begins near the first frame asked for. b"": what the file's packets
-    say is used where that is safe; None: decoding begins at frame 0.
+    say is used where that is safe; None: decoding begins at frame 0. decord: whether it agreed on this file.
     Looking at the frames raises BadVideo for one outside the video and for a file that cannot be read.
     """
 
-    def __init__(self, path: str | Path, indices: Sequence[int], times: bytes | None = b""):
-        self.path, self.times = Path(path), times
+    def __init__(
+        self, path: str | Path, indices: Sequence[int], times: bytes | None = b"", decord: bool = False
+    ):
+        self.path, self.times, self.decord = Path(path), times, decord
         self.indices = [int(n) for n in indices]
         if not self.indices or min(self.indices) < 0:
             raise ValueError(f"{path}: frames {self.indices}: need at least one index, none below 0")
@@ -297,8 +300,15 @@ class Frames:
         times = self.times
         if times == b"" and wanted[0] >= _NEAR:
             times = packet_times(self.path)
-        if times:
-            for n, picture in _enter(self.path, wanted, unpack_times(times)):
+        line = unpack_times(times) if times else None
+        if line and self.decord:
+            from data import by_decord
+
+            for n, picture in by_decord.pictures(self.path, wanted, len(line.ticks)):
+                wanted = wanted[1:]
+                yield n, picture
+        if line and wanted:
+            for n, picture in _enter(self.path, wanted, line):
                 wanted = wanted[1:]
                 yield n, picture
         if wanted:  # no timeline, or not the one of this file

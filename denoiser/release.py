@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.core.tensors import differences
 from denoiser.embeddings import sincos_1d, sincos_2d
 from denoiser.latte import LATTE_SIZES, Latte
 
@@ -130,7 +131,8 @@ def from_release(
     if sample_size is not None:
         config["sample_size"] = sample_size
     model = Latte(**config)
-    _check_keys(weights, model.state_dict())
+    if wrong := differences(model.state_dict(), weights):
+        raise ValueError(f"not the weights of this Latte: {wrong}")
     model.load_state_dict(weights)
     return model.eval()
 
@@ -167,16 +169,3 @@ def _check_tables(state: Mapping[str, Tensor], config: dict) -> None:
                 f"{name}: differs by {drift:.3g} from Latte's fixed sin-cos table, another model's weights"
             )
         logger.info("%s: regenerated, the file's copy had drifted by %.1e", name, drift)
-
-
-def _check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & found.keys())
-        if found[key].shape != expected[key].shape
-    ]
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"not the weights of this Latte: missing {missing}, unknown {unknown}, shapes {shapes}"
-        )

@@ -11,8 +11,8 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.cli import run
-from data.files import sha256_of
+from data.core.cli import run
+from data.core.files import sha256_of
 from eval.weight_files import TRUNKS, WEIGHT_FILES
 from eval.weights import accepted_names, find_weights, identify, weights_folder
 

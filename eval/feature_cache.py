@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import write_atomic
+from data.core.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

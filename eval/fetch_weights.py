@@ -25,8 +25,8 @@ if __name__ == "__main__" and not __package__:
 
 import numpy as np
 
-from data.cli import run
-from data.files import remove_leftovers, write_atomic
+from data.core.cli import run
+from data.core.files import remove_leftovers, write_atomic
 from eval.checksums import differing_tensors, from_tf_names, tensor_digest, tf_table
 from eval.weight_files import MEMBERS, TERMS, TRUNKS, WEIGHT_FILES, Member
 from eval.weights import ROOT, accepted_names, open_weights, weights_folder

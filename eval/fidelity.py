@@ -18,8 +18,8 @@ if __name__ == "__main__" and not __package__:
 
 import numpy as np
 
-from data.cli import run
-from data.files import claim_file, is_json_object
+from data.core.cli import run
+from data.core.files import claim_file, is_json_object
 from data.progress import Progress
 from eval.options import size_argument
 from eval.weight_files import TRUNKS

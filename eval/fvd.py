@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:
 
 import numpy as np
 
-from data.cli import run
+from data.core.cli import run
 from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
 from eval.protocol import CHOICES, MAX_FRAMES, PROTOCOLS, Protocol, named_protocol
 from eval.weights import require_weights

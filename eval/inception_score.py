@@ -16,7 +16,7 @@ if __name__ == "__main__" and not __package__:
 
 import numpy as np
 
-from data.cli import run
+from data.core.cli import run
 from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
 from eval.protocol import CHOICES, INCEPTION_PROTOCOLS, InceptionProtocol
 from eval.weights import require_weights

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from data.files import claim_file, is_json_object
+from data.core.files import claim_file, is_json_object
 from eval.extraction import RunOptions
 from eval.feature_cache import cache_folder, scan_file
 from eval.protocol import parse_size

@@ -8,7 +8,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from data.files import append_line
+from data.core.files import append_line
 
 
 def git_commit() -> str | None:

@@ -17,8 +17,8 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.cli import run
-from data.files import claim_file, write_atomic
+from data.core.cli import run
+from data.core.files import claim_file, write_atomic
 
 FORMATS = ("md", "csv", "html")
 COLUMNS = (

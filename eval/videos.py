@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data.clip import ClipSpec, crop_resize_uint8
-from data.files import sha256_of
+from data.core.files import sha256_of
 from data.video import (
     BadVideo,
     Frames,

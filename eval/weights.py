@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.core.tensors import differences
 from eval.weight_files import TRUNKS, WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
 
 logger = logging.getLogger(__name__)
@@ -236,22 +237,13 @@ def read_state(path: Path) -> dict:
 
 
 def load_strict(module, state: dict, source: str) -> None:
-    """Load a state dict; missing, extra and misshapen keys are listed, then it stops.
+    """Load a state dict; ValueError lists missing and extra keys and wrong shapes.
 
     `num_batches_tracked` may be absent: inference does not use it.
     """
     own = module.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} != {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or extra or shapes:
-        lists = {"missing": missing, "extra": extra, "misshapen": shapes}
-        text = "; ".join(f"{len(v)} {k}: {', '.join(v[:4])}" for k, v in lists.items() if v)
-        raise ValueError(f"{source}: keys do not fit {type(module).__name__}: {text}")
+    if wrong := differences(own, state, [k for k in own if k.endswith("num_batches_tracked")]):
+        raise ValueError(f"{source}: keys do not fit {type(module).__name__}: {wrong}")
     module.load_state_dict({**{k: v for k, v in own.items() if k not in state}, **state})
 
 

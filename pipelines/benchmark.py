@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from pipelines.config import option, parse
-from pipelines.settings import Precision
+from data.core.cli import run
+from data.core.option import option
+from pipelines.training.config import parse
+from pipelines.training.settings import Precision
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     import torch
 
     from eval.efficiency import encoder_speed
-    from pipelines.engine import matrix_products
+    from pipelines.training.distributed import matrix_products
     from vae import ODVAE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,9 +67,8 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
         * 2
         - 1
     )
-    if config.compile:  # not the whole clip, whose twenty steps would be one graph of thousands of operations
-        vae.encoder.compile()
-        vae.decoder.compile()
+    if config.compile:
+        vae.compile_steps()
     s = vae.spatial_compression_ratio
     sides = vae.latent_frames(config.num_frames), config.size // s, config.size // s
     z = torch.randn(config.batch, vae.config.latent_channels, *sides, device=device, dtype=dtype)
@@ -107,12 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
     config, args = parse(BenchmarkConfig, argv, "benchmark", __doc__, planned=True)
     if args.plan:
+        from pipelines.plan import programs
         from pipelines.plan.report import plan_text
 
-        print(plan_text("benchmark", config, args.card))
+        print(plan_text("benchmark", programs.benchmark, config, args.card))
         return 0
-    from data.files import append_line, claim_file, is_json_object
-    from pipelines.run import summary, versions
+    from data.core.files import append_line, claim_file, is_json_object
+    from pipelines.training.folder import summary, versions
 
     if args.dry_run:
         print(summary(config))

@@ -15,12 +15,29 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.cli import run
-from data.files import printable
-from pipelines.config import parse
-from pipelines.latent_cache import cache_fingerprint, cache_folder, cached_clips, draws
-from pipelines.latte_settings import FLAGS, TrainLatteConfig
-from pipelines.settings import Mode, check_clip, for_inference, open_vae
+import numpy as np
+
+from data.clip import to_float
+from data.core.cli import run
+from data.core.files import printable
+from data.core.lazy import lazy
+from data.processes import Pool
+from data.progress import Progress
+from data.video import BadVideo
+from pipelines.train_latte import FLAGS, TrainLatteConfig
+from pipelines.training.config import parse
+from pipelines.training.log import console
+from pipelines.training.settings import Mode
+
+torch = lazy("torch")
+latent_files = lazy("data.latents")
+latent_writer = lazy("data.latent_writer")
+distributed = lazy("pipelines.training.distributed")
+latents = lazy("pipelines.training.latents")
+opened = lazy("pipelines.training.open")
+plan = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+start = lazy("pipelines.training.start")
 
 if TYPE_CHECKING:
     from data.dataset import VideoClips
@@ -34,13 +51,9 @@ def read_entries(
     config: TrainLatteConfig, clips: "VideoClips", entries: Iterable[int]
 ) -> Iterator[tuple[int, Any]]:
     """(entry, its pixels uint8 (T, size, size, 3), or the BadVideo that says why not), decoded ahead by `workers` processes."""
-    import numpy as np
-
-    from data.processes import Pool
-    from data.video import BadVideo
 
     def job(entry: int) -> tuple:
-        video, draw = divmod(entry, draws(config))
+        video, draw = divmod(entry, latents.draws(config))
         return clips.clip_job(
             video, np.random.default_rng((config.seed, video, draw // 2 if config.cache.flips else draw))
         )
@@ -66,13 +79,7 @@ def encode_shard(
 
     vae: on the device, as `for_inference` returns it.
     """
-    import torch
-
-    from data.clip import to_float
-    from data.latents import DTYPES
-    from data.video import BadVideo
-
-    dtype, rows, failed = DTYPES[config.cache.dtype], [], []
+    dtype, rows, failed = latent_files.DTYPES[config.cache.dtype], [], []
     batch: list[tuple[int, Any]] = []
 
     def encode() -> None:
@@ -84,7 +91,7 @@ def encode_shard(
         for m, s, (entry, _) in zip(mean, logvar, batch, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
                 raise ValueError(
-                    f"the latents of {clips.name(entry // draws(config))} are not finite: are the VAE's weights whole? "
+                    f"the latents of {clips.name(entry // latents.draws(config))} are not finite: are the VAE's weights whole? "
                     "precision=fp32 and cache.dtype=float32 reach farther; the shards before are kept"
                 )
         rows.extend((m, s, entry) for m, s, (entry, _) in zip(mean, logvar, batch, strict=True))
@@ -92,7 +99,7 @@ def encode_shard(
 
     for entry, pixels in read_entries(config, clips, entries):
         if isinstance(pixels, BadVideo):
-            name = clips.name(entry // draws(config))
+            name = clips.name(entry // latents.draws(config))
             failed.append({"entry": entry, "video": name, "reason": str(pixels)})
             log.warning("not cached: %s: %s", printable(name), pixels)
             continue
@@ -101,7 +108,9 @@ def encode_shard(
             encode()
     encode()
     videos, numbers = (
-        zip(*(divmod(entry, draws(config)) for _, _, entry in rows), strict=True) if rows else ((), ())
+        zip(*(divmod(entry, latents.draws(config)) for _, _, entry in rows), strict=True)
+        if rows
+        else ((), ())
     )
     ids = {"video": videos, "draw": numbers, "label": [clips.label(v) for v in videos]}
     moments = {"mean": [m for m, _, _ in rows], "logvar": [s for _, s, _ in rows]}
@@ -112,8 +121,6 @@ def encode_shard(
 
 def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
     """Shards that are missing, and those that lack a clip which can be read by now."""
-    from data.video import BadVideo
-
     lacking = {clip["entry"]: shard for shard, failed in writer.failures().items() for clip in failed}
     read = read_entries(config, clips, list(lacking))
     again = sorted({lacking[entry] for entry, pixels in read if not isinstance(pixels, BadVideo)})
@@ -136,25 +143,21 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
     index.json keeps them: training scales the latents of a VAE that brings no rule by them. The VAE's folder stays as it is.
     """
-    import torch
 
-    from data.latent_writer import LatentCacheWriter
-    from data.latents import LatentCache
-    from data.progress import Progress
-    from pipelines.engine import main_process_first, make_accelerator, matrix_products, same_everywhere
-
-    accelerator = make_accelerator()
+    accelerator = distributed.make_accelerator()
     main = accelerator.is_main_process
     vae, clips, fingerprint, folder = open_parts(config, accelerator)
-    with main_process_first(accelerator):
-        writer = LatentCacheWriter(folder, fingerprint, len(clips) * draws(config), config.cache.shard_size)
-    frozen = for_inference(vae, accelerator.device, config.precision)
-    todo = same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
-    log.info("%s: %d videos x %d draws", folder, len(clips), draws(config))
+    with distributed.main_process_first(accelerator):
+        writer = latent_writer.LatentCacheWriter(
+            folder, fingerprint, len(clips) * latents.draws(config), config.cache.shard_size
+        )
+    frozen = opened.for_inference(vae, accelerator.device, config.precision)
+    todo = distributed.same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
+    log.info("%s: %d videos x %d draws", folder, len(clips), latents.draws(config))
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
-    with torch.inference_mode(), matrix_products(config):
+    with torch.inference_mode(), distributed.matrix_products(config):
         with Progress(len(mine), "cache", "shard", main) as bar:
             for shard in mine:
                 if shard in again or not writer.is_written(shard):  # else another launch was quicker
@@ -171,28 +174,23 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
             )
         log.info("latent mean %s, std %s", *(_short(index["statistics"][k]) for k in ("mean", "std")))
     accelerator.wait_for_everyone()
-    return LatentCache(folder, expect=fingerprint)
+    return latent_files.LatentCache(folder, expect=fingerprint)
 
 
 def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoClips", dict[str, Any], Path]:
     """(VAE, clips, fingerprint, folder) of a cache."""
-    from pipelines.engine import main_process_first
-
-    vae = open_vae(config.vae)
-    check_clip(vae, config.clip)
-    with main_process_first(accelerator):
-        clips = cached_clips(config)
-    fingerprint = cache_fingerprint(config, vae, clips)
-    return vae, clips, fingerprint, cache_folder(config, fingerprint)
+    vae = opened.open_vae(config.vae)
+    opened.check_clip(vae, config.clip)
+    with distributed.main_process_first(accelerator):
+        clips = latents.cached_clips(config)
+    fingerprint = latents.cache_fingerprint(config, vae, clips)
+    return vae, clips, fingerprint, latents.cache_folder(config, fingerprint)
 
 
 def verify_cache(config: TrainLatteConfig) -> int:
     """Check every byte of a cache and that each clip is there once; prints the summary, returns how many shards are bad."""
-    from data.latents import LatentCache
-    from pipelines.engine import make_accelerator
-
-    _, _, fingerprint, folder = open_parts(config, make_accelerator())
-    cache = LatentCache(folder, expect=fingerprint)
+    _, _, fingerprint, folder = open_parts(config, distributed.make_accelerator())
+    cache = latent_files.LatentCache(folder, expect=fingerprint)
     damage = list(cache.verify())
     print("\n".join(damage), end="\n" if damage else "")
     print(
@@ -212,24 +210,17 @@ def main(argv: list[str] | None = None) -> int:
         TrainLatteConfig, argv, "cache_latents", __doc__, FLAGS, {"--verify": verify}, planned=True
     )
     if args.plan:
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("cache_latents", config, args.card))
+        print(plan.plan_text("cache_latents", programs.cache, config, args.card))
         return 0
-    from pipelines.log import console
-
     console()
     if args.dry_run:
-        from pipelines.latte_trainer import plan
-
-        print(plan(config))
-        return 0
-    if config.mode is Mode.online:
+        print(start.describe_latte_run(config))
+    elif config.mode is Mode.online:
         log.info("mode=online: nothing to cache")
-        return 0
-    if args.verify:
+    elif args.verify:
         return 1 if verify_cache(config) else 0
-    build_cache(config)
+    else:
+        build_cache(config)
     return 0
 
 

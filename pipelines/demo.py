@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from data.files import claim_folder
+from data.core.cli import run
+from data.core.files import claim_folder
 from data.video import list_videos
-from pipelines.config import load
-from pipelines.run import ROOT, versions
+from pipelines.training.config import load
+from pipelines.training.folder import ROOT, versions
 
 log = logging.getLogger(__name__)
-NUM_VIDEOS = 32  # generated; the page shows the first SHOWN
+NUM_VIDEOS = 24  # generated and scored; the page shows the first SHOWN
 NUM_SHORT = 4  # scored by --short, which judges nothing
 SHOWN = 16
 PAGE_WIDTH = 1064  # pixels
@@ -76,9 +76,9 @@ def loss_settings(run_dir: Path) -> list[str]:
 
 def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Settings of the image VAE, stage one, stage two and sampling: the demo's files, the data, the output folder."""
-    from pipelines.latte_settings import TrainLatteConfig
     from pipelines.sample import SampleConfig
-    from pipelines.vae_settings import TrainVAEConfig
+    from pipelines.train_latte import TrainLatteConfig
+    from pipelines.train_vae import TrainVAEConfig
 
     def settings(kind: type, file: str, *words: str) -> Any:
         return load(kind, ROOT / "configs" / file, [*words, f"seed={args.seed}"])
@@ -107,9 +107,9 @@ def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: float) -> None:
     """report.html of the run folders of both stages."""
-    from pipelines.log import read_metrics
     from pipelines.media import grid
     from pipelines.report import Section, clip_figure, curve_figure, series_of, write_report
+    from pipelines.training.log import read_metrics
 
     one, two, names = read_metrics(stage_one), read_metrics(stage_two), outcome.class_names
     labelled = f"classes in turn: {', '.join(names)}; " if names else ""
@@ -143,11 +143,11 @@ def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: fl
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from pipelines import latte_trainer, vae_trainer
+    from pipelines import train_latte, train_vae
     from pipelines.cache_latents import build_cache
     from pipelines.demo_scores import judge
-    from pipelines.log import console
     from pipelines.sample import sample
+    from pipelines.training.log import console
 
     console()
     fetch_judges()
@@ -155,10 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     num = NUM_SHORT if args.short else NUM_VIDEOS
     parts = [
-        ("an image VAE, in the place of SD2.1-VAE", lambda: vae_trainer.train(image)),
-        ("stage one: OD-VAE from it by tail initialization", lambda: vae_trainer.train(vae)),
+        ("an image VAE, in the place of SD2.1-VAE", lambda: train_vae.train(image)),
+        ("stage one: OD-VAE from it by tail initialization", lambda: train_vae.train(vae)),
         ("cache latents", lambda: build_cache(latte)),
-        ("stage two: train Latte", lambda: latte_trainer.train(latte)),
+        ("stage two: train Latte", lambda: train_latte.train(latte)),
         (f"generate {NUM_VIDEOS} videos", lambda: sample(samples)),
         ("score and report", lambda: judge(vae, latte, samples, num, args.short)),
     ]

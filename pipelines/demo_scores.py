@@ -1,7 +1,7 @@
 """What the demo says of its own models: the checks that learning is visible, scores, speeds, and the clips to show."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from eval.fvd import score as judge_features
 from eval.protocol import Protocol
 from eval.weight_files import WEIGHT_FILES
 from eval.weights import find_weights, open_weights
-from pipelines.engine import draw_seed
-from pipelines.log import read_metrics
 from pipelines.sample import file_name
-from pipelines.settings import open_clips
-from pipelines.vae_start import build_vae_model
-from pipelines.vae_trainer import validate
+from pipelines.train_vae import evaluate
+from pipelines.training.distributed import draw_seed
+from pipelines.training.log import read_metrics
+from pipelines.training.open import open_clips
+from pipelines.training.start import build_vae_model
 from pipelines.video_pipeline import LatentVideoPipeline
 from vae import load_vae
 
@@ -140,15 +140,15 @@ def judge(stage_one: Any, latte: Any, samples: Any, num: int, short: bool) -> Ou
     """
     vae = load_vae("odvae", latte.vae.path)
     network, weights = load_lpips() if weights_of("alexnet") else (None, None)
-    still = stage_one.clip.spec(position="center")
+    still = replace(stage_one.clip, position="center")
     held_out = open_clips(stage_one.source, still, 0, held_out=True)
     torch.manual_seed(stage_one.seed)
     where = held_out, stage_one.val_videos, torch.device("cpu")
-    before = validate(build_vae_model(stage_one), *where)[0]["val/psnr"]
-    after, picture = validate(vae, *where, network)
+    before = evaluate(build_vae_model(stage_one), *where)[0]["val/psnr"]
+    after, picture = evaluate(vae, *where, network)
     tail = next(r["val/psnr"] for r in read_metrics(Path(stage_one.run_dir)) if "val/psnr" in r)
 
-    clips = open_clips(latte.source, latte.clip.spec(), latte.seed)
+    clips = open_clips(latte.source, latte.clip, latte.seed)
     numbers = np.arange(min(max(num, len(clips)), 2 * num)) % len(clips)
     rng = np.random.default_rng(latte.seed)
     real = [clips.clip_uint8(i, rng) for i in numbers]

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from data.files import read_json
+from data.core.cli import run
+from data.core.files import read_json
 
 log = logging.getLogger(__name__)
 INDEX = "shared.json"  # names and digests of all files that this program has written
@@ -88,7 +88,7 @@ def load(kind: str, folder: Path) -> Any:
 
 def check_out(out: Path, inputs: Sequence[Path]) -> None:
     """Refuses a folder with anything in it that this program did not write, and one that holds an input."""
-    from data.files import sha256_of
+    from data.core.files import sha256_of
 
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
@@ -139,7 +139,7 @@ def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]
 
 def check_samples(samples: Path | None, kind: str, model: Any) -> None:
     """Refuses videos whose manifest names other weights than those to export."""
-    from pipelines.settings import weights_digest
+    from pipelines.training.open import weights_digest
 
     manifest = samples / "manifest.json" if samples else None
     if kind != "pipeline" or manifest is None or not manifest.is_file():
@@ -168,7 +168,7 @@ def write_videos(found: list[tuple[Path, str]], folder: Path) -> None:
 
 def write_records(paths: Sequence[Path], folder: Path) -> None:
     """The records, without the folders of this machine."""
-    from data.files import write_atomic
+    from data.core.files import write_atomic
     from pipelines.model_card import public
 
     for path in paths:
@@ -179,7 +179,7 @@ def write_records(paths: Sequence[Path], folder: Path) -> None:
 
 def forget_origin(folder: Path) -> None:
     """diffusers writes into each config from which folder of this machine it came; that is nobody's business."""
-    from data.files import write_json
+    from data.core.files import write_json
 
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text())
@@ -188,12 +188,12 @@ def forget_origin(folder: Path) -> None:
 
 def export(args: argparse.Namespace) -> Path:
     """Write the folder, as a whole; returns it."""
-    from data.files import sha256_of, write_atomic, write_json
-    from pipelines.checkpoints import replace_folder
+    from data.core.files import sha256_of, write_atomic, write_json
     from pipelines.model_card import Card, read_scores, render, training_score
     from pipelines.read_run import read_run
-    from pipelines.run import versions
-    from pipelines.settings import weights_digest
+    from pipelines.training.checkpoints import replace_folder
+    from pipelines.training.folder import versions
+    from pipelines.training.open import weights_digest
 
     kind, folder, owner = find_model(args.model)
     samples = [args.samples] if args.samples else []
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.public and not args.push:
         raise ValueError("--public: only with --push REPO")
-    from pipelines.log import console
+    from pipelines.training.log import console
 
     console()
     if args.push:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
+from data.core.cli import run
 
 GIB = 2**30
 Result = dict[str, Any]
@@ -334,13 +334,14 @@ def _train_vae(s: Session, row: str, repeats: int = 3) -> Result:
     """Each phase of stage one: seconds, peak; and the rehearsal's peak, which should be the largest of them."""
     import torch
 
-    from pipelines.engine import make_accelerator
     from pipelines.plan.programs import stage_one_parts
+    from pipelines.train_vae import VAETrainer
+    from pipelines.training.distributed import make_accelerator
 
     config = _config(s, row)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
-    trainer, batches, phases = stage_one_parts(config, accelerator, s.device)
+    trainer, batches, phases = stage_one_parts(VAETrainer, config, accelerator, s.device)
     one = next(batches)
     found: Result = {"rehearsal": measure(s, trainer.rehearse, 1, 0)}
     for at, _ in phases.values():  # every optimizer has its state before the first is measured
@@ -368,15 +369,16 @@ def stage_one(s: Session) -> Result:
 @check(10)
 def stage_one_too_large(s: Session) -> Result:
     """Clips that no card holds: one clear line from the rehearsal."""
-    from pipelines.engine import make_accelerator
     from pipelines.plan.programs import stage_one_parts
     from pipelines.plan.tasks import ROWS
+    from pipelines.train_vae import VAETrainer
+    from pipelines.training.distributed import make_accelerator
 
     if not s.cuda or s.tiny:
         return {"skipped": "needs a GPU"}
     config = ROWS[0].config(("micro_batch=4", "global_batch=4"))
     with _cleared(s):
-        trainer, _, _ = stage_one_parts(config, make_accelerator(config), s.device)
+        trainer, _, _ = stage_one_parts(VAETrainer, config, make_accelerator(config), s.device)
         try:
             trainer.rehearse()
         except ValueError as error:
@@ -406,13 +408,14 @@ def _each_row(s: Session, program: str, measured: Callable[[Session, str], Resul
 def _train_latte(s: Session, row: str, repeats: int = 5) -> Result:
     import torch
 
-    from pipelines.engine import make_accelerator, matrix_products
     from pipelines.plan.programs import stage_two_parts
+    from pipelines.train_latte import LatteTrainer
+    from pipelines.training.distributed import make_accelerator, matrix_products
 
     config = _config(s, row)
     accelerator = make_accelerator(config)
     torch.manual_seed(0)
-    trainer, batches, _vae = stage_two_parts(config, accelerator, s.device)
+    trainer, batches, _vae = stage_two_parts(LatteTrainer, config, accelerator, s.device)
     one = next(batches)
     with matrix_products(config):
         found = measure(s, lambda: trainer.train_step(iter([one])), repeats, 2)
@@ -475,7 +478,8 @@ def sampling(s: Session) -> Result:
 
     from denoiser.latte import Latte
     from denoiser.sampling import cfg_forward
-    from pipelines.settings import Precision, for_inference
+    from pipelines.training.open import for_inference
+    from pipelines.training.settings import Precision
     from pipelines.video_pipeline import LatentVideoPipeline
 
     torch.manual_seed(0)

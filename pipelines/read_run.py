@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints import Checkpoints
-from pipelines.log import read_metrics
-from pipelines.run import flatten_yaml
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.folder import flatten_yaml
+from pipelines.training.log import read_metrics
 
 TRAINERS = ("train_vae", "train_latte")
 
@@ -62,7 +62,7 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: str | Path) -> Run:
     """The run in `folder`. Raises ValueError when it is none."""
-    from pipelines.config import read_yaml
+    from pipelines.training.config import read_yaml
 
     folder = Path(folder)
     if not is_run(folder):

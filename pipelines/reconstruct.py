@@ -11,13 +11,33 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from pipelines.config import option, parse
-from pipelines.settings import ClipConfig, SourceConfig, VAEConfig, tile_time
+import numpy as np
+
+from data.clip import ClipSpec, crop_resize_uint8, to_float, to_uint8
+from data.core.cli import run
+from data.core.files import claim_folder, read_json, write_atomic, write_json
+from data.core.lazy import lazy
+from data.core.option import option
+from data.encode import write_mp4
+from data.progress import Progress
+from data.video import iterate_frames
+from eval.weights import score_name, weights_line
+from pipelines.media import comparison
+from pipelines.training.config import parse
+from pipelines.training.folder import refuse_in_data, summary, versions
+from pipelines.training.log import console
+from pipelines.training.settings import SourceConfig, VAEConfig
+
+torch = lazy("torch")
+accelerate = lazy("accelerate")
+distributed = lazy("pipelines.training.distributed")
+fidelity = lazy("eval.fidelity")
+opened = lazy("pipelines.training.open")
+vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
 STREAM_CHUNK = 8  # frames handed to the encoder at once; the result does not depend on it
@@ -27,7 +47,7 @@ STREAM_CHUNK = 8  # frames handed to the encoder at once; the result does not de
 class ReconstructConfig:
     vae: VAEConfig = option(VAEConfig, "")
     source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
-    clip: ClipConfig = option(lambda: ClipConfig(position="center"), "")
+    clip: ClipSpec = option(lambda: ClipSpec(position="center"), "")
     out: str = option("runs/reconstruct", "folder of videos.jsonl, summary.json and the side-by-side videos")
     num_videos: int = option(0, "first so many videos; 0: all")
     stream: bool = option(
@@ -43,12 +63,10 @@ class ReconstructConfig:
 
 def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
     """Per-frame scores of two uint8 videos (T, H, W, 3). lpips: the name that the network's distance may have."""
-    from eval.fidelity import lpips_distance, psnr, ssim
-
     pairs = [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
-    scores = {"psnr": [psnr(*p) for p in pairs], "ssim": [ssim(*p) for p in pairs]}
+    scores = {"psnr": [fidelity.psnr(*p) for p in pairs], "ssim": [fidelity.ssim(*p) for p in pairs]}
     if network is not None:
-        scores[lpips] = [lpips_distance(*p, network) for p in pairs]
+        scores[lpips] = [fidelity.lpips_distance(*p, network) for p in pairs]
     return scores
 
 
@@ -56,11 +74,6 @@ def clip_pairs(
     config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
 ) -> Iterator[tuple[Any, Any]]:
     """One (original, reconstruction) of the clip of a video."""
-    import numpy as np
-    import torch
-
-    from data.clip import to_float, to_uint8
-
     original = clips.clip_uint8(index, np.random.default_rng((config.seed, index)))
     x = to_float(original)[None].to(device)
     if config.stream:
@@ -75,11 +88,6 @@ def stream_pairs(
     config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
 ) -> Iterator[tuple[Any, Any]]:
     """(original, reconstruction) of a few frames at a time; up to three last frames are left out to make T = 4k + 1."""
-    import numpy as np
-
-    from data.clip import crop_resize_uint8, to_float, to_uint8
-    from data.video import iterate_frames
-
     clip = clips.videos[index]
     total = (clip.record.num_frames - 1) // 4 * 4 + 1
     waiting: list[Any] = []
@@ -100,38 +108,23 @@ def stream_pairs(
 
 def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """Measure; returns the summary. Any number of processes gives the same records."""
-    import numpy as np
-    import torch
-    from accelerate.utils import gather_object
-
-    from data.encode import write_mp4
-    from data.files import claim_folder, write_atomic, write_json
-    from data.progress import Progress
-    from eval.fidelity import load_lpips
-    from eval.weights import score_name
-    from pipelines.engine import make_accelerator
-    from pipelines.media import comparison
-    from pipelines.run import refuse_in_data, versions
-    from pipelines.settings import check_clip, open_clips, weights_digest
-    from vae import load_vae
-
-    accelerator = make_accelerator()
-    vae = load_vae(config.vae.name, config.vae.path or None).requires_grad_(False).to(accelerator.device)
+    accelerator = distributed.make_accelerator()
+    vae = vaes.load_vae(config.vae.name, config.vae.path or None).requires_grad_(False).to(accelerator.device)
     prepare(config, vae)
     network, judge = (
-        load_lpips(config.lpips_weights or None, accelerator.device) if config.lpips else (None, None)
+        fidelity.load_lpips(config.lpips_weights or None, accelerator.device)
+        if config.lpips
+        else (None, None)
     )
     lpips = score_name("lpips", judge.as_dict() if judge else None)
     whole = config.stream and config.whole
     if not whole:
-        check_clip(vae, config.clip)
+        opened.check_clip(vae, config.clip)
     spec = (
-        config.clip.spec(num_frames=1, short="loop", crop="center", flip=False)
-        if whole
-        else config.clip.spec()
+        replace(config.clip, num_frames=1, short="loop", crop="center", flip=False) if whole else config.clip
     )
     with accelerator.main_process_first():
-        clips = open_clips(config.source, spec, config.seed, config.held_out)
+        clips = opened.open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     out = Path(config.out)
     refuse_in_data(out, "out", config.source)
@@ -158,7 +151,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         bar.update()
     bar.close()
     if accelerator.num_processes > 1:
-        records = gather_object(records)
+        records = accelerate.utils.gather_object(records)
     records.sort(key=lambda r: r["index"])
     names = [n for n in ("psnr", "ssim", lpips) if n in records[0]]
     summary = {
@@ -166,7 +159,10 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         "videos": len(records),
         **{n: float(np.mean([r[n] for r in records])) for n in names},
     }
-    summary |= {"params": sum(p.numel() for p in vae.parameters()), "weights_sha256": weights_digest(vae)}
+    summary |= {
+        "params": sum(p.numel() for p in vae.parameters()),
+        "weights_sha256": opened.weights_digest(vae),
+    }
     summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
     summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
     summary |= {"lpips_weights": judge.as_dict()} if judge else {}
@@ -179,8 +175,6 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
 
 def is_summary(file: Path) -> bool:
     """Whether it is the summary of a run of before there was a mark."""
-    from data.files import read_json
-
     try:
         return bool(read_json(file, "weights_sha256", "settings"))
     except (OSError, ValueError):
@@ -189,23 +183,19 @@ def is_summary(file: Path) -> bool:
 
 def prepare(config: ReconstructConfig, vae: Any) -> None:
     """Tiling and padding as asked for; refuses what the VAE does not have and frames too small for LPIPS."""
-    from eval.fidelity import check_lpips_size
-
     if config.lpips:
-        check_lpips_size(config.clip.size, config.clip.size)
+        fidelity.check_lpips_size(config.clip.size, config.clip.size)
     if config.stream and config.vae.name != "odvae":
         raise ValueError(f"vae.name={config.vae.name}: stream=true is for odvae")
     if config.stream and config.vae.tiling_frames:
         raise ValueError("stream=true is exact and needs no vae.tiling_frames; choose one")
-    tile_time(vae, config.vae.tiling_frames, "vae.tiling_frames")
+    opened.tile_time(vae, config.vae.tiling_frames, "vae.tiling_frames")
     if vae.frame_rule == "4n" and not config.stream:
         vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
 
 
 def lpips_of(summary: dict[str, Any]) -> tuple[str, float | None]:
     """LPIPS of a summary.json under the name it may have, None when it was not measured."""
-    from eval.weights import score_name
-
     weights = summary.get("lpips_weights")
     key = score_name("lpips", weights)  # older records have the plain key for random weights too
     return score_name("LPIPS", weights), summary.get(key, summary.get("lpips"))
@@ -236,28 +226,17 @@ def main(argv: list[str] | None = None) -> int:
         "stream=true" if word == "--stream" else word for word in (sys.argv[1:] if argv is None else argv)
     ]
     config, args = parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
-    from pipelines.log import console
-
     console()
     if args.dry_run:
-        from pipelines.run import summary
-
         print(summary(config))
         if config.lpips:
-            from eval.weights import weights_line
-
             print(f"\nLPIPS (alex): {weights_line('alexnet', config.lpips_weights or None)}")
         return 0
     found = reconstruct(config)
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
+    if accelerate.PartialState().is_main_process:
         print(row(found))
     return 0
 
 
 if __name__ == "__main__":
-    # Under its own name, for other modules import these classes from there: in __main__ they would be other classes.
-    from pipelines.reconstruct import main as program
-
-    run(program)
+    run(main)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from data.core.files import write_atomic
 from data.encode import encode_webp
-from data.files import write_atomic
 from data.video import probe
 from pipelines.read_run import is_number
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from data.cli import run
+from data.core.cli import run
 from pipelines.read_run import Run, is_number, read_run
 
 TITLES = {

@@ -8,16 +8,64 @@ number of processes (to rounding). The same command again makes only what is mis
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
-from data.files import read_json
-from pipelines.config import parse
-from pipelines.sample_settings import SampleConfig
+from data.clip import to_uint8
+from data.core.cli import run
+from data.core.files import read_json, remove_leftovers, sha256_of, write_json
+from data.core.lazy import lazy
+from data.core.option import option
+from data.encode import write_ffv1, write_mp4
+from data.progress import Progress
+from data.video import read_frames
+from pipelines.media import grid
+from pipelines.training.config import parse
+from pipelines.training.folder import summary, versions
+from pipelines.training.log import console
+from pipelines.training.settings import Precision, check_groups
+
+torch = lazy("torch")
+latte = lazy("denoiser.latte")
+distributed = lazy("pipelines.training.distributed")
+opened = lazy("pipelines.training.open")
+plan = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+video_pipeline = lazy("pipelines.video_pipeline")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class SampleConfig:
+    pipeline: str = option("runs/latte/pipeline", "folder of a LatentVideoPipeline")
+    transformer: str = option("", "other denoiser weights, e.g. a checkpoint's latte or latte_ema folder")
+    out: str = option("", "folder of the videos; empty: <pipeline>/../samples")
+    num_videos: int = option(2048, "how many; more later adds to the same folder")
+    batch: int = option(4, "videos denoised at once")
+    seed: int = option(0, "video i draws from (seed, i)")
+    sampler: str = option("ddpm", "ddpm|ddim|ddim_upstream")
+    num_steps: int = option(250, "sampling steps")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance; 1 turns it off (Latte evaluates UCF101 with 7)"
+    )
+    labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
+    precision: Precision = option(Precision.fp32, "of the denoiser and decoder: fp32|tf32|bf16")
+    tiling_frames: int = option(
+        0, "decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+    )
+    fps: float = option(8.0, "frames per second written into the files")
+
+    def __post_init__(self):
+        for name in ("num_videos", "batch", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_groups(self.tiling_frames, "tiling_frames")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) if self.out else Path(self.pipeline).parent / "samples"
 
 
 def file_name(index: int) -> str:
@@ -29,9 +77,6 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
 
     made_by: digests of denoiser and VAE, and what else of them decides the videos.
     """
-    from data.files import remove_leftovers, write_json
-    from pipelines.run import versions
-
     decisive = {
         k: v
         for k, v in asdict(config).items()
@@ -72,9 +117,6 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
 
 def load_pipeline(config: SampleConfig, device: Any) -> Any:
     """The pipeline in eval mode on the device."""
-    from denoiser.latte import Latte
-    from pipelines.video_pipeline import LatentVideoPipeline
-
     for folder, kind, marker in (
         (config.pipeline, "pipeline", "model_index.json"),
         (config.transformer, "transformer", "config.json"),
@@ -84,8 +126,8 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
         wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
         if folder and read_json(Path(folder) / marker).get("_class_name") != wanted:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
-    parts = {"transformer": Latte.from_pretrained(config.transformer)} if config.transformer else {}
-    pipe = LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
+    parts = {"transformer": latte.Latte.from_pretrained(config.transformer)} if config.transformer else {}
+    pipe = video_pipeline.LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
     pipe.vae.eval()
     pipe.transformer.eval()
     return pipe
@@ -93,26 +135,21 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
 
 def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
-    import torch
-
-    from data.clip import to_uint8
-    from data.encode import write_ffv1, write_mp4
-    from data.files import sha256_of, write_json
-    from data.progress import Progress
-    from data.video import read_frames
-    from pipelines.engine import autocast, draw_seed, make_accelerator, matrix_products
-    from pipelines.media import grid
-    from pipelines.settings import for_inference, normalization, tile_time, weights_digest
-
-    accelerator = make_accelerator()
+    accelerator = distributed.make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
-    tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
+    opened.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
     if accelerator.is_main_process:
-        made_by = {"weights_sha256": weights_digest(pipe.transformer), "vae_sha256": weights_digest(pipe.vae)}
-        made_by |= {"normalization": normalization(pipe.vae), "class_names": list(pipe.config.class_names)}
+        made_by = {
+            "weights_sha256": opened.weights_digest(pipe.transformer),
+            "vae_sha256": opened.weights_digest(pipe.vae),
+        }
+        made_by |= {
+            "normalization": opened.normalization(pipe.vae),
+            "class_names": list(pipe.config.class_names),
+        }
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
-    pipe.vae = for_inference(pipe.vae, accelerator.device, config.precision)
+    pipe.vae = opened.for_inference(pipe.vae, accelerator.device, config.precision)
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def made(index: int) -> bool:
@@ -134,11 +171,15 @@ def sample(config: SampleConfig) -> Path:
                 if classes
                 else None
             )
-            with torch.inference_mode(), autocast(accelerator, config), matrix_products(config):
+            with (
+                torch.inference_mode(),
+                distributed.autocast(accelerator, config),
+                distributed.matrix_products(config),
+            ):
                 result = pipe(
                     labels=labels,
                     num_videos=len(batch),
-                    seeds=[draw_seed(config.seed, i) for i in batch],
+                    seeds=[distributed.draw_seed(config.seed, i) for i in batch],
                     sampler=config.sampler,
                     num_steps=config.num_steps,
                     guidance_scale=config.guidance_scale,
@@ -171,24 +212,14 @@ def sample(config: SampleConfig) -> Path:
 def main(argv: list[str] | None = None) -> int:
     config, args = parse(SampleConfig, argv, "sample", __doc__, planned=True)
     if args.plan:
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("sample", config, args.card))
-        return 0
-    from pipelines.log import console
-
-    console()
-    if args.dry_run:
-        from pipelines.run import summary
-
+        print(plan.plan_text("sample", programs.sample, config, args.card))
+    elif args.dry_run:
         print(f"{summary(config)}\n\n{config.num_videos} videos to {config.folder}")
-        return 0
-    sample(config)
+    else:
+        console()
+        sample(config)
     return 0
 
 
 if __name__ == "__main__":
-    # Under its own name, for other modules import these classes from there: in __main__ they would be other classes.
-    from pipelines.sample import main as program
-
-    run(program)
+    run(main)

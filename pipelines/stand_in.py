@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.cli import run
+from data.core.cli import run
 from vae.registry import list_vaes
 
 
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         random_vae(args.name, temporary, args.seed, dict(map(setting, args.settings)))
     else:
         demo_videos(temporary, args.count, args.size, args.num_frames, args.classes)
-    from data.files import write_json
-    from pipelines.run import versions
+    from data.core.files import write_json
+    from pipelines.training.folder import versions
 
     made = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(temporary / "stand_in.json", {**made, "versions": versions()})

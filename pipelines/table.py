@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.cli import run
+from data.core.cli import run
 
 if TYPE_CHECKING:
     from pipelines.tables.run import Desk
@@ -108,11 +108,11 @@ def main(argv: list[str] | None = None) -> int:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return 0
     from eval.weights import weights_folder
-    from pipelines.log import console
     from pipelines.tables.plan import load_table
     from pipelines.tables.render import render
     from pipelines.tables.run import Desk, run_table
     from pipelines.tables.spec import Places
+    from pipelines.training.log import console
 
     console()
     weights = args.weights_dir or weights_folder()

@@ -5,30 +5,384 @@
 
 Both programs read the same settings. The same command again resumes. Several GPUs and DeepSpeed:
 accelerate launch --config_file configs/accelerate/FILE.yaml -m pipelines.train_latte ...
+
+From top to bottom: settings, networks, loss, one step, the loop, preparation, command line.
 """
 
-from data.cli import run
-from pipelines.config import parse
-from pipelines.latte_settings import FLAGS, TrainLatteConfig
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.clip import ClipSpec, to_uint8
+from data.core.cli import run as run_program
+from data.core.lazy import lazy
+from data.core.option import option
+from pipelines.training import folder as run_folder
+from pipelines.training.config import at_least, parse
+from pipelines.training.log import console
+from pipelines.training.settings import CacheType, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
+from pipelines.training.trainer import Trainer
+
+torch = lazy("torch")
+timm = lazy("timm.utils.model_ema")
+safetensors = lazy("safetensors.torch")
+diffusion = lazy("denoiser.diffusion")
+distributed = lazy("pipelines.training.distributed")
+latents = lazy("pipelines.training.latents")
+media = lazy("pipelines.media")
+opened = lazy("pipelines.training.open")
+plan = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+start = lazy("pipelines.training.start")
+training = lazy("pipelines.training.run")
+video_pipeline = lazy("pipelines.video_pipeline")
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from denoiser.latte import Latte
+    from pipelines.training.run import TrainingRun
+
+log = logging.getLogger(__name__)
+BUCKETS = 4  # of timesteps, whose losses are logged separately
+FLAGS = {"--vae": "vae.name", "--vae-path": "vae.path", "--data": "source.root", "--dataset": "source.name"}
+
+
+# ---- settings --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DenoiserConfig:
+    size: str = option("XL/2", "Latte size S|B|L|XL / patch 2|4|8, or custom: the four numbers below")
+    depth: int = option(0, "size=custom: blocks, spatial and temporal in turn")
+    hidden_size: int = option(0, "size=custom: width")
+    num_heads: int = option(0, "size=custom: attention heads")
+    patch_size: int = option(0, "size=custom: latent pixels of a token's side")
+    init_from: str = option(
+        "",
+        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made anew",
+    )
+    label_dropout: float = option(0.1, "how often training hides the class, for classifier-free guidance")
+
+
+@dataclass
+class CacheConfig:
+    dir: str = option("", "folder; empty: runs/cache/<source>-<vae>-<fingerprint>", free=True)
+    crops: int = option(4, "clips drawn of each video")
+    num_videos: int = option(0, "only the first so many videos, to time a training; 0: all")
+    flips: bool = option(False, "store each clip mirrored too (encoded from mirrored pixels)")
+    dtype: CacheType = option(CacheType.float32, "of the stored moments")
+    shard_size: int = option(256, "clips of a shard")
+    batch: int = option(1, "clips encoded at once", free=True)
+
+
+@dataclass
+class SamplesConfig:
+    every: int = option(10_000, "steps between two grids of EMA samples; 0: none", free=True)
+    num_videos: int = option(9, "videos of a grid, always the same noise and classes", free=True)
+    steps: int = option(50, "sampling steps", free=True)
+    guidance_scale: float = option(1.0, "classifier-free guidance", free=True)
+
+
+@dataclass
+class TrainLatteConfig:
+    run_dir: str = option("runs/latte", "folder of this run", free=True)
+    seed: int = option(0, "of initialization, data order, crops, noise and timesteps")
+    steps: int = option(200_000, "optimizer steps", free=True)
+    mode: Mode = option(
+        Mode.cached, "cached latents, or online: the VAE encodes in every step (the paper's TSpeed)"
+    )
+    global_batch: int = option(8, "clips per step, over all processes")
+    micro_batch: int = option(1, "clips a process holds at once; accumulation follows", free=True)
+    learning_rate: float = option(1e-4, "AdamW, constant")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "of AdamW")
+    grad_clip: float = option(0.1, "largest gradient norm of an update; 0: not clipped")
+    clip_start: int = option(
+        0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
+    )
+    ema_decay: float = option(0.9999, "of the averaged weights, which are what samples")
+    precision: Precision = option(
+        Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, about a third more time", free=True
+    )
+    max_skipped: int = option(10, "steps with a non-finite gradient in a row before the run stops")
+    denoiser: DenoiserConfig = option(DenoiserConfig, "")
+    vae: VAEConfig = option(VAEConfig, "")
+    cache: CacheConfig = option(CacheConfig, "")
+    source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
+    clip: ClipSpec = option(lambda: ClipSpec(num_frames=81), "")
+    samples: SamplesConfig = option(SamplesConfig, "")
+    resume: ResumeConfig = option(ResumeConfig, "")
+    workers: int = option(4, "loader processes", free=True)
+    log_every: int = option(50, "steps between two records", free=True)
+    save_every: int = option(10_000, "steps between two checkpoints", free=True)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
+
+    def __post_init__(self):
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "save_every", "max_skipped")
+        at_least(self, 1, "cache.crops", "cache.shard_size", "cache.batch", "samples.num_videos")
+        at_least(
+            self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay", "workers", "weight_decay"
+        )
+        at_least(self, 0, "samples.every", "source.val_fraction", "cache.num_videos")
+        if self.ema_decay >= 1 or self.source.val_fraction >= 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.mode is Mode.cached and self.clip.flip:
+            raise ValueError(
+                "clip.flip=true draws anew in every step; with a cache say cache.flips=true, or mode=online"
+            )
+        if not 0 <= self.denoiser.label_dropout < 1:
+            raise ValueError(f"denoiser.label_dropout={self.denoiser.label_dropout}: must be in [0, 1)")
+        if self.cache.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"cache.dtype={self.cache.dtype!r}: float32, float16 or bfloat16")
+
+
+# ---- network and optimizer -------------------------------------------------------------------------------
+
+
+class LatteTrainer(Trainer):
+    """The denoiser and its optimizer, and what one step does with them.
+
+    vae: frozen, for its scaling of latents. encode: an OnlineLatents, or None when batches hold cached latents.
+    """
+
+    must_not_change = ("vae", "class_names", "normalization")
+
+    def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: "Latte", vae: Any, encode: Any):
+        super().__init__(config, accelerator)
+        self.latte, self.vae, self.encode = latte, vae, encode
+        self.ema = timm.ModelEmaV3(latte, decay=config.ema_decay)
+        if config.gradient_checkpointing:
+            latte.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            latte.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = accelerator.prepare(latte, optimizer)
+        self.model.train()
+        self.ema.to(accelerator.device)
+        self.diffusion = diffusion.GaussianDiffusion()
+
+    # ---- loss --------------------------------------------------------------------------------------------
+
+    def draw(self, batch: dict[str, "Tensor"], mean: "Tensor", logvar: "Tensor") -> dict[str, "Tensor"]:
+        """Draw what is random in a step, each sample from its own generator.
+
+        mean, logvar: (B, C, t, h, w) of the posterior. Returns scaled latents x0 and noise (B, C, t, h, w), timesteps
+        t (B,), and drop (B,): whose label is hidden, for classifier-free guidance.
+        """
+        shape, dropout = mean.shape[1:], self.config.denoiser.label_dropout
+        samples = [
+            {
+                "posterior": torch.randn(shape, generator=generator),
+                "noise": torch.randn(shape, generator=generator),
+                "t": torch.randint(diffusion.NUM_TRAIN_STEPS, (), generator=generator),
+                "drop": torch.rand((), generator=generator) < dropout,
+            }
+            for generator in distributed.generators(self.config.seed, batch["number"])
+        ]
+        drawn = {k: distributed.send(torch.stack([s[k] for s in samples]), mean.device) for k in samples[0]}
+        z = mean + torch.exp(0.5 * logvar) * drawn.pop("posterior")
+        return drawn | {"x0": self.vae.normalize(z)}
+
+    def loss(self, batch: dict[str, "Tensor"]) -> tuple["Tensor", dict[str, Any]]:
+        """(mean loss of a micro-batch, terms to log), the terms also per quarter of the timesteps."""
+        # Latents: the posterior of each clip, from the cache or from the VAE.
+        device = self.accelerator.device
+        if self.encode is None:
+            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+        else:
+            mean, logvar = self.encode(batch)
+
+        # Noise: x_t of the forward process (DDPM, Eq. 4).
+        drawn = self.draw(batch, mean, logvar)
+        t = drawn["t"]
+        x_t = self.diffusion.q_sample(drawn["x0"], drawn["noise"], t)
+
+        # Prediction of the noise and its variance; error of the noise plus the variational bound.
+        labels = {}
+        if self.latte.config.num_classes is not None:
+            labels = {"y": batch["label"].to(device, non_blocking=True), "force_drop": drawn["drop"]}
+        with distributed.autocast(self.accelerator, self.config):
+            output = self.model(x_t, t, **labels).sample
+        terms = self.diffusion.training_loss(output, drawn["x0"], drawn["noise"], t)
+
+        logged = {name if name == "loss" else f"loss/{name}": v.mean() for name, v in terms.items()}
+        bucket = t * BUCKETS // diffusion.NUM_TRAIN_STEPS
+        for b in range(BUCKETS):
+            logged[f"loss_at_t/{b}_of_{BUCKETS}"] = terms["mse"], bucket == b
+        return terms["loss"].mean(), logged
+
+    # ---- one step, and the loop --------------------------------------------------------------------------
+
+    def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
+        """Make one optimizer step."""
+        config, accelerator = self.config, self.accelerator
+        self.set_learning_rate(self.optimizer)
+        largest = config.grad_clip if self.step >= config.clip_start else 0.0
+        if distributed.uses_deepspeed(accelerator):
+            self.model.optimizer.clip_grad = largest  # DeepSpeed clips inside its own step
+
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(self.model):
+                # Batch, loss and backward.
+                loss, logged = self.loss(next(batches))
+                accelerator.backward(distributed.finite_or_nan(loss))
+                self.note(logged)
+                # Update after the last micro-batch, skipped on the device if a gradient is not finite.
+                if accelerator.sync_gradients:
+                    finite = self.update(self.model, self.optimizer, largest, "grad_norm")
+
+        # Moving average, which is what samples.
+        with distributed.whole_weights(self.latte):
+            self.update_ema(self.latte, finite)
+        self.finish_step(finite)
+
+    def fit(self, run: "TrainingRun", sample: "Callable[[int], Tensor]", export: "Callable") -> None:
+        """Train to config.steps: the loop of stage two. sample(steps): videos of the EMA weights."""
+        for _ in run.steps():
+            self.train_step(run.batches)
+            run.end_step()
+            if run.due(self.config.log_every):
+                run.log()
+            if run.due(self.config.samples.every):
+                self.show_samples(run, sample)
+            if run.due(self.config.save_every) or run.stopping:
+                run.save()
+        run.export("pipeline", export)
+
+    def show_samples(self, run: "TrainingRun", sample: "Callable[[int], Tensor]") -> None:
+        """Write a grid of samples of the EMA weights to TensorBoard and as a preview."""
+        run.meter.pause()
+        if run.main:
+            videos = sample(self.config.samples.steps)
+            if videos.isfinite().all():
+                sheet = media.grid(list(to_uint8(videos)))
+                run.metrics.video(self.step, "samples/ema", sheet)
+                media.write_preview(run.folder / "media" / f"samples_{self.step:08d}.mp4", sheet)
+            else:
+                log.warning("step %d: the samples are not finite: no grid; the training diverges", self.step)
+        self.accelerator.wait_for_everyone()
+
+    # ---- what the machinery asks for ---------------------------------------------------------------------
+
+    def trained(self) -> list["nn.Module"]:
+        return [self.model]
+
+    def try_step(self) -> None:
+        """One micro-batch of empty clips or latents."""
+        size, c, clip = self.config.micro_batch, self.latte.config, self.config.clip
+        batch = {"number": torch.arange(size), "label": torch.zeros(size, dtype=torch.int64)}
+        latents = torch.zeros(size, c.in_channels, c.num_frames, *self.latte.latent_hw)
+        shape = (size, clip.num_frames, clip.size, clip.size, 3)
+        batch |= {"video": torch.zeros(shape, dtype=torch.uint8)} if self.encode else {}
+        self.loss(batch | {"mean": latents, "logvar": latents})[0].backward()
+
+    def save(self, folder: Path) -> None:
+        """Weights as diffusers folders, optimizer and counters in trainer.pt; every process calls it.
+
+        The same files whatever the launch: one process, DDP or DeepSpeed, see pipelines/training/distributed.py.
+        """
+        main = self.accelerator.is_main_process
+        state = self.counters() | {
+            "optimizer": distributed.optimizer_state(self.accelerator, self.model, self.optimizer)
+        }
+        with distributed.whole_weights(self.latte):
+            if main:
+                self.latte.save_pretrained(folder / "latte")
+        if main:
+            self.ema.module.save_pretrained(folder / "latte_ema")
+            torch.save(state, folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        distributed.load_weights(
+            self.accelerator, self.model, safetensors.load_file(folder / "latte" / start.WEIGHTS)
+        )
+        distributed.load_optimizer_state(self.accelerator, self.model, self.optimizer, state["optimizer"])
+        self.ema.module.load_state_dict(safetensors.load_file(folder / "latte_ema" / start.WEIGHTS))
+        self.load_counters(state)
+
+
+# ---- preparation -----------------------------------------------------------------------------------------
+
+
+def train(config: TrainLatteConfig) -> Path:
+    """Train, or resume, to config.steps; returns the folder of the exported pipeline (EMA denoiser and VAE)."""
+    accelerator = distributed.make_accelerator(config)
+
+    # The frozen VAE, the stream of its latents, and how they are scaled.
+    vae = opened.open_vae(config.vae)
+    opened.check_clip(vae, config.clip)
+    if config.mode is Mode.online:
+        latents.scale_latents(vae, config)
+    stream, encode, class_names, counts = latents.open_data(config, accelerator, vae)
+    latents.scale_latents(vae, config, stream)
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
+    # The denoiser. Everything that a wrong setting can spoil is checked before anything is written.
+    torch.manual_seed(config.seed)
+    latte = start.build_latte(config, vae, len(class_names) or None)
+    inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
+    run_folder.check_new_run(config, "pipeline", inputs)
+    if config.denoiser.init_from and not run_folder.will_resume(config):
+        start.take_latte_weights(latte, config.denoiser.init_from, class_names)
+    trainer = LatteTrainer(config, accelerator, latte, vae, encode)
+
+    # Samples come from the VAE in the precision of the run; the export has its own weights.
+    fast_vae = encode.vae if encode else opened.for_inference(vae, accelerator.device, config.precision)
+    averaged = {"transformer": trainer.ema.module, "class_names": class_names}
+    pipeline = video_pipeline.LatentVideoPipeline(vae=fast_vae, **averaged)
+    exported = video_pipeline.LatentVideoPipeline(vae=vae, **averaged)
+
+    def sample(steps: int) -> "Tensor":
+        count, scale = config.samples.num_videos, config.samples.guidance_scale
+        labels = [i % len(class_names) for i in range(count)] if class_names else None
+        with distributed.autocast(accelerator, config):
+            return pipeline(labels=labels, num_videos=count, num_steps=steps, guidance_scale=scale).videos
+
+    trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
+    info = {
+        "data": counts,
+        "vae": opened.vae_entry(config.vae, vae),
+        "ema_decay": config.ema_decay,
+        "class_names": class_names,
+        "normalization": opened.normalization(vae),
+        "start_sha256": start.latte_start_digest(config),
+    }
+    with training.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
+        trainer.fit(run, sample, exported.save_pretrained)
+    return run.folder / "pipeline"
+
+
+# ---- command line ----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     config, args = parse(TrainLatteConfig, argv, "train_latte", __doc__, FLAGS, planned=True)
     if args.plan:
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("train_latte", config, args.card))
-        return 0
-    from pipelines.latte_trainer import plan, train
-    from pipelines.log import console
-
-    console()
-    if args.dry_run:
-        print(plan(config))
-        return 0
-    train(config)
+        print(plan.plan_text("train_latte", partial(programs.stage_two, LatteTrainer), config, args.card))
+    elif args.dry_run:
+        print(start.describe_latte_run(config))
+    else:
+        console()
+        train(config)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -3,39 +3,518 @@
     python -m pipelines.train_vae --config configs/stage1/odvae.yaml source.root=/data/videos model.init_from=/weights/sd-vae
 
 The same command again resumes. The defaults are the paper's: variant 4, tail initialization, 25 x 256 x 256 clips,
-Adam 1e-5 constant, batch 8, EMA 0.999, 650k steps.
+Adam 1e-5 constant, batch 8, EMA 0.999, 650k steps. The paper does not give the schedule and the weight of the
+adversarial term, nor that of LPIPS: those are the reference code's.
+
+From top to bottom: settings, networks, losses, one step, the loop, preparation, command line.
 """
 
-from data.cli import run
-from pipelines.config import parse
-from pipelines.vae_settings import TrainVAEConfig
+import dataclasses
+import json
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.clip import ClipSpec, to_float, to_uint8
+from data.core.cli import run as run_program
+from data.core.lazy import lazy
+from data.core.option import option
+from pipelines.training import folder as run_folder
+from pipelines.training.config import at_least, parse
+from pipelines.training.log import console
+from pipelines.training.settings import (
+    GANSchedule,
+    Init,
+    LossType,
+    PerceptualNet,
+    Precision,
+    ResumeConfig,
+    SourceConfig,
+)
+from pipelines.training.trainer import Trainer
+
+torch = lazy("torch")
+timm = lazy("timm.utils.model_ema")
+safetensors = lazy("safetensors.torch")
+fidelity = lazy("eval.fidelity")
+distributed = lazy("pipelines.training.distributed")
+discriminator = lazy("vae.discriminator")
+interface = lazy("vae.interface")
+losses = lazy("vae.losses")
+media = lazy("pipelines.media")
+training = lazy("pipelines.training.run")
+plan = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+opened = lazy("pipelines.training.open")
+start = lazy("pipelines.training.start")
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from pipelines.training.run import TrainingRun
+    from vae.odvae import ODVAE
+
+log = logging.getLogger(__name__)
+
+
+# ---- settings --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ODVAEConfig:
+    preset: str = option("odvae", "odvae: exact Eq. 4, causal, streamable; osp_v1_2: the released layout")
+    variant: int = option(4, "1-4 (paper 3.2)")
+    block_out_channels: list[int] = option([128, 256, 512, 512], "widths of the four levels")
+    layers_per_block: int = option(2, "residual blocks of a level")
+    norm_num_groups: int = option(32, "groups of each GroupNorm")
+    init: Init = option(
+        Init.tail,
+        "how the 2D weights become 3D ones (Eq. 3, Eq. 5); weights: init_from is an OD-VAE, taken as it is; random ignores it",
+    )
+    init_from: str = option(
+        "",
+        "SD2.1-VAE: a diffusers AutoencoderKL folder or a CompVis .ckpt/.safetensors; init=weights: an OD-VAE's folder",
+    )
+
+
+@dataclass
+class LossConfig:
+    type: LossType = option(LossType.l1, "of the reconstruction")
+    kl_weight: float = option(1e-6, "weight of the KL term")
+    perceptual_weight: float = option(1.0, "weight of LPIPS; 0 turns it off and needs no weights")
+    perceptual_net: PerceptualNet = option(
+        PerceptualNet.vgg, "its network: vgg, the paper's, or alex, a tenth of the time"
+    )
+    perceptual_weights: str = option(
+        "", "file or folder of its weights; empty: $OMNILATTE_WEIGHTS or weights/"
+    )
+    gan_weight: float = option(
+        0.5, "factor on the adaptive weight of the adversarial term; 0: no discriminator"
+    )
+    gan_start: int = option(
+        2000, "step at which D begins to train, and the adversarial term after gan_warmup"
+    )
+    gan_warmup: int = option(
+        0, "steps in which D alone learns before the VAE feels it; 0: as the paper's code"
+    )
+    gan_schedule: GANSchedule = option(
+        GANSchedule.alternate, "alternate: even steps train the VAE, odd ones D; both: each"
+    )
+    discriminator_layers: int = option(3, "layers of the 3D PatchGAN")
+    discriminator_width: int = option(64, "channels of its first layer")
+
+
+@dataclass
+class TrainVAEConfig:
+    run_dir: str = option("runs/odvae", "folder of this run", free=True)
+    seed: int = option(0, "of initialization, data order and noise")
+    steps: int = option(650_000, "optimizer steps", free=True)
+    global_batch: int = option(8, "clips per step, over all processes")
+    micro_batch: int = option(1, "clips a process holds at once; accumulation follows", free=True)
+    learning_rate: float = option(1e-5, "Adam, constant")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
+    grad_clip: float = option(0.0, "largest gradient norm of an update; 0: not clipped")
+    ema_decay: float = option(0.999, "of the averaged weights, which are what is exported")
+    precision: Precision = option(Precision.fp32, "of forward and backward: fp32|tf32|bf16")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, about a third more time", free=True
+    )
+    max_skipped: int = option(10, "steps with a non-finite loss or gradient in a row before the run stops")
+    model: ODVAEConfig = option(ODVAEConfig, "")
+    loss: LossConfig = option(LossConfig, "")
+    source: SourceConfig = option(SourceConfig, "")
+    clip: ClipSpec = option(ClipSpec, "")
+    resume: ResumeConfig = option(ResumeConfig, "")
+    workers: int = option(4, "loader processes", free=True)
+    log_every: int = option(50, "steps between two records", free=True)
+    val_every: int = option(2000, "steps between two validations", free=True)
+    val_videos: int = option(16, "held-out clips of a validation", free=True)
+    val_lpips: bool = option(
+        False, "LPIPS too in each validation (the judge's AlexNet; needs its weights)", free=True
+    )
+    save_every: int = option(2000, "steps between two checkpoints", free=True)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
+
+    def __post_init__(self):
+        at_least(
+            self,
+            1,
+            "steps",
+            "global_batch",
+            "micro_batch",
+            "log_every",
+            "val_every",
+            "val_videos",
+            "save_every",
+        )
+        at_least(self, 1, "max_skipped", "model.layers_per_block", "model.norm_num_groups")
+        at_least(self, 0, "seed", "grad_clip", "warmup_steps", "ema_decay", "workers", "loss.gan_start")
+        at_least(self, 0, "loss.gan_warmup")
+        at_least(
+            self, 0, "loss.kl_weight", "loss.gan_weight", "loss.perceptual_weight", "source.val_fraction"
+        )
+        if self.ema_decay >= 1 or self.source.val_fraction >= 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
+            )
+        if self.loss.perceptual_weights.startswith("random:"):
+            raise ValueError(
+                f"loss.perceptual_weights={self.loss.perceptual_weights}: a loss of random features teaches nothing; "
+                "loss.perceptual_weight=0 trains without one"
+            )
+        if self.val_lpips and self.source.val_fraction == 0:
+            raise ValueError("val_lpips=true: source.val_fraction=0 holds no clips out; use e.g. 0.05")
+        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
+            raise ValueError(f"adam_betas={list(self.adam_betas)}: two numbers in [0, 1), e.g. [0.9, 0.999]")
+        if not (0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
+        if self.model.variant not in (1, 2, 3, 4):
+            raise ValueError(f"model.variant={self.model.variant}: the paper has variants 1, 2, 3 and 4")
+
+
+# ---- networks and optimizers -----------------------------------------------------------------------------
+
+
+class VAETrainer(Trainer):
+    """The networks and optimizers of stage one, and what one step does with them.
+
+    vae: on the CPU; training moves it. perceptual: an LPIPSLoss on the device, or None.
+    """
+
+    def __init__(
+        self, config: TrainVAEConfig, accelerator: Any, vae: "ODVAE", perceptual: "nn.Module | None" = None
+    ):
+        super().__init__(config, accelerator)
+        self.vae, self.perceptual = vae, perceptual
+        self.ema = timm.ModelEmaV3(vae, decay=config.ema_decay)
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        self.autoencode, self.optimizer = self._prepare(interface.Autoencode(vae))
+        self.autoencode.train()
+        self.discriminator = None
+        if config.loss.gan_weight > 0:
+            torch.manual_seed(config.seed + 1)
+            self.discriminator = discriminator.PatchDiscriminator3D(
+                n_layers=config.loss.discriminator_layers, base=config.loss.discriminator_width
+            )
+            self.discriminate, self.discriminator_optimizer = self._prepare(self.discriminator)
+        self.ema.to(accelerator.device)
+
+    def _prepare(self, module: "nn.Module") -> tuple["nn.Module", Any]:
+        """The module wrapped for this launch (DDP), and its optimizer."""
+        betas = tuple(self.config.adam_betas)
+        optimizer = torch.optim.Adam(
+            module.parameters(), lr=self.config.learning_rate, betas=betas, fused=True
+        )
+        return self.accelerator.prepare(module, optimizer)
+
+    def phases(self) -> tuple[bool, bool]:
+        """(train the VAE, train the discriminator) in this step."""
+        if not self.gan_is_on:
+            return True, False
+        if self.config.loss.gan_schedule is GANSchedule.both:
+            return True, True
+        return self.step % 2 == 0, self.step % 2 == 1
+
+    @property
+    def gan_is_on(self) -> bool:
+        return self.discriminator is not None and self.step >= self.config.loss.gan_start
+
+    def latent_noise(self, x: "Tensor", numbers: Any) -> "Tensor":
+        """Draw the posterior's noise (B, C, t, h, w), each sample from its own generator."""
+        ratio, (H, W) = self.vae.spatial_compression_ratio, x.shape[3:]
+        shape = (
+            self.vae.config.latent_channels,
+            self.vae.latent_frames(x.shape[2]),
+            H // ratio,
+            W // ratio,
+        )
+        return distributed.normal(distributed.generators(self.config.seed, numbers), shape, x.device)
+
+    # ---- losses ------------------------------------------------------------------------------------------
+
+    def vae_loss(self, x: "Tensor", noise: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
+        """(loss to differentiate, reconstruction, terms to log) of a clip x (B, 3, T, H, W) in [-1, 1]."""
+        loss = self.config.loss
+        xhat, moments = self.autoencode(x, noise)
+        xhat = xhat.float()
+
+        # Reconstruction, KL and LPIPS (paper 4.1).
+        terms = losses.reconstruction_and_kl(
+            x,
+            xhat,
+            interface.VideoGaussian(moments.float()),
+            kl_weight=loss.kl_weight,
+            perceptual=self.perceptual,
+            perceptual_weight=loss.perceptual_weight,
+            loss_type=loss.type,
+        )
+        total = terms.total
+        logged = {"loss/rec": terms.rec, "loss/kl": terms.kl, "loss/nll": terms.nll}
+        if self.perceptual is not None:
+            logged["loss/lpips"] = terms.perceptual
+
+        # The adversarial term, with the weight that balances its gradient against that of the other terms.
+        if self.gan_is_on and self.step >= loss.gan_start + loss.gan_warmup:
+            self.discriminator.requires_grad_(False)  # its own gradients come from its own loss
+            adversarial = losses.generator_loss(self.discriminator(xhat))
+            balance = losses.adaptive_weight(terms.nll, adversarial, self.vae.last_decoder_layer)
+            self.discriminator.requires_grad_(True)
+            total = total + loss.gan_weight * balance * adversarial
+            logged |= {"gan/generator": adversarial, "gan/weight": loss.gan_weight * balance}
+        return total, xhat, logged | {"loss": total}
+
+    def discriminator_loss(self, x: "Tensor", xhat: "Tensor") -> tuple["Tensor", dict[str, "Tensor"]]:
+        """(hinge loss, terms to log) of real clips x and their reconstructions xhat."""
+        real, fake = self.discriminate(x).float(), self.discriminate(xhat.detach()).float()
+        loss = losses.hinge_d_loss(real, fake)
+        return loss, {
+            "gan/discriminator": loss,
+            "gan/logits_real": real.mean(),
+            "gan/logits_fake": fake.mean(),
+        }
+
+    # ---- one step, and the loop --------------------------------------------------------------------------
+
+    def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
+        """Make one optimizer step: of the VAE, of the discriminator, or of both."""
+        accelerator, device = self.accelerator, self.accelerator.device
+        train_vae, train_discriminator = self.phases()
+        self.set_learning_rate(
+            self.optimizer, *([self.discriminator_optimizer] if train_discriminator else [])
+        )
+        trained = [self.autoencode] * train_vae + ([self.discriminate] if train_discriminator else [])
+        running_statistics = self.keep_statistics()
+
+        for _ in range(accelerator.gradient_accumulation_steps):
+            # Batch: uint8 frames to the device, then floats in [-1, 1].
+            batch = next(batches)
+            x = to_float(batch["video"].to(device, non_blocking=True))
+            noise = self.latent_noise(x, batch["number"])
+            with accelerator.accumulate(*trained), distributed.autocast(accelerator, self.config):
+                # Losses and backward.
+                if train_vae:
+                    loss, xhat, logged = self.vae_loss(x, noise)
+                    accelerator.backward(distributed.finite_or_nan(loss))
+                    self.note(logged)
+                else:
+                    with torch.no_grad():
+                        xhat = self.autoencode(x, noise)[0].float()
+                if train_discriminator:
+                    loss, logged = self.discriminator_loss(x, xhat)
+                    accelerator.backward(distributed.finite_or_nan(loss))
+                    self.note(logged)
+
+        # Updates; those with a non-finite gradient are skipped on the device. Moving average of the VAE.
+        finite = []
+        if train_vae:
+            finite += [self.update(self.autoencode, self.optimizer, self.config.grad_clip, "grad_norm/vae")]
+            self.update_ema(self.vae, finite[0])
+        if train_discriminator:
+            largest, name = self.config.grad_clip, "grad_norm/discriminator"
+            finite += [self.update(self.discriminate, self.discriminator_optimizer, largest, name)]
+        self.restore_statistics(running_statistics, finite)
+        self.finish_step(torch.stack(finite).all())
+
+    def fit(self, run: "TrainingRun", held_out: Any, lpips: "nn.Module | None") -> None:
+        """Train to config.steps: the loop of stage one. lpips: for the validations, or None."""
+        if self.step == 0:
+            self.validate(run, held_out, lpips)
+        for _ in run.steps():
+            self.train_step(run.batches)
+            run.end_step()
+            if run.due(self.config.log_every):
+                run.log()
+            if run.due(self.config.val_every):
+                self.validate(run, held_out, lpips)
+            if run.due(self.config.save_every) or run.stopping:
+                run.save()
+        run.export("vae", self.ema.module.save_pretrained)
+
+    def validate(self, run: "TrainingRun", held_out: Any, lpips: "nn.Module | None") -> None:
+        """Log scores of the EMA weights on held-out clips, and write a preview."""
+        run.meter.pause()
+        if run.main and len(held_out):
+            count, device = self.config.val_videos, self.accelerator.device
+            scores, picture = evaluate(self.ema.module, held_out, count, device, lpips)
+            run.metrics.scalars(self.step, scores)
+            run.metrics.video(self.step, "val/original_reconstruction_error", picture)
+            media.write_preview(run.folder / "media" / f"val_{self.step:08d}.mp4", picture)
+            shown = f"PSNR {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.4f}"
+            shown += f", LPIPS {scores['val/lpips']:.4f}" if lpips is not None else ""
+            log.info("step %d: held-out %s", self.step, shown)
+        self.accelerator.wait_for_everyone()
+
+    # ---- what the machinery asks for ---------------------------------------------------------------------
+
+    def trained(self) -> list["nn.Module"]:
+        return [self.autoencode] + ([self.discriminate] if self.discriminator is not None else [])
+
+    def keep_statistics(self) -> list["Tensor"]:
+        """Copies of the discriminator's running statistics, which every forward changes."""
+        return [b.clone() for b in self.discriminator.buffers()] if self.gan_is_on else []
+
+    def restore_statistics(self, kept: list["Tensor"], finite: list["Tensor"]) -> None:
+        """Put them back if an update was skipped: such a step leaves nothing behind."""
+        good = torch.stack(finite).all()
+        for buffer, value in zip(self.discriminator.buffers() if kept else [], kept, strict=True):
+            buffer.copy_(torch.where(good, buffer, value))
+
+    def try_step(self) -> None:
+        """Both phases at their heaviest; the discriminator's own step runs the VAE without gradients."""
+        config, loss = self.config, self.config.loss
+        self.step = max(self.step, loss.gan_start + loss.gan_warmup)
+        shape = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
+        x = torch.zeros(shape, device=self.accelerator.device)
+        noise = self.latent_noise(x, range(config.micro_batch))
+        with distributed.autocast(self.accelerator, config):
+            total, xhat, _ = self.vae_loss(x, noise)
+            total.backward()
+            if self.discriminator is None:
+                return
+            if loss.gan_schedule is GANSchedule.alternate:
+                self.autoencode.zero_grad()
+                del total, xhat
+                with torch.no_grad():
+                    xhat = self.autoencode(x, noise)[0].float()
+            self.discriminator_loss(x, xhat)[0].backward()
+
+    def progress(self) -> dict[str, int]:
+        """As the base class, and the frames of a clip: 1 makes an image VAE, which another run may inflate."""
+        return super().progress() | {"num_frames": self.config.clip.num_frames}
+
+    def save(self, folder: Path) -> None:
+        """Write weights as diffusers folders and the rest as trainer.pt; every process calls it."""
+        counters = self.counters()
+        if not self.accelerator.is_main_process:
+            return
+        self.vae.save_pretrained(folder / "vae")
+        self.ema.module.save_pretrained(folder / "vae_ema")
+        state = counters | {"optimizer": self.optimizer.state_dict()}
+        if self.discriminator is not None:
+            state |= {"discriminator": self.discriminator.state_dict()}
+            state |= {"judge_optimizer": self.discriminator_optimizer.state_dict()}
+        torch.save(state, folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Take what `save` wrote."""
+        for module, name in ((self.vae, "vae"), (self.ema.module, "vae_ema")):
+            module.load_state_dict(
+                safetensors.load_file(folder / name / "diffusion_pytorch_model.safetensors")
+            )
+            config = json.loads((folder / name / "config.json").read_text())
+            module.register_to_config(scaling_factor=config["scaling_factor"])
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(distributed.as_fused(state["optimizer"]))
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(distributed.as_fused(state["judge_optimizer"]))
+        self.load_counters(state)
+
+
+def evaluate(
+    vae: "ODVAE", clips: Any, count: int, device: Any, lpips: "nn.Module | None" = None
+) -> tuple[dict[str, float], np.ndarray]:
+    """Compute PSNR and SSIM of posterior means on rounded uint8 frames of `count` clips, and a picture of four.
+
+    lpips: from `load_lpips`, for LPIPS too. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
+    error x 4.
+    """
+    metrics = {"val/psnr": fidelity.psnr, "val/ssim": fidelity.ssim}
+    if lpips is not None:
+        metrics["val/lpips"] = lambda original, decoded: fidelity.lpips_distance(original, decoded, lpips)
+    was_training, scores, rows = vae.training, [], []
+    vae.eval()
+    count = min(count, len(clips))
+    for n in range(count):
+        x = clips[n * len(clips) // count]["video"][None]  # spread over all parts of a mixture
+        with torch.no_grad():
+            x = to_float(x.to(device))
+            xhat = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        original, decoded = to_uint8(x)[0], to_uint8(xhat)[0]
+        scores.append([metric(original, decoded) for metric in metrics.values()])
+        if n < 4:
+            rows.append(media.comparison(original, decoded))
+    vae.train(was_training)
+    means = np.mean(scores, axis=0).tolist()
+    return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
+
+
+# ---- preparation -----------------------------------------------------------------------------------------
+
+
+def train(config: TrainVAEConfig) -> Path:
+    """Train, or resume, to config.steps; returns the folder of the exported EMA weights."""
+    accelerator = distributed.make_accelerator(config)
+    if distributed.uses_deepspeed(accelerator):
+        raise ValueError(
+            "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
+        )
+
+    # Networks. LPIPS draws random numbers when it is built, so it comes before the seed.
+    perceptual, lpips, weights = start.lpips_networks(config, accelerator.device)
+    torch.manual_seed(config.seed)
+    vae = start.build_vae_model(config)
+    opened.check_clip(vae, config.clip)
+
+    # Data: an endless stream of training clips, and held-out clips that are always cut the same way.
+    held_out: Any = []
+    with distributed.main_process_first(accelerator):
+        clips = opened.open_clips(config.source, config.clip, config.seed)
+        if config.source.val_fraction > 0:
+            still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
+            held_out = opened.open_clips(config.source, still, 0, held_out=True)
+    counts = {
+        "videos": len(clips),
+        "held_out": len(held_out),
+        "damaged": len(clips.source.damaged),
+        "short": len(clips.short),
+    }
+    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+
+    # Everything that a wrong setting can spoil is checked before anything is written.
+    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
+    if not run_folder.will_resume(config):
+        start.initialize(vae, config)
+    trainer = VAETrainer(config, accelerator, vae, perceptual)
+    shape = (config.clip.num_frames, config.clip.size, config.clip.size, 3)
+    empty = [{"video": torch.zeros(shape, dtype=torch.uint8)}]
+    trainer.rehearse(lambda: evaluate(trainer.ema.module, empty, 1, accelerator.device, lpips))
+
+    info = {
+        "data": counts,
+        "model": config.model.preset,
+        "variant": config.model.variant,
+        "start_sha256": start.vae_start_digest(config),
+    }
+    with training.TrainingRun(trainer, clips, "train_vae", "online", info, weights) as run:
+        trainer.fit(run, held_out, lpips)
+    return run.folder / "vae"
+
+
+# ---- command line ----------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, args = parse(
-        TrainVAEConfig,
-        argv,
-        "train_vae",
-        __doc__,
-        {"--data": "source.root", "--dataset": "source.name"},
-        planned=True,
-    )
+    flags = {"--data": "source.root", "--dataset": "source.name"}
+    config, args = parse(TrainVAEConfig, argv, "train_vae", __doc__, flags, planned=True)
     if args.plan:
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("train_vae", config, args.card))
-        return 0
-    from pipelines.log import console
-    from pipelines.vae_start import plan
-    from pipelines.vae_trainer import train
-
-    console()
-    if args.dry_run:
-        print(plan(config))
-        return 0
-    train(config)
+        print(plan.plan_text("train_vae", partial(programs.stage_one, VAETrainer), config, args.card))
+    elif args.dry_run:
+        print(start.describe_vae_run(config))
+    else:
+        console()
+        train(config)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from data.files import read_json
+from data.core.files import read_json
 from denoiser.latte import Latte
 from denoiser.sampling import make_scheduler, sample_latents
 from vae import CVVAE, ODVAE, OPSVAE, SDVAE, SVDVAE

@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps not installed: import from the repository
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.cli import run
+from data.core.cli import run
 
 BASELINES = ("sd-vae", "vqgan", "tats", "cvvae", "ops")
 JUDGES = {"i3d": "i3d_pretrained_400.safetensors", "c3d": "conv3d_deepnetA_ucf.safetensors"}

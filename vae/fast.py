@@ -1,246 +1,362 @@
-"""What makes inference fast: kernels prepared once a model, sizes of steps, and passes fused on a GPU.
+"""Fast inference of OD-VAE: what Encoder and Decoder compute (vae/odvae.py), without gradients, in other steps.
 
-Nothing here records gradients, and a graph that torch.compile makes holds none of it.
+A causal network works in steps: frame 0 alone, then a few latent frames at a time. What a layer needs of earlier
+frames is in a StreamState, never in the module: several streams can share one model, whole clips and streams take the
+same steps and agree to the bit, and memory does not grow with the clip's length. With state=None a step is a whole clip.
+
+What makes it fast: kernels prepared once per model, the norm and SiLU written straight into the next convolution's
+window, the first frame's taps summed, upsampling as small convolutions on the small grid ("phases"), and on a GPU
+fused passes over the tensors (vae/ops.py). tests/unit/vae hold it equal to the plain network.
 """
-
-import functools
-import warnings
-import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available()
+from vae import ops
+from vae.layers import (
+    FrameAttention,
+    FrameConv2d,
+    ResBlock,
+    VideoGroupNorm,
+    fold_time,
+    unfold_time,
+)
+from vae.resample import (
+    Downsample,
+    SpaceTimeUpsample,
+    SpatialUpsample,
+    TimeUpsample,
+    TimeUpsampleRes,
+    double_frames,
+    enlarge,
+)
+from vae.stream import StreamState
+
+# ---- the networks ----------------------------------------------------------------------------------------
 
 
-def eager() -> bool:
-    """Inference that is not being compiled."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+@torch.no_grad()
+def encoder(net: nn.Module, x: Tensor, state: StreamState | None) -> Tensor:
+    """`Encoder.forward` of a step: (B, 3, T, H, W) -> (B, 2C, t, h, w)."""
+    x = conv(net.conv_in, x, state)
+    for level in net.down:
+        for block in level.block:
+            x = res_block(block, x, state)
+        x = resample(level.downsample, x, state)
+        x = resample(level.time_downsample, x, state)
+    return conv(net.conv_out, middle(net.mid, x, state), state, net.norm_out)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in: autocast's dtype where it is on."""
-    kind = x.device.type
-    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
+@torch.no_grad()
+def decoder(net: nn.Module, z: Tensor, state: StreamState | None) -> Tensor:
+    """`Decoder.forward` of a step: (B, C, t, h, w) -> (B, 3, T, H, W)."""
+    x = middle(net.mid, conv(net.conv_in, z, state), state)
+    for level in reversed(net.up):
+        for block in level.block:
+            x = res_block(block, x, state)
+        x = resample(level.upsample, x, state)
+        x = resample(level.time_upsample, x, state)
+    return conv(net.conv_out, x, state, net.norm_out)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x, or a copy, with a pixel's channels side by side."""
-    return x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+def middle(mid: nn.Module, x: Tensor, state: StreamState | None) -> Tensor:
+    x = res_block(mid.block_1, x, state)
+    x = attention(mid.attn_1, x, state)
+    return res_block(mid.block_2, x, state)
 
 
-def empty_channels_last(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-    """A (B, C, T, H, W) buffer on x's device with a pixel's channels side by side."""
-    B, C, T, H, W = shape
-    return x.new_empty((B, T, H, W, C), dtype=dtype).permute(0, 4, 1, 2, 3)
+# ---- blocks ----------------------------------------------------------------------------------------------
 
 
-def pad_right_bottom(x: Tensor) -> Tensor:
-    """One row and column of zeros at the right and the bottom of each frame."""
-    if not fused(x):
-        return F.pad(x, (0, 1, 0, 1))
+def res_block(block: ResBlock, x: Tensor, state: StreamState | None) -> Tensor:
+    skip = x if block.nin_shortcut is None else conv(block.nin_shortcut, x, state)
+    if ops.fused(x):  # a convolution's bias goes with the next pass over its output
+        h = conv(block.conv1, x, state, block.norm1, biased=False)
+        h = conv(block.conv2, h, state, block.norm2, shift=_inner(block.conv1).bias, biased=False)
+        return ops.add_residual(h, skip, _inner(block.conv2).bias)
+    h = conv(block.conv1, x, state, block.norm1)
+    return conv(block.conv2, h, state, block.norm2).add_(skip)
+
+
+def attention(layer: FrameAttention, x: Tensor, state: StreamState | None) -> Tensor:
+    y = norm(layer.norm, x)
+    y = layer.attend(*(conv(projection, y, state) for projection in (layer.q, layer.k, layer.v)))
+    return x + conv(layer.proj_out, y, state)
+
+
+def _inner(layer: nn.Module) -> nn.Module:
+    """The torch convolution of a layer."""
+    return layer if isinstance(layer, FrameConv2d) else layer.conv
+
+
+# ---- convolutions, with the norm and SiLU before them ----------------------------------------------------
+
+
+def conv(
+    layer: nn.Module,
+    x: Tensor,
+    state: StreamState | None,
+    before: VideoGroupNorm | None = None,
+    shift: Tensor | None = None,
+    biased: bool = True,
+) -> Tensor:
+    """A FrameConv2d or CausalConv3d of SiLU(before(x)), or of x itself when there is no norm before it.
+
+    In a stream a CausalConv3d keeps its last kt - st input frames, and every step after the first must bring a
+    multiple of st frames. shift: (C,), a bias that x still lacks. biased=False leaves the bias to the next pass.
+    """
+    if isinstance(layer, FrameConv2d):
+        x = norm_silu(before, x, shift)
+        kept = state is not None or ops.fused(x)
+        y = _convolve(layer, fold_time(x), kept, biased)
+        return unfold_time(y, x.shape[0])
+    kt, st = layer.conv.kernel_size[0], layer.conv.stride[0]
+    kept = state is not None or ops.fused(x)
+    if kt == 1:
+        return _convolve(layer.conv, norm_silu(before, x, shift), kept, biased)
+    if state is not None and not state.first:
+        past = state.frames[layer]
+        if past.shape[2] < kt - st:  # the first frame, stored once
+            past = past.expand(-1, -1, kt - st, -1, -1)
+        window = _window(x, past, kt - st, before, shift)
+        state.frames[layer] = window[:, :, window.shape[2] - (kt - st) :].clone()
+        return _convolve(layer.conv, window, kept, biased)
+    if state is None and x.shape[2] > 1:
+        return _convolve(layer.conv, _window(x, None, kt - 1, before, shift), kept, biased)
+    # The first frame stands at every tap: one 2D convolution with the taps summed, a third of the work.
+    x = norm_silu(before, x, shift)
+    if state is not None:
+        state.frames[layer] = x
+    stride, padding = layer.conv.stride[1:], layer.conv.padding[1:]
+    kernel = ops.prepared(layer.conv, x, "first", lambda w: w.sum(2), stride, padding)
+    bias = layer.conv.bias if biased else None
+    return ops.convolve(x[:, :, 0], kernel, bias, stride, padding).unsqueeze(2)
+
+
+def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool) -> Tensor:
+    """The convolution of a torch layer. kept: by a kernel that is prepared once and kept for the next step."""
+    bias = layer.bias if biased else None
+    if not torch.compiler.is_compiling() and (kept or _is_slow_im2col(x, layer.weight)):
+        kernel = ops.prepared(layer, x, "", stride=layer.stride, padding=layer.padding)
+        return ops.convolve(x, kernel, bias, layer.stride, layer.padding)
+    function = F.conv2d if layer.weight.ndim == 4 else F.conv3d
+    return function(x, layer.weight, bias, layer.stride, layer.padding)
+
+
+def _is_slow_im2col(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.conv3d would take an im2col several times slower than oneDNN: on CPU, one clip, C T H <= 20480."""
+    if x.ndim != 5 or weight.shape[-1] == 1:  # pointwise, it is a plain product
+        return False
+    small = x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
+    return small and ops.ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _window(
+    x: Tensor, past: Tensor | None, keep: int, before: VideoGroupNorm | None, shift: Tensor | None
+) -> Tensor:
+    """The last `keep` frames before x, or copies of its first, then x, after the norm and SiLU, in one buffer."""
+    if past is None and not ops.fused(x):
+        x = norm_silu(before, x, shift)
+        return torch.cat((x[:, :, :1].expand(-1, -1, keep, -1, -1), x), dim=2)
     B, C, T, H, W = x.shape
-    out = empty_channels_last(x, (B, C, T, H + 1, W + 1), compute_dtype(x))
-    out[..., H, :], out[..., W] = 0, 0
-    out[..., :H, :W] = x
+    dtype = x.dtype if past is None else past.dtype
+    dtype = ops.compute_dtype(x) if ops.fused(x) else dtype
+    window = ops.empty_channels_last(x, (B, C, T + keep, H, W), dtype)
+    now = window[:, :, keep:]
+    if before is None:
+        now.copy_(x)
+    else:
+        write_norm_silu(before, x, now, shift)
+    window[:, :, :keep] = now[:, :, :1] if past is None else past
+    return window
+
+
+# ---- norms -----------------------------------------------------------------------------------------------
+
+
+def norm(layer: VideoGroupNorm, x: Tensor) -> Tensor:
+    """GroupNorm of x (B, C, T, H, W)."""
+    if ops.fused(x):
+        return _fused_norm(layer, x, None, silu=False)
+    if _scales_by_hand(x):
+        scale, shift = _scale_shift(layer, x)
+        return torch.addcmul(shift, x, scale)
+    return layer(x)
+
+
+def norm_silu(layer: VideoGroupNorm | None, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """SiLU of the normed x + shift; x itself without a norm. shift: (C,), only where passes are fused."""
+    if layer is None:
+        return x
+    if ops.fused(x):
+        return _fused_norm(layer, x, shift, silu=True)
+    return F.silu(norm(layer, x), inplace=True)
+
+
+def write_norm_silu(layer: VideoGroupNorm, x: Tensor, out: Tensor, shift: Tensor | None = None) -> None:
+    """`norm_silu` straight into `out`, channels-last."""
+    if ops.fused(x):
+        ops.group_norm(layer, x, shift, layer.scope == "frame", True, out)
+    elif _scales_by_hand(x):
+        scale, offset = _scale_shift(layer, x)
+        F.silu(torch.addcmul(offset, x, scale, out=out), inplace=True)
+    else:
+        out.copy_(F.silu(layer(x), inplace=True))
+
+
+def _fused_norm(layer: VideoGroupNorm, x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
+    out = ops.empty_channels_last(x, x.shape, ops.compute_dtype(x))
+    ops.group_norm(layer, x, shift, layer.scope == "frame", silu, out)
     return out
 
 
-STEP_BYTES = (
-    5 * 4 * 256 * 256 * 2
-)  # five latents of 256 x 256 in bf16: a step fills a card and needs about 4 GiB
+def _scales_by_hand(x: Tensor) -> bool:
+    """Whether torch's GroupNorm is avoided. On CPU its channels-last form sums squares plainly in float32: measured
+    3e-3 off where the mean is 10 standard deviations (the contiguous form: 2e-6)."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return x.device.type == "cpu" and wide and channels_last
 
 
-def latents_per_step(x: Tensor, pixels: int) -> int:
-    """How many latent frames an inference step takes: more on a GPU, whose small kernels cost as much as large ones.
-
-    pixels: of one video frame. One latent frame on a CPU, so that memory stays lowest. It depends on nothing but
-    shape, dtype and device: whole clips and streams take the same steps and agree to the bit.
-    """
-    if not x.is_cuda:
-        return 1
-    return max(1, STEP_BYTES // (4 * x.shape[0] * pixels * compute_dtype(x).itemsize))
-
-
-# ---- prepared kernels ------------------------------------------------------------------------------------
-
-_PREPARED: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]]" = weakref.WeakKeyDictionary()
-
-
-def prepared(
-    layer: nn.Module,
-    x: Tensor,
-    what: str = "",
-    derive: Callable[[Tensor], Any] = lambda weight: weight,
-    stride: Any = 1,
-    padding: Any = 0,
-) -> Any:
-    """derive(layer.weight), a kernel or a tuple of them, ready for `convolve` with x: cast and in the device's order.
-
-    Kept beside the module (never in its state, copies or files) until the weight is another one or was changed in
-    place. An optimizer need not leave a trace of that: `forget` drops all kernels when gradients are recorded.
-    """
-    weight, dtype = layer.weight, compute_dtype(x)
-    if not eager():
-        return derive(weight)
-    if weight.is_inference():  # such a tensor does not count its changes
-        return _ready(derive(weight), x, dtype, stride, padding)
-    kept, storage = _PREPARED.setdefault(layer, {}), weight.untyped_storage()
-    source, version, kernels = kept.get((what, dtype), (None, None, None))
-    if source is None or source() is not storage or version != weight._version:
-        kernels = _ready(derive(weight.detach()), x, dtype, stride, padding)
-        kept[what, dtype] = weakref.ref(storage), weight._version, kernels
-    return kernels
+def _scale_shift(layer: VideoGroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C, T or 1, 1, 1) twice: normed x = x * scale + shift. Two passes: the mean, then squares around it."""
+    B, C, T, _, _ = x.shape
+    sets = B if layer.scope == "clip" else B * T
+    rows = x.permute(0, 2, 3, 4, 1).reshape(sets, -1, C)  # a view: x is channels_last_3d
+    grouped = (sets, layer.num_groups, C // layer.num_groups)
+    mean = rows.mean(1).view(grouped).mean(2, keepdim=True)
+    center = mean.expand(grouped).reshape(sets, 1, C)
+    squares = torch.zeros_like(center)
+    for part in rows.split(max(1, 2**18 // (sets * C)), dim=1):  # small enough to stay in cache
+        squares += (part - center).square_().sum(1, keepdim=True)
+    var = squares.view(grouped).mean(2, keepdim=True) / rows.shape[1]
+    scale = (var + layer.eps).rsqrt() * layer.weight.view(1, *grouped[1:])
+    shift = layer.bias.view(1, *grouped[1:]) - mean * scale
+    shape = (B, sets // B, 1, 1, C)
+    return tuple(v.reshape(shape).permute(0, 4, 1, 2, 3) for v in (scale, shift))
 
 
-def forget(model: nn.Module) -> None:
-    """Drop all that was prepared for a model: its weights are about to change."""
-    if torch.compiler.is_compiling():
-        return
-    for module in model.modules() if _PREPARED else ():
-        _PREPARED.pop(module, None)
+# ---- resampling ------------------------------------------------------------------------------------------
 
 
-def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any) -> Any:
-    if isinstance(kernel, tuple):
-        return tuple(_ready(one, x, dtype, stride, padding) for one in kernel)
-    if x.is_cuda:
-        return channels_last(kernel.to(dtype))
-    if (
-        not ONEDNN
-        or x.device.type != "cpu"
-        or kernel.dtype != torch.float32
-        or dtype != torch.float32
-        or kernel.shape[-1] == 1
-    ):
-        return kernel
-    dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make anew in every call
-    stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
-    reorder = (
-        torch._C._nn.mkldnn_reorder_conv3d_weight if dims == 3 else torch._C._nn.mkldnn_reorder_conv2d_weight
-    )
-    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, 1)
+def resample(layer: nn.Module | None, x: Tensor, state: StreamState | None) -> Tensor:
+    """A resampling layer of a level; None leaves x as it is."""
+    if layer is None:
+        return x
+    if isinstance(layer, Downsample):
+        return conv(layer.conv, ops.pad_right_bottom(x), state)
+    if isinstance(layer, SpatialUpsample):
+        inner = _inner(layer.conv)
+        kernels = ops.prepared(
+            inner, x, "phases", lambda w: _phases_for(x, w if w.ndim == 5 else w.unsqueeze(2))
+        )
+        return interleave(x, kernels, inner.bias)
+    if isinstance(layer, SpaceTimeUpsample):
+        return _upsample_space_time(layer, x, state)
+    if isinstance(layer, (TimeUpsample, TimeUpsampleRes)):
+        doubled = _double_linearly(x)
+        if isinstance(layer, TimeUpsample):
+            return doubled
+        a = torch.sigmoid(layer.mix_factor)
+        return a * doubled + (1 - a) * conv(layer.conv, doubled, state)
+    return layer(x)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0) -> Tensor:
-    """F.conv2d or F.conv3d, by the dimensions of the kernel, which may be a prepared one."""
-    dims = x.ndim - 2
-    if not kernel.is_mkldnn:
-        return (F.conv2d if dims == 2 else F.conv3d)(x, kernel, bias, stride, padding)
-    stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
-    return torch.ops.mkldnn._convolution_pointwise(
-        channels_last(x), kernel, bias, padding, stride, [1] * dims, 1, "none", [], ""
-    )
+def _upsample_space_time(layer: SpaceTimeUpsample, x: Tensor, state: StreamState | None) -> Tensor:
+    inner = layer.conv.conv
+    if state is None:
+        linear = layer.temporal == "linear"
+        doubled = _double_linearly(x) if linear else double_frames(x, layer.temporal)
+        return conv(layer.conv, enlarge(doubled, layer.spatial), state)
+    if layer.spatial != "nearest":
+        x = x if state.first else x.repeat_interleave(2, dim=2)
+        return conv(layer.conv, enlarge(x, layer.spatial), state)
+    if state.first:
+        state.frames[layer] = x
+        kernels = ops.prepared(inner, x, "first phases", lambda w: _phases_for(x, w.sum(2, keepdim=True)))
+        return interleave(x, kernels, inner.bias)
+    kernels = ops.prepared(inner, x, "phases", lambda w: _phases_for(x, temporal_phases(w)))
+    window = torch.cat((state.frames[layer], x), dim=2)
+    state.frames[layer] = x[:, :, -1:].clone()
+    return interleave(window, kernels, inner.bias, frames_per_input=2)
 
 
-# ---- passes fused on a GPU -------------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("omnilatte", "FRAGMENT")
-_LIBRARY.define(
-    "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, bool by_frame, bool silu,"
-    " Tensor(a!) out) -> ()"
-)
-_LIBRARY.define("add_residual(Tensor(a!) x, Tensor residual, Tensor shift) -> ()")
-
-
-def _power_of_2(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-def _group_norm(
-    x: Tensor,
-    shift: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    by_frame: bool,
-    silu: bool,
-    out: Tensor,
-) -> None:
-    kernels = _triton()
-    if kernels is not None and _power_of_2(x.shape[1]) and _power_of_2(groups):
-        with torch.cuda.device(x.device):
-            kernels.group_norm(x, shift, weight, bias, groups, eps, by_frame, silu, out)
-    else:
-        plain_group_norm(x, shift, weight, bias, groups, eps, by_frame, silu, out)
-
-
-def plain_group_norm(
-    x: Tensor,
-    shift: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    by_frame: bool,
-    silu: bool,
-    out: Tensor,
-) -> None:
-    """Write GroupNorm of (x + shift), and SiLU of that if asked, into out; statistics in float32.
-
-    x, out: (B, C, T, H, W), a pixel's channels side by side; shift: (C,), the bias of the convolution before, or
-    None. by_frame: statistics of each frame, else of the whole clip.
-    """
+def _double_linearly(x: Tensor) -> Tensor:
+    """`double_frames(x, "linear")`, on a GPU straight into one channels-last buffer."""
+    if x.shape[2] == 1 or not ops.fused(x):
+        return double_frames(x, "linear")
     B, C, T, H, W = x.shape
-    y = x.float()
-    if shift is not None:
-        y = y + shift.float().view(1, C, 1, 1, 1)
-    sets = B * T if by_frame else B
-    rows = y.permute(0, 2, 3, 4, 1).reshape(sets, -1, groups, C // groups)
-    var, mean = torch.var_mean(rows, dim=(1, 3), correction=0, keepdim=True)
-    y = (rows - mean).mul_((var + eps).rsqrt_())
-    y = y.view(B, T, H, W, C).mul_(weight.float()).add_(bias.float())
-    out.copy_((F.silu(y, inplace=True) if silu else y).permute(0, 4, 1, 2, 3))
+    rest = x[:, :, 1:]
+    out = ops.empty_channels_last(x, (B, C, 2 * T - 1, H, W), x.dtype)
+    out[:, :, 0], out[:, :, 1] = x[:, :, 0], x[:, :, 1]
+    out[:, :, -1] = x[:, :, -1]
+    torch.lerp(rest[:, :, 1:], rest[:, :, :-1], 0.25, out=out[:, :, 3::2])
+    torch.lerp(rest[:, :, :-1], rest[:, :, 1:], 0.25, out=out[:, :, 2:-1:2])
+    return out
 
 
-def _add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> None:
-    kernels = _triton()
-    last = all(t.is_contiguous(memory_format=torch.channels_last_3d) for t in (x, residual))
-    if kernels is not None and last and x.dtype == residual.dtype:
-        with torch.cuda.device(x.device):
-            kernels.add_residual(x, residual, shift)
+# ---- upsampling as phases: nearest x2 and a 3x3 convolution, computed on the small grid ------------------
+#
+# Each output phase (even or odd row, column, frame) sees every input value once or twice: taps that fall on the same
+# input are summed. It costs 4/9 of the work in space, 8/27 in space and time, and the upsampled tensor never exists (it
+# passes 2^31 elements beyond 125 frames of 256 x 256).
+
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def phase_rows(weight: Tensor, dim: int, phase: int) -> Tensor:
+    """Three taps over an upsampled axis -> the two taps over the small axis that give output phase 0 or 1."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
+
+
+def spatial_phases(weight: Tensor) -> tuple[Tensor, ...]:
+    """(O, I, ..., 3, 3) -> four kernels (O, I, ..., 2, 2), one per output phase (row, column)."""
+    return tuple(phase_rows(phase_rows(weight, -2, a), -1, b).contiguous() for a, b in PHASES)
+
+
+def temporal_phases(weight: Tensor) -> Tensor:
+    """(O, I, 3, kh, kw) -> (2 O, I, 2, kh, kw): first the odd, then the even output frame of a repeated frame.
+
+    After frame 0 every frame stands twice. At its first copy the taps see (before, before, now), at its second
+    (before, now, now).
+    """
+    return torch.cat((phase_rows(weight, 2, 1), phase_rows(weight, 2, 0)))
+
+
+def _phases_for(x: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """`spatial_phases`, joined to one kernel on a GPU."""
+    kernels = spatial_phases(weight)
+    return torch.cat(kernels) if ops.fused(x) else kernels
+
+
+def interleave(
+    x: Tensor, kernels: Tensor | tuple[Tensor, ...], bias: Tensor, frames_per_input: int = 1
+) -> Tensor:
+    """Run the four phase convolutions over x and interleave their outputs.
+
+    x: (B, I, T, h, w) with kernels (n O, I, kt, 2, 2) for n = frames_per_input -> (B, O, n (T - kt + 1), 2h, 2w).
+    On a GPU the four kernels are one, (4 n O, I, kt, 2, 2), that reads x once.
+    """
+    B, _, T, h, w = x.shape
+    n, O = frames_per_input, len(bias)  # noqa: E741
+    one = isinstance(kernels, Tensor)
+    kt = kernels.shape[2] if one else kernels[0].shape[2]
+    out = ops.empty_channels_last(x, (B, O, n * (T - kt + 1), 2 * h, 2 * w), ops.compute_dtype(x))
+    if one:
+        phases = ops.convolve(x, kernels, None, 1, (0, 1, 1)).chunk(
+            4, dim=1
+        )  # (h + 1, w + 1), one phase takes (h, w)
+        shift = bias.to(out.dtype).view(1, O, 1, 1, 1)
     else:
-        x.add_(residual).add_(shift.to(x.dtype).view(1, -1, 1, 1, 1))
-
-
-for _name, _function in (("group_norm", _group_norm), ("add_residual", _add_residual)):
-    _LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"omnilatte::{_name}", lambda *args: None, lib=_LIBRARY)
-
-
-@functools.cache
-def _triton() -> Any:
-    """vae/kernels.py if it works on the GPU (Triton needs a C compiler too), else None and one warning."""
-    try:
-        from vae import kernels
-
-        kernels.check("cuda")
-        return kernels
-    except Exception as error:  # whatever it is, torch's own operations give the same numbers
-        warnings.warn(f"Triton does not work here, inference on the GPU is slower: {error!r}", stacklevel=2)
-        return None
-
-
-def fused(x: Tensor) -> bool:
-    """Whether the fused passes take x: on a GPU, at inference, in float32 or half precision."""
-    return x.is_cuda and eager() and x.dtype != torch.float64
-
-
-def group_norm(
-    norm: nn.GroupNorm, x: Tensor, shift: Tensor | None, by_frame: bool, silu: bool, out: Tensor
-) -> None:
-    """out = GroupNorm of (x + shift), then SiLU if asked; see `plain_group_norm`."""
-    torch.ops.omnilatte.group_norm(
-        channels_last(x), shift, norm.weight, norm.bias, norm.num_groups, norm.eps, by_frame, silu, out
-    )
-
-
-def add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> Tensor:
-    """x += residual + shift, shift (C,)."""
-    torch.ops.omnilatte.add_residual(x, residual, shift)
-    return x
+        x, repeated = F.pad(x, (1, 1, 1, 1)), bias.repeat(n)
+    for k, (a, b) in enumerate(PHASES):
+        if one:
+            y = phases[k][..., a : a + h, b : b + w]
+        else:
+            y = ops.convolve(x[..., a : a + h + 1, b : b + w + 1], kernels[k], repeated)
+        for i, part in enumerate(y.split(O, dim=1)):
+            place = out[:, :, i::n, a::2, b::2]
+            torch.add(part, shift, out=place) if one else place.copy_(part)
+    return out

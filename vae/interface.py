@@ -5,7 +5,7 @@ Pixels are float in [-1, 1], shape (B, 3, T, H, W); latents are (B, C, t, h, w).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class VideoGaussian:
@@ -189,3 +189,17 @@ class VideoVAE:
         if not all(s > 0 for s in std):
             raise ValueError(f"latent std {std}: every value must be above 0")
         self.register_to_config(latents_mean=mean, latents_std=std)
+
+
+class Autoencode(nn.Module):
+    """Map a clip and noise to its reconstruction and posterior in one forward, which is what DDP wraps."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, T, H, W) in [-1, 1]; noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
+        posterior = self.vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * noise
+        return self.vae.decode(z).sample, posterior.parameters

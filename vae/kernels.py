@@ -1,6 +1,6 @@
 """Triton kernels for channels-last videos: GroupNorm with SiLU in two passes, and a residual sum with a bias.
 
-Imported only where a GPU needs them (vae/fast.py), or with TRITON_INTERPRET=1 in a test on a CPU.
+Imported only where a GPU needs them (vae/ops.py), or with TRITON_INTERPRET=1 in a test on a CPU.
 """
 
 import torch
@@ -130,7 +130,7 @@ def group_norm(
     silu: bool,
     out: Tensor,
 ) -> None:
-    """`plain_group_norm` of vae/fast.py, for channels and groups that are powers of two.
+    """`plain_group_norm` of vae/ops.py, for channels and groups that are powers of two.
 
     Sums are taken in parts that fill the card; each program of the second pass adds them in the same order, so that
     a clip gives the same bits every time.
@@ -162,7 +162,7 @@ def add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> None:
 
 def check(device: str) -> None:
     """Compare the kernels with torch's operations on a small clip; raises what went wrong."""
-    from vae.fast import plain_group_norm
+    from vae.ops import plain_group_norm
 
     x = torch.linspace(-3, 3, 2 * 8 * 3 * 5 * 7, device=device).view(2, 3, 5, 7, 8).permute(0, 4, 1, 2, 3)
     weight, bias = torch.linspace(0.5, 2, 8, device=device), torch.linspace(-1, 1, 8, device=device)

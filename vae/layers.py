@@ -1,26 +1,12 @@
-"""Layers of OD-VAE: causal 3D and per-frame convolutions, residual blocks, attention.
+"""Layers of OD-VAE: causal 3D and per-frame convolutions, norms, residual blocks, attention.
 
-Every layer takes (B, C, T, H, W). With `state=None` it sees a whole clip and is plain autograd code: the
-training path. With a `StreamState` it sees the next few frames of a stream, the first one alone, and what it
-must remember is in that object, never in the module: several streams can share one model.
+Every layer takes a whole clip (B, C, T, H, W) and is plain autograd code: this is the definition of the network, and
+what training runs. Inference computes the same faster, in steps (vae/fast.py).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from vae.fast import (
-    ONEDNN,
-    add_residual,
-    compute_dtype,
-    convolve,
-    eager,
-    empty_channels_last,
-    fused,
-    group_norm,
-    prepared,
-)
-from vae.stream import StreamState
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -35,50 +21,18 @@ def unfold_time(x: Tensor, B: int) -> Tensor:
     return x.view(B, BT // B, C, H, W).transpose(1, 2)
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU; in place when no gradient is recorded (x is always a fresh output of a norm here)."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def _in_im2col(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.conv3d would take, on CPU, an im2col several times slower than oneDNN: one clip with C T H <= 20480.
-
-    Not for pointwise kernels: there im2col is a plain product.
-    """
-    small = x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480 and weight.shape[-1] > 1
-    return small and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-
-
 class FrameConv2d(nn.Conv2d):
-    """A 2D convolution on every frame. x: (B, C, T, H, W); `norm`, if given, and SiLU come first.
+    """A 2D convolution on every frame. x: (B, C, T, H, W)."""
 
-    biased=False leaves the bias to whoever takes the output, at inference on a GPU; shift is such a bias, for norm.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        state: StreamState | None = None,
-        norm: "VideoGroupNorm | None" = None,
-        shift: Tensor | None = None,
-        biased: bool = True,
-    ) -> Tensor:
-        x = x if norm is None else norm.silu(x, shift)
-        frames = fold_time(x)
-        if eager() and (state is not None or fused(x)):
-            kernel = prepared(self, x, "", stride=self.stride, padding=self.padding)
-            y = convolve(frames, kernel, self.bias if biased else None, self.stride, self.padding)
-        else:
-            y = super().forward(frames)
-        return unfold_time(y, x.shape[0])
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold_time(super().forward(fold_time(x)), x.shape[0])
 
 
 class CausalConv3d(nn.Module):
     """3D convolution that sees no later frame: kernel - 1 copies of the first frame stand in front (paper 3.1).
 
     kernel: (kt, kh, kw); stride: (st, sh, sw); padding: zeros at each side of H and W.
-    Output frames: (T - 1) // st + 1. In a stream it keeps its last kt - st input frames, and every step after
-    the first must bring a multiple of st frames. `norm`, if given, and SiLU come first; shift, biased: as above.
+    (B, I, T, H, W) -> (B, O, (T - 1) // st + 1, ...).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel, stride=1, padding: int = 0):
@@ -86,64 +40,16 @@ class CausalConv3d(nn.Module):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=(0, padding, padding))
 
-    def forward(
-        self,
-        x: Tensor,
-        state: StreamState | None = None,
-        norm: "VideoGroupNorm | None" = None,
-        shift: Tensor | None = None,
-        biased: bool = True,
-    ) -> Tensor:
-        kt, st = self.conv.kernel_size[0], self.conv.stride[0]
-        if kt > 1 and state is not None and not state.first:
-            past = state.frames[self]
-            if past.shape[2] < kt - st:  # the first frame, kept once
-                past = past.expand(-1, -1, kt - st, -1, -1)
-            window = self._window(x, past, kt - st, norm, shift)
-            state.frames[self] = window[:, :, window.shape[2] - (kt - st) :].clone()
-            return self._convolve(window, state, biased)
-        one = x.shape[2] == 1 or state is not None
-        if kt > 1 and not one:
-            return self._convolve(self._window(x, None, kt - 1, norm, shift), state, biased)
-        x = x if norm is None else norm.silu(x, shift)
-        if kt == 1:
-            return self._convolve(x, state, biased)
-        if state is not None:
-            state.frames[self] = x
-        return self._one_frame(x, biased)
-
-    def _window(
-        self, x: Tensor, past: Tensor | None, keep: int, norm: "VideoGroupNorm | None", shift: Tensor | None
-    ) -> Tensor:
-        """The last `keep` frames before x, or copies of its first, then x, after the norm, in one buffer."""
-        if torch.is_grad_enabled() or (past is None and not fused(x)):
-            x = x if norm is None else norm.silu(x, shift)
-            past = x[:, :, :1].expand(-1, -1, keep, -1, -1) if past is None else past
-            return torch.cat((past, x), dim=2)
-        B, C, T, H, W = x.shape
-        dtype = x.dtype if past is None else past.dtype
-        window = empty_channels_last(x, (B, C, T + keep, H, W), compute_dtype(x) if fused(x) else dtype)
-        now = window[:, :, keep:]
-        if norm is None:
-            now.copy_(x)
-        else:
-            norm.write_silu(x, now, shift)
-        window[:, :, :keep] = now[:, :, :1] if past is None else past
-        return window
-
-    def _convolve(self, x: Tensor, state: StreamState | None, biased: bool) -> Tensor:
-        conv, bias = self.conv, self.conv.bias if biased else None
-        if eager() and (state is not None or fused(x) or _in_im2col(x, conv.weight)):
-            kernel = prepared(conv, x, "", stride=conv.stride, padding=conv.padding)
-            return convolve(x, kernel, bias, conv.stride, conv.padding)
-        return F.conv3d(x, conv.weight, bias, conv.stride, conv.padding)
-
-    def _one_frame(self, x: Tensor, biased: bool) -> Tensor:
-        """The first frame stands at every tap: one 2D convolution with the taps summed, a third of the work."""
-        conv, bias = self.conv, self.conv.bias if biased else None
-        stride, padding = conv.stride[1:], conv.padding[1:]
-        kernel = prepared(conv, x, "first", lambda w: w.sum(2), stride, padding)
-        return convolve(x[:, :, 0], kernel, bias, stride, padding).unsqueeze(2)
+    def forward(self, x: Tensor) -> Tensor:
+        conv, kt = self.conv, self.conv.kernel_size[0]
+        if kt > 1 and x.shape[2] == 1:
+            # A single frame stands at every tap: one 2D convolution with the taps summed, a third of the work.
+            frame, kernel = x[:, :, 0], conv.weight.sum(2)
+            return F.conv2d(frame, kernel, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
+        if kt > 1:
+            copies = x[:, :, :1].expand(-1, -1, kt - 1, -1, -1)
+            x = torch.cat((copies, x), dim=2)
+        return conv(x)
 
 
 class VideoGroupNorm(nn.GroupNorm):
@@ -157,61 +63,10 @@ class VideoGroupNorm(nn.GroupNorm):
         self.scope = scope
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused(x):
-            return self._fused(x, None, silu=False)
-        if self._native(x):
-            if self.scope == "clip":
-                return super().forward(x.contiguous())
-            return unfold_time(super().forward(fold_time(x).contiguous()), x.shape[0])
-        scale, shift = self._scale_shift(x)
-        return torch.addcmul(shift, x, scale)
-
-    def silu(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """SiLU of the normed x. shift: (C,), added to x first, where the passes are fused."""
-        return self._fused(x, shift, silu=True) if fused(x) else silu(self(x))
-
-    def write_silu(self, x: Tensor, out: Tensor, shift: Tensor | None = None) -> None:
-        """`silu` straight into `out`, channels-last, without gradients."""
-        if fused(x):
-            group_norm(self, x, shift, self.scope == "frame", True, out)
-        elif self._native(x):
-            y = self(x)
-            if y.dtype == out.dtype:
-                torch.ops.aten.silu.out(y, out=out)
-            else:  # CUDA's autocast gives float32 norms among bf16 convolutions, and silu.out takes one dtype
-                out.copy_(F.silu(y, inplace=True))
-        else:
-            scale, offset = self._scale_shift(x)
-            F.silu(torch.addcmul(offset, x, scale, out=out), inplace=True)
-
-    def _fused(self, x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
-        out = empty_channels_last(x, x.shape, compute_dtype(x))
-        group_norm(self, x, shift, self.scope == "frame", silu, out)
-        return out
-
-    def _native(self, x: Tensor) -> bool:
-        """Whether torch's kernel is used. On CPU its channels-last form sums squares plainly in float32: measured
-        3e-3 off where the mean is 10 standard deviations (the contiguous form: 2e-6), so that one is avoided."""
-        wide = x.dtype in (torch.float32, torch.float64)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-        return torch.is_grad_enabled() or x.device.type != "cpu" or not (wide and channels_last)
-
-    def _scale_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T or 1, 1, 1) twice: normed x = x * scale + shift. Two passes: the mean, then squares around it."""
-        B, C, T, _, _ = x.shape
-        sets = B if self.scope == "clip" else B * T
-        rows = x.permute(0, 2, 3, 4, 1).reshape(sets, -1, C)  # a view: x is channels_last_3d
-        grouped = (sets, self.num_groups, C // self.num_groups)
-        mean = rows.mean(1).view(grouped).mean(2, keepdim=True)
-        center = mean.expand(grouped).reshape(sets, 1, C)
-        squares = torch.zeros_like(center)
-        for part in rows.split(max(1, 2**18 // (sets * C)), dim=1):  # small enough to stay in cache
-            squares += (part - center).square_().sum(1, keepdim=True)
-        var = squares.view(grouped).mean(2, keepdim=True) / rows.shape[1]
-        scale = (var + self.eps).rsqrt() * self.weight.view(1, *grouped[1:])
-        shift = self.bias.view(1, *grouped[1:]) - mean * scale
-        shape = (B, sets // B, 1, 1, C)
-        return tuple(v.reshape(shape).permute(0, 4, 1, 2, 3) for v in (scale, shift))
+        # Contiguous: torch's channels-last kernel for CPUs loses digits where the mean is far from 0 (vae/ops.py).
+        if self.scope == "clip":
+            return super().forward(x.contiguous())
+        return unfold_time(super().forward(fold_time(x).contiguous()), x.shape[0])
 
 
 def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
@@ -219,10 +74,6 @@ def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     if kind == "2d":
         return FrameConv2d(in_channels, out_channels, 3, padding=1)
     return CausalConv3d(in_channels, out_channels, 3, padding=1)
-
-
-def _bias(layer: nn.Module) -> Tensor:
-    return (layer if isinstance(layer, FrameConv2d) else layer.conv).bias
 
 
 class ResBlock(nn.Module):
@@ -245,16 +96,10 @@ class ResBlock(nn.Module):
         else:
             self.nin_shortcut = None
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        if fused(x):  # biases go with the next pass over their tensor
-            h = self.conv1(x, state, self.norm1, biased=False)
-            h = self.conv2(h, state, self.norm2, _bias(self.conv1), biased=False)
-            skip = x if self.nin_shortcut is None else self.nin_shortcut(x, state)
-            return add_residual(h, skip, _bias(self.conv2))
-        h = self.conv1(x, state, self.norm1)
-        h = self.conv2(h, state, self.norm2)
-        skip = x if self.nin_shortcut is None else self.nin_shortcut(x, state)
-        return h + skip if torch.is_grad_enabled() else h.add_(skip)
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class FrameAttention(nn.Module):
@@ -273,16 +118,19 @@ class FrameAttention(nn.Module):
         self.v = CausalConv3d(channels, channels, 1)
         self.proj_out = CausalConv3d(channels, channels, 1)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        B, C, t, h, w = x.shape
+    def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (self._tokens(layer(y)) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B t, h w, C), scale C^-0.5
-        if self.scrambled:
-            y = y.transpose(1, 2).reshape(B, C, t, h, w)
-        else:
-            y = y.transpose(1, 2).unflatten(2, (h, w)).unflatten(0, (B, t)).transpose(1, 2)
+        y = self.attend(self.q(y), self.k(y), self.v(y))
         return x + self.proj_out(y)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(C)) v within each frame; all (B, C, t, h, w)."""
+        B, C, t, h, w = q.shape
+        q, k, v = (self._tokens(x) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B t, h w, C)
+        if self.scrambled:
+            return y.transpose(1, 2).reshape(B, C, t, h, w)
+        return y.transpose(1, 2).unflatten(2, (h, w)).unflatten(0, (B, t)).transpose(1, 2)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, C, t, h, w) -> (B t, 1, h w, C): one head; torch's fused kernels take four dimensions only."""

@@ -1,14 +1,15 @@
 """OD-VAE: a causal 3D video VAE that compresses 4x in time and 8 x 8 in space (paper section 3).
 
 Parameter names are those of Open-Sora-Plan, so released weights load directly (vae/release.py).
-At inference a streamable model always works in the same steps: frame 0, then four frames (one latent frame) at a
-time, on a GPU a few times as many (vae/fast.py). Whole clips and streams therefore agree to the bit, and memory does
-not grow with the clip's length.
+Encoder and Decoder define the networks; training runs them on whole clips. Inference runs vae/fast.py, which computes
+the same in steps: frame 0, then four frames (one latent frame) at a time, on a GPU a few times as many. Whole clips and
+streams therefore agree to the bit, and memory does not grow with the clip's length.
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -16,16 +17,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from vae.fast import channels_last, forget, fused, latents_per_step
+from vae import fast
 from vae.interface import VideoGaussian, VideoVAE
-from vae.layers import (
-    CausalConv3d,
-    FrameAttention,
-    FrameConv2d,
-    ResBlock,
-    VideoGroupNorm,
-    conv3x3,
-)
+from vae.layers import CausalConv3d, FrameAttention, FrameConv2d, ResBlock, VideoGroupNorm, conv3x3
+from vae.ops import channels_last, forget, fused, latents_per_step
 from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, SpatialUpsample
 from vae.stream import StreamState, regroup
 from vae.tiling import over_groups, over_tiles
@@ -51,22 +46,20 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(kind, a, channels, groups, scope) for a in widths[:-1])
 
 
-class _Chain(nn.Module):
-    """conv_in, the subclass's `_blocks()` in order (checkpointed in training if asked), norm_out, SiLU, conv_out."""
+class Checkpointed(nn.Module):
+    """A network whose blocks recompute their activations in backward if training asks for it."""
 
     gradient_checkpointing = False
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        x = self.conv_in(x, state)
-        for block in self._blocks():
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, state)
-            else:
-                x = block(x, state)
-        return self.conv_out(x, state, self.norm_out)
+    def run(self, block: nn.Module | None, x: Tensor) -> Tensor:
+        if block is None:
+            return x
+        if self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x)
+        return block(x)
 
 
-class Encoder(_Chain):
+class Encoder(Checkpointed):
     """(B, 3, T, H, W) -> (B, 2C, t, h, w), mean and log-variance before quant_conv."""
 
     def __init__(
@@ -85,24 +78,30 @@ class Encoder(_Chain):
         before = widths[0]
         for i, width in enumerate(widths):
             level = Level(layout.encoder_blocks[i], blocks, before, width, groups, scope)
-            if layout.down[i]:
-                level.downsample = Downsample(layout.down[i], width)
-            if layout.time_down[i]:
-                level.time_downsample = TIME_DOWN[layout.time_down[i]](width)
+            level.downsample = Downsample(layout.down[i], width) if layout.down[i] else None
+            level.time_downsample = TIME_DOWN[layout.time_down[i]](width) if layout.time_down[i] else None
             self.down.append(level)
             before = width
         self.mid = MidBlock(layout, before, groups, scope)
         self.norm_out = VideoGroupNorm(groups, before, scope)
         self.conv_out = CausalConv3d(before, out_channels, 3, padding=1)
 
-    def _blocks(self) -> Iterator[nn.Module]:
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)  # (B, 128, T, H, W), widths of the default model
         for level in self.down:
-            yield from level.block
-            yield from (m for name, m in level.named_children() if name != "block")
-        yield from self.mid.children()
+            for block in level.block:
+                x = self.run(block, x)  # (B, 128, T, H, W), then 256, 512, 512 channels
+            x = self.run(
+                level.downsample, x
+            )  # H, W halved after levels 0, 1, 2; variant 4: T too, after 1, 2
+            x = self.run(level.time_downsample, x)  # only in v1.0 and v1.1: T halved after levels 1, 2
+        x = self.run(self.mid.block_1, x)  # (B, 512, t, h, w), t = (T - 1) / 4 + 1, h = H / 8
+        x = self.run(self.mid.attn_1, x)
+        x = self.run(self.mid.block_2, x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2C, t, h, w)
 
 
-class Decoder(_Chain):
+class Decoder(Checkpointed):
     """(B, C, t, h, w), after post_quant_conv -> (B, 3, T, H, W); no output activation."""
 
     def __init__(
@@ -124,22 +123,28 @@ class Decoder(_Chain):
         for i in reversed(range(len(widths))):  # the deepest level comes first
             level = Level(layout.decoder_blocks[i], blocks + 1, before, widths[i], groups, scope)
             before = widths[i]
+            level.upsample = None
             if layout.up[i] == "st":
                 level.upsample = SpaceTimeUpsample(before, *up)
             elif layout.up[i]:
                 level.upsample = SpatialUpsample(layout.up[i], before)
-            if layout.time_up[i]:
-                level.time_upsample = TIME_UP[layout.time_up[i]](before)
+            level.time_upsample = TIME_UP[layout.time_up[i]](before) if layout.time_up[i] else None
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.norm_out = VideoGroupNorm(groups, before, scope)  # also before a 2D conv_out, as upstream
         self.conv_out = conv3x3(layout.conv_out, before, out_channels)
 
-    def _blocks(self) -> Iterator[nn.Module]:
-        yield from self.mid.children()
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)  # (B, 512, t, h, w)
+        x = self.run(self.mid.block_1, x)
+        x = self.run(self.mid.attn_1, x)
+        x = self.run(self.mid.block_2, x)
         for level in reversed(self.up):
-            yield from level.block
-            yield from (m for name, m in level.named_children() if name != "block")
+            for block in level.block:
+                x = self.run(block, x)  # (B, 512, t, h, w), then 512, 256, 128 channels
+            x = self.run(level.upsample, x)  # h, w doubled after levels 3, 2, 1; variant 4: t too, after 3, 2
+            x = self.run(level.time_upsample, x)  # only in v1.0 and v1.1: t doubled
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, T, H, W)
 
 
 class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
@@ -201,6 +206,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
         self.use_slicing = False
+        self._path = "auto"
         self.tiling_groups: tuple[int, int] | None = None  # frames, latents of a temporal group
         self._tiles: tuple[int, int] | None = None  # side, step of a spatial tile, in latents
 
@@ -282,22 +288,38 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             fn = lambda v: over_tiles(self._pixels, v, side, step, 8 * side, 8 * step)  # noqa: E731
         return over_groups(fn, z, self.tiling_groups[1]) if self.tiling_groups else fn(z)
 
-    def _moments(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, 2C, t, h, w): in steps at inference, at once in training."""
-        if torch.is_grad_enabled() or not self.causal:
-            return self.quant_conv(self.encoder(self._at_once(x)))
-        return torch.cat(list(self._encode_steps([x])), dim=2)
+    # ---- plain or fast -----------------------------------------------------------------------------------
 
-    def _at_once(self, x: Tensor) -> Tensor:
-        """A whole clip on its way through the network: channels-last where a GPU infers."""
-        if torch.is_grad_enabled():
-            forget(self)
-        return channels_last(x) if fused(x) else x
+    def use_path(self, name: str) -> None:
+        """Choose how clips are computed: "plain", "fast", or "auto", the default.
+
+        plain: the networks above, on the whole clip, with gradients where torch records them. fast: vae/fast.py,
+        never with gradients. auto: fast wherever torch records no gradients, as under torch.no_grad().
+        """
+        if name not in ("auto", "plain", "fast"):
+            raise ValueError(f'path {name!r}: "auto", "plain" or "fast"')
+        self._path = name
+
+    def _is_fast(self) -> bool:
+        fast_now = self._path == "fast" or (self._path == "auto" and not torch.is_grad_enabled())
+        if not fast_now and torch.is_grad_enabled():
+            forget(self)  # weights are about to change, and with them the kernels that are prepared of them
+        return fast_now
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, 2C, t, h, w)."""
+        if not self._is_fast():
+            return self.quant_conv(self.encoder(x))
+        if self.causal:
+            return torch.cat(list(self._encode_steps([x])), dim=2)
+        return self._encode_step(channels_last(x) if fused(x) else x, None)
 
     def _pixels(self, z: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B, 3, T, H, W): in steps at inference, at once in training."""
-        if torch.is_grad_enabled() or not self.causal:
-            return self.decoder(self.post_quant_conv(self._at_once(z)))
+        """(B, C, t, h, w) -> (B, 3, T, H, W)."""
+        if not self._is_fast():
+            return self.decoder(self.post_quant_conv(z))
+        if not self.causal:
+            return self._decode_step(channels_last(z) if fused(z) else z, None)
         B, _, t, h, w = z.shape
         out, at = None, 0
         for frames in self._decode_steps([z]):
@@ -307,20 +329,33 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             at += frames.shape[2]
         return out
 
+    @torch.no_grad()
+    def _encode_step(self, x: Tensor, state: StreamState | None) -> Tensor:
+        return fast.conv(self.quant_conv, fast.encoder(self.encoder, x, state), state)
+
+    @torch.no_grad()
+    def _decode_step(self, z: Tensor, state: StreamState | None) -> Tensor:
+        return fast.decoder(self.decoder, fast.conv(self.post_quant_conv, z, state), state)
+
+    def compile_steps(self, **options) -> None:
+        """torch.compile a step of fast inference: not the whole clip, whose twenty steps would be one graph."""
+        self._encode_step = torch.compile(self._encode_step, **options)
+        self._decode_step = torch.compile(self._decode_step, **options)
+
     # ---- streams -----------------------------------------------------------------------------------------
 
     def _encode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         state = StreamState()
         unit = self.temporal_compression_ratio
         for step in regroup(chunks, unit, lambda x: latents_per_step(x, x.shape[3] * x.shape[4])):
-            yield self.quant_conv(self.encoder(step, state), state)
+            yield self._encode_step(step, state)
             state.first = False
 
     def _decode_steps(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         state = StreamState()
         pixels = self.spatial_compression_ratio**2
         for step in regroup(chunks, 1, lambda z: latents_per_step(z, pixels * z.shape[3] * z.shape[4])):
-            yield self.decoder(self.post_quant_conv(step, state), state)
+            yield self._decode_step(step, state)
             state.first = False
 
     @apply_forward_hook

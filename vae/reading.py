@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.core.tensors import differences, some
+
 logger = logging.getLogger(__name__)
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -30,7 +32,7 @@ class Release:
     def shape(self, key: str) -> tuple[int, ...]:
         if key not in self.state:
             raise ValueError(
-                f"{self.source}: no key {key!r}; it has {len(self.state)} keys, e.g. {_some(self.state)}"
+                f"{self.source}: no key {key!r}; it has {len(self.state)} keys, e.g. {some(self.state)}"
             )
         return tuple(self.state[key].shape)
 
@@ -52,11 +54,6 @@ class Release:
         }
 
 
-def _some(keys, most: int = 20) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
 def find_file(source: Path) -> Path:
     """The weight file: `source` itself, or the only one (safetensors first) in the folder `source`."""
     if source.is_file():
@@ -69,7 +66,7 @@ def find_file(source: Path) -> Path:
             return files[0]
         if files:
             raise ValueError(
-                f"{source}: several weight files ({_some(f.name for f in files)}): name the file itself"
+                f"{source}: several weight files ({some(f.name for f in files)}): name the file itself"
             )
     raise ValueError(f"{source}: no weight file ({', '.join(_SUFFIXES)}) in this folder")
 
@@ -99,7 +96,7 @@ def _torch_load(file: Path):
         unknown = []
     unknown = [name for name in unknown if name != "argparse.Namespace"]
     if unknown:
-        logger.warning("%s: ignoring stored objects that are no tensors: %s", file, _some(unknown))
+        logger.warning("%s: ignoring stored objects that are no tensors: %s", file, some(unknown))
         allowed += [(type("Inert", (_Inert,), {}), name) for name in unknown]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -158,16 +155,7 @@ def load_strict(build: Callable[[], nn.Module], release: Release, state: dict[st
     """Build on the meta device and take over exactly these tensors, dtype kept; ValueError lists what differs."""
     with torch.device("meta"):
         model = build()
-    own = model.state_dict()
-    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
-    ]
-    wrong = {"missing": missing, "extra": extra, "misshapen": shapes}
-    if any(wrong.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys)
-        raise ValueError(f"{release.source} does not fit {type(model).__name__}: {text}")
+    if wrong := differences(model.state_dict(), state):
+        raise ValueError(f"{release.source} does not fit {type(model).__name__}: {wrong}")
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -6,8 +6,8 @@ python -m pipelines.plan --out docs/hardware.md      # minutes on one core; no G
 import argparse
 from pathlib import Path
 
-from data.cli import run
-from data.files import write_atomic
+from data.core.cli import run
+from data.core.files import write_atomic
 from pipelines.plan.cards import CARDS, seconds
 from pipelines.plan.report import METHOD, needed_gib
 from pipelines.plan.tasks import ROWS, Row, simulate

@@ -107,21 +107,20 @@ def _perceptual(config: Any) -> Any:
 
 
 def stage_one_parts(
-    config: Any, accelerator: Any, where: torch.device
+    make_trainer: Callable[..., Any], config: Any, accelerator: Any, where: torch.device
 ) -> tuple[Any, Iterator[Any], dict[str, tuple]]:
     """(trainer, endless batches, {phase: (a step of it, its share of all steps)}) of train_vae without data and weights.
 
     where: the device on which the networks are made; the trainer moves them to the accelerator's.
     """
-    from pipelines.vae_settings import GANSchedule
-    from pipelines.vae_start import build_vae_model
-    from pipelines.vae_trainer import VAETrainer
+    from pipelines.training.settings import GANSchedule
+    from pipelines.training.start import build_vae_model
 
     loss, clip = config.loss, config.clip
     with where:
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
-    trainer = VAETrainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
+    trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
     shape = (config.micro_batch, clip.num_frames, clip.size, clip.size, 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
     if trainer.discriminator is None:
@@ -138,13 +137,16 @@ def stage_one_parts(
     return trainer, batches, phases
 
 
-def stage_one(config: Any) -> Simulation:
-    """A step of train_vae in each of its phases, optimizer states present. config: TrainVAEConfig."""
-    from pipelines.engine import make_accelerator
+def stage_one(make_trainer: Callable[..., Any], config: Any) -> Simulation:
+    """A step of train_vae in each of its phases, optimizer states present.
+
+    make_trainer: VAETrainer. config: TrainVAEConfig.
+    """
+    from pipelines.training.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        trainer, batches, phases = stage_one_parts(config, accelerator, torch.device("cpu"))
+        trainer, batches, phases = stage_one_parts(make_trainer, config, accelerator, torch.device("cpu"))
         for at, _ in phases.values():  # the optimizers' states come with the first updates
             trainer.step, accelerator.gradient_accumulation_steps = at, 1
             trainer.train_step(batches)
@@ -175,7 +177,7 @@ def _endless(make: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def imagined_vae(settings: Any) -> Any:
     """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
-    from pipelines.settings import tile_time
+    from pipelines.training.open import tile_time
     from vae import build_vae
 
     file, known = Path(settings.path) / "config.json", {}
@@ -191,10 +193,14 @@ def imagined_vae(settings: Any) -> Any:
 CLASSES = {"ucf101": 101, "kinetics400": 400}  # of sources that have classes; the others' are in their files
 
 
-def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple[Any, Iterator[Any], Any]:
+def stage_two_parts(
+    make_trainer: Callable[..., Any], config: Any, accelerator: Any, where: torch.device
+) -> tuple[Any, Iterator[Any], Any]:
     """(trainer, endless batches, frozen VAE) of train_latte without data and weights. where: as of `stage_one_parts`."""
-    from pipelines.latte_trainer import LatteTrainer, OnlineLatents, build_latte
-    from pipelines.settings import Mode, for_inference
+    from pipelines.training.latents import OnlineLatents
+    from pipelines.training.open import for_inference
+    from pipelines.training.settings import Mode
+    from pipelines.training.start import build_latte
 
     device = accelerator.device
     vae = imagined_vae(config.vae)
@@ -203,7 +209,7 @@ def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple
     frozen = for_inference(vae, device, config.precision)  # also what draws the sample grids
     online = config.mode is Mode.online
     encode = OnlineLatents(frozen, device) if online else None
-    trainer = LatteTrainer(config, accelerator, latte, vae, encode)
+    trainer = make_trainer(config, accelerator, latte, vae, encode)
     B, clip = config.micro_batch, config.clip
     side = clip.size // vae.spatial_compression_ratio
     latent = (B, vae.config.latent_channels, vae.latent_frames(clip.num_frames), side, side)
@@ -217,13 +223,13 @@ def stage_two_parts(config: Any, accelerator: Any, where: torch.device) -> tuple
     return trainer, _endless(batch), frozen
 
 
-def stage_two(config: Any) -> Simulation:
-    """A step of train_latte with optimizer states present. config: TrainLatteConfig."""
-    from pipelines.engine import make_accelerator
+def stage_two(make_trainer: Callable[..., Any], config: Any) -> Simulation:
+    """A step of train_latte with optimizer states present. make_trainer: LatteTrainer. config: TrainLatteConfig."""
+    from pipelines.training.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        trainer, batches, _vae = stage_two_parts(config, accelerator, torch.device("cpu"))
+        trainer, batches, _vae = stage_two_parts(make_trainer, config, accelerator, torch.device("cpu"))
         accelerator.gradient_accumulation_steps = 1
         trainer.train_step(batches)  # makes the optimizer's state
         gpu.syncs.found.clear()
@@ -296,7 +302,7 @@ def benchmark(config: Any) -> Simulation:
 
 def cache(config: Any) -> Simulation:
     """cache_latents: encoding one batch of clips. config: TrainLatteConfig."""
-    from pipelines.settings import for_inference
+    from pipelines.training.open import for_inference
 
     with _device() as (_, costs):
         vae = for_inference(imagined_vae(config.vae), DEVICE, config.precision)
@@ -315,7 +321,7 @@ def sample(config: Any) -> Simulation:
     """sample: a denoising step of a batch and the decoding of a video. config: SampleConfig; its pipeline may be absent."""
     from denoiser.latte import Latte
     from denoiser.sampling import cfg_forward
-    from pipelines.settings import for_inference, tile_time
+    from pipelines.training.open import for_inference, tile_time
     from pipelines.video_pipeline import LatentVideoPipeline
 
     geometry, classes, vae_settings = _pipeline_parts(Path(config.pipeline))
@@ -338,7 +344,7 @@ def sample(config: Any) -> Simulation:
 def _pipeline_parts(folder: Path) -> tuple[dict[str, Any], bool, Any]:
     """(Latte's settings, has classes, VAE's settings) of a pipeline's folder; Latte-XL/2 on UCF101 with OD-VAE without one."""
     from denoiser.latte import LATTE_SIZES
-    from pipelines.settings import VAEConfig
+    from pipelines.training.settings import VAEConfig
     from vae.registry import FAMILIES
 
     file = folder / "transformer" / "config.json"

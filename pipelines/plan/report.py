@@ -1,13 +1,12 @@
 """What `--plan` prints: memory, arithmetic, traffic and time of a program on a card, and what would make it fit."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.plan.cards import Card, find_card, seconds
 from pipelines.plan.cost import GIB, INT32
 from pipelines.plan.programs import Simulation
-from pipelines.plan.tasks import simulate
 
 CONTEXT_GIB = 1.5  # of the CUDA context and the libraries' workspaces
 GAPS = 1.03  # of the allocator
@@ -22,10 +21,13 @@ def needed_gib(simulation: Simulation) -> float:
     return GAPS * simulation.peak / GIB + CONTEXT_GIB
 
 
-def plan_text(program: str, config: Any, card_name: str) -> str:
-    """The plan of a program with these settings on a card; ValueError for a card that is not in the table."""
+def plan_text(program: str, simulate: Callable[[Any], Simulation], config: Any, card_name: str) -> str:
+    """Describe what a program with these settings needs on a card.
+
+    simulate: from `pipelines.plan.programs`. Raises ValueError for a card that is not in the table.
+    """
     card = find_card(card_name)
-    simulation = simulate(program, config)
+    simulation = simulate(config)
     tf32 = getattr(getattr(config, "precision", None), "value", "") == "tf32"
     lines = [f"{program} on one {card.name} ({card.gib:g} GiB)", METHOD, ""]
     lines.append(f"{'work':44s} {'peak GiB':>9s} {'TFLOP':>9s} {'GB moved':>9s} {'kernels':>8s} {'ms':>9s}")
@@ -49,7 +51,7 @@ def plan_text(program: str, config: Any, card_name: str) -> str:
         lines.append(
             f"largest tensor: {biggest / INT32:.2f} x 2^31 elements; not every kernel counts that far"
         )
-    lines += _verdict(program, config, simulation, card)
+    lines += _verdict(program, simulate, config, simulation, card)
     return "\n".join(lines)
 
 
@@ -71,14 +73,16 @@ def _whole_run(program: str, config: Any, total: float) -> list[str]:
     return []
 
 
-def _verdict(program: str, config: Any, simulation: Simulation, card: Card) -> list[str]:
+def _verdict(
+    program: str, simulate: Callable[[Any], Simulation], config: Any, simulation: Simulation, card: Card
+) -> list[str]:
     need = needed_gib(simulation)
     known = f"needs about {need:.1f} GiB with context and gaps"
     if need <= card.gib:
         return [f"fits: {known}"]
     lines = [f"DOES NOT FIT: {known}, the card has {card.gib:g}"]
     for words, smaller in _smaller(program, config):
-        need = needed_gib(simulate(program, smaller))
+        need = needed_gib(simulate(smaller))
         fits = "fits" if need <= card.gib else "does not fit either"
         lines.append(f"  {words}: about {need:.1f} GiB, {fits}")
         if need <= card.gib:

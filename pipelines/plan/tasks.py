@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-if TYPE_CHECKING:
-    from pipelines.plan.programs import Simulation
+from pipelines.plan import programs
+from pipelines.sample import SampleConfig
+from pipelines.train_latte import LatteTrainer, TrainLatteConfig
+from pipelines.train_vae import TrainVAEConfig, VAETrainer
+from pipelines.training.config import load
 
 STAGE1, STAGE2, SAMPLE = (
     "configs/stage1/odvae.yaml",
@@ -24,17 +28,11 @@ class Row:
     tf32: bool = False
 
     def config(self, extra: tuple[str, ...] = ()) -> Any:
-        from pipelines.config import load
-
         cls, file = _program(self.program)
         return load(cls, file, [*self.settings, *extra])
 
 
 def _program(name: str) -> tuple[type, str]:
-    from pipelines.latte_settings import TrainLatteConfig
-    from pipelines.sample_settings import SampleConfig
-    from pipelines.vae_settings import TrainVAEConfig
-
     return {
         "train_vae": (TrainVAEConfig, STAGE1),
         "train_latte": (TrainLatteConfig, STAGE2),
@@ -70,13 +68,11 @@ ROWS = (
 )
 
 
-def simulate(program: str, config: Any) -> "Simulation":
+def simulate(program: str, config: Any) -> programs.Simulation:
     """The costs of a program with these settings, on the pretended GPU."""
-    from pipelines.plan import programs
-
-    run: dict[str, Callable[[Any], Simulation]] = {
-        "train_vae": programs.stage_one,
-        "train_latte": programs.stage_two,
+    run: dict[str, Callable[[Any], programs.Simulation]] = {
+        "train_vae": partial(programs.stage_one, VAETrainer),
+        "train_latte": partial(programs.stage_two, LatteTrainer),
         "cache_latents": programs.cache,
         "sample": programs.sample,
         "benchmark": programs.benchmark,

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.run import ROOT
 from pipelines.tables.spec import Column, Curve, Places, Row, Step, Table, fill, presets, read
+from pipelines.training.folder import ROOT
 
 _FIELDS = {"folder", "place", "output", "program", "arguments", "after", "judges", "parallel", "what", "cost"}
 

@@ -43,7 +43,7 @@ def mean_and_spread(runs: list[list[tuple[int, float]]]) -> np.ndarray:
 
 
 def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[str, str]:
-    from pipelines.log import read_metrics
+    from pipelines.training.log import read_metrics
 
     canvas, axes = _canvas()
     notes = []

@@ -9,8 +9,8 @@ import traceback
 from importlib import import_module
 from typing import Any
 
-from pipelines.run import ROOT, STOPS, Stopped, stop_on_signal
 from pipelines.tables.spec import Places, Step
+from pipelines.training.folder import ROOT, STOPS, Stopped, stop_on_signal
 
 
 def spawn(step: Step, words: list[str], output: Any, lock: int, places: Places) -> int:

@@ -35,7 +35,7 @@ _CONFIGS = {
 
 def wanted(step: Step) -> dict[str, Any]:
     """All settings of a command that decide its result, flat; paths and speed settings left out."""
-    from pipelines.config import flatten, free_keys
+    from pipelines.training.config import flatten, free_keys
 
     config = config_of(step)
     free = free_keys(config)
@@ -62,7 +62,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def config_of(step: Step) -> Any:
     """The settings object that the command line makes."""
-    from pipelines.config import load
+    from pipelines.training.config import load
 
     words = list(step.arguments)
     if words[:1] == ["vae"]:  # benchmark's subject

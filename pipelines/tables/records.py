@@ -79,8 +79,8 @@ def _given(step: Step) -> Found:
 
 def _training(step: Step) -> Found:
     """A run folder of train_vae or train_latte: its settings, log, speeds, and the export that it ends with."""
-    from pipelines.config import read_yaml
-    from pipelines.log import read_metrics
+    from pipelines.training.config import read_yaml
+    from pipelines.training.log import read_metrics
 
     saved = step.folder / "config.yaml"
     if not saved.is_file():

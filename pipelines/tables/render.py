@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.files import claim_folder, write_atomic
+from data.core.files import claim_folder, write_atomic
 from pipelines.tables.cells import BEST, SECOND, Cell, cells_of
 from pipelines.tables.plot import Panel, panels_of
 from pipelines.tables.run import Desk

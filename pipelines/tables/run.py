@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
+from data.core.files import write_json
 from pipelines.tables.process import call, spawn
 from pipelines.tables.records import Found, find
 from pipelines.tables.spec import Places, Row, Step, Table

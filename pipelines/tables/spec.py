@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.run import ROOT
+from pipelines.training.folder import ROOT
 
 FOLDER = ROOT / "configs" / "tables"
 

@@ -70,7 +70,7 @@ def talk_to(log: Path) -> None:
 
 def program(main: Callable[[list[str]], int], *settings: str) -> int:
     """Exit code of a program as its command line ends it."""
-    from data.cli import run
+    from data.core.cli import run
 
     try:
         run(lambda: main(list(settings)))

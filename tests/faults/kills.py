@@ -6,7 +6,9 @@ Each start is a process of its own, forked from a parent that has imported every
 a start costs no import. Four kinds of kill: "moment" after a random time; "group" one of SIGINT, SIGTERM, SIGHUP and
 SIGUSR1 then to all processes of a training with two readers, which must end with 128 + the signal's number; "save" a few milliseconds after a hidden
 checkpoint folder has appeared; "operation" before a random file operation (an audit hook kills its own process), which
-reaches the places between two renames that no clock hits.
+reaches the places between two renames that no clock hits. Programs under `accelerate launch` with two processes have
+others: "process" SIGKILL of one of the two, "all" of both and the launcher, "group" a signal to all of them, at random
+moments from the run's opening on; "save" is of all.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from tests.faults.processes import in_child, start, wait  # noqa: E402
 from tests.programs.conftest import LATTE, VAE  # noqa: E402
 
 KINDS = dict.fromkeys(("train_vae", "train_latte"), ("save", "operation", "moment", "group"))
+LAUNCHED = ("process", "save", "all", "group")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -52,6 +55,8 @@ class Stage:
     settings: Callable[[Path], list[str]]
     differences: Callable[[Path, Path], list[str]]
     prepare: Callable[[Path], None] = lambda folder: None
+    readers: tuple[str, ...] = ("workers=2",)  # settings of a start that gets a signal
+    launch: str = ""
 
 
 def stages(work: Path, steps: int) -> dict[str, Stage]:
@@ -99,9 +104,12 @@ def stages(work: Path, steps: int) -> dict[str, Stage]:
     return {
         "train_vae": Stage("train_vae", vae, training_differences("vae")),
         "train_latte": Stage("train_latte", latte, training_differences("pipeline")),
+        "ddp_vae": Stage("train_vae", vae, training_differences("vae"), launch="ddp8"),
+        "ddp_latte": Stage("train_latte", latte, training_differences("pipeline"), launch="ddp8"),
+        "zero2_latte": Stage("train_latte", latte, training_differences("pipeline"), launch="zero2_8"),
         "cache_latents": Stage("cache_latents", cache, cache_differences, copy_vae),
-        "sample": Stage("sample", sample, sample_differences),
-        "judge": Stage("eval.fvd", judge, score_differences),
+        "sample": Stage("sample", sample, sample_differences, readers=()),
+        "judge": Stage("eval.fvd", judge, score_differences, readers=()),
     }
 
 
@@ -121,21 +129,39 @@ def prepare(work: Path) -> None:
 
 
 def finish(stage: Stage, folder: Path) -> tuple[float, int]:
-    """Run to the end without a kill: (seconds, file operations)."""
-    began = time.monotonic()
-    _, operations = wait(*start(stage.program, stage.settings(folder), folder))
+    """Run to the end without a kill: (seconds, of a launch from the run's opening on; file operations)."""
+    before, began = opened(folder), time.monotonic()
+
+    def look() -> bool:
+        nonlocal before, began
+        if stage.launch and opened(folder) != before:
+            before, began = opened(folder), time.monotonic()
+        return False
+
+    started = start(stage.program, stage.settings(folder), folder, launch=stage.launch)
+    _, operations = wait(*started, look)
     return time.monotonic() - began, len(operations)
+
+
+def opened(folder: Path) -> int:
+    """Changes when a training opens its run."""
+    file = folder / "run/env.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def one_kill(stage: Stage, folder: Path, kind: str, draw: random.Random, seconds: float, operations: int):
     """Start and kill; None if the program finished first, else a record of the kill."""
     before = draw.randint(1, operations) if kind == "operation" else 0
     began, due = time.monotonic(), draw.uniform(0, seconds)
-    left, later, seen = draw.randint(1, 4), draw.uniform(0, 0.05), set()
+    left, later, seen, before_it = draw.randint(1, 4), draw.uniform(0, 0.05), set(), opened(folder)
 
     def kill() -> bool:
-        nonlocal due
+        nonlocal due, began, before_it
         now = time.monotonic() - began
+        if stage.launch and before_it is not None:
+            if opened(folder) != before_it:
+                began, before_it = time.monotonic(), None
+            return False
         if kind == "save" and not left <= len(seen):
             seen.update(p.name for p in folder.glob("run/checkpoints/.step_*.tmp"))
             due = now + later if left <= len(seen) else now + seconds
@@ -143,8 +169,13 @@ def one_kill(stage: Stage, folder: Path, kind: str, draw: random.Random, seconds
 
     settings, number = stage.settings(folder), signal.SIGKILL
     if kind == "group":
-        settings, number = [*settings, "workers=2"], draw.choice(SIGNALS)
-    killed, said = wait(*start(stage.program, settings, folder, before), kill, number)
+        settings, number = [*settings, *stage.readers], draw.choice(SIGNALS)
+    started = start(stage.program, settings, folder, before, stage.launch)
+
+    def aim(processes: list[int]) -> list[int]:
+        return [draw.choice(processes[1:] or processes)] if kind == "process" else processes
+
+    killed, said = wait(*started, kill, number, aim if stage.launch else None)
     if not killed:
         return None
     last = said[-1] if kind == "operation" else ""
@@ -158,7 +189,7 @@ def survive(name: str, stage: Stage, kills: int, saves: int, seed: int, work: Pa
     Every run is brought to its end and compared.
     """
     draw, records, wrong, runs, missed = random.Random(f"{name} {seed}"), [], [], 0, 0
-    kinds = KINDS.get(name, ("moment", "operation"))
+    kinds = LAUNCHED if stage.launch else KINDS.get(name, ("moment", "operation", "group"))
     reference = new_folder(stage, work / f"{name}-whole")
     seconds, operations = finish(stage, reference)
 
@@ -199,9 +230,9 @@ def preload() -> None:
     from tensorboard.compat.proto import summary_pb2  # noqa: F401
 
     import pipelines.cache_latents
-    import pipelines.latte_trainer
     import pipelines.sample
-    import pipelines.vae_trainer  # noqa: F401
+    import pipelines.train_latte
+    import pipelines.train_vae  # noqa: F401
 
 
 def main() -> int:
@@ -211,7 +242,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="of each program (default 6)")
     parser.add_argument("--saves", type=int, default=20, help="at least so many inside a save of a training")
     parser.add_argument("--steps", type=int, default=24, help="of a training run (default 24)")
-    parser.add_argument("--programs", default="train_vae,train_latte,cache_latents,sample,judge")
+    parser.add_argument("--programs", default=",".join(stages(Path(), 0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
@@ -222,7 +253,7 @@ def main() -> int:
         for name in args.programs.split(","):
             then = time.monotonic()
             stage = stages(Path(scratch) / "start", args.steps)[name]
-            saves = args.saves if name in KINDS else 0
+            saves = args.saves if name in KINDS or stage.launch else 0
             results[name] = survive(name, stage, args.kills, saves, args.seed, Path(scratch))
             results[name]["seconds"] = round(time.monotonic() - then, 1)
             shown = {k: v for k, v in results[name].items() if k != "records"}
@@ -235,7 +266,7 @@ def main() -> int:
 
 def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespace) -> None:
     """The kills as JSON, and a page beside it."""
-    from pipelines.run import versions
+    from pipelines.training.folder import versions
 
     names = ("git", "python", "torch", "accelerate", "diffusers")
     known = {k: v for k, v in versions().items() if k in names}
@@ -254,13 +285,14 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
         saves = inside["save"] + inside["export"]
         row = [name, r["kills"], saves, inside["file"], r["runs"], len(r["differences"])]
         table.append("| " + " | ".join(map(str, row)) + " |")
-    page = f"""# SIGKILL at random moments
+    page = f"""# Kills and signals at random moments
 
 `{command}`, {seconds} s on {hardware}, {head["date"]}, {software}, commit {known["git"]}.
 
 Each program was killed, started again with the same command until it ended, and its end compared to the bit with that of
 a program which was never killed: weights, EMA, both optimizers, counters, metrics.jsonl and the exported folder; the
-files of the cache; every frame of the samples; every score, and the features kept. How the kills are drawn is in tests/faults/kills.py, each of them in
+files of the cache; every frame of the samples; every score, and the features kept. A kill is SIGKILL, or a signal that asks to
+stop, sent to all processes of a start, launchers and readers too. How the kills are drawn is in tests/faults/kills.py, each of them in
 {file.name}.
 
 """

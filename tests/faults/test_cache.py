@@ -15,6 +15,7 @@ from data.encode import write_mp4
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
 from pipelines.cache_latents import my_share
+from pipelines.training import latents
 from tests.faults.disk import program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def test_a_shard_is_read_through_once_and_again_only_after_it_was_written_to(cac
 def test_a_clip_that_is_there_twice_or_not_at_all_is_found(cache, capsys):
     from safetensors.torch import load_file, save_file
 
-    from data.files import sha256_of
+    from data.core.files import sha256_of
 
     folder, settings = cache
     shard = folder / "latents-00001.safetensors"
@@ -132,7 +133,7 @@ def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_ch
     settings += ["cache.crops=1", "cache.shard_size=2", "source.scan_workers=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     cache_latents.main([*settings, f"cache.dir={whole}"])
-    original = cache_latents.cached_clips
+    original = latents.cached_clips
 
     def vanishing(config):
         clips = original(config)

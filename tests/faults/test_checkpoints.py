@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.files import machine
-from pipelines.checkpoints import Checkpoints, export_folder, recover, writing
+from data.core.files import machine
 from pipelines.train_vae import main
+from pipelines.training.checkpoints import Checkpoints, export_folder, recover, writing
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -164,7 +164,7 @@ def test_an_export_killed_after_its_renames_keeps_its_new_content(tmp_path):
 def test_an_export_that_a_kill_prevented_is_made_by_the_next_start_though_no_step_is_left(
     tmp_path, monkeypatch
 ):
-    from pipelines import loop
+    from pipelines.training import run as loop
     from tests.programs.conftest import VAE
 
     settings = [*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=2"]
@@ -195,7 +195,7 @@ def test_a_checkpoint_knows_its_past(run):
 
 def test_a_latte_checkpoint_names_its_vae_by_digest_and_refuses_another(own_vae, latte_settings, tmp_path):
     from pipelines import cache_latents, train_latte
-    from pipelines.settings import weights_digest
+    from pipelines.training.open import weights_digest
     from vae import ODVAE
 
     run, common = (
@@ -214,7 +214,7 @@ def test_a_latte_checkpoint_names_its_vae_by_digest_and_refuses_another(own_vae,
 
 
 def test_a_start_leaves_hidden_folders_of_the_user_alone(tmp_path):
-    from pipelines.checkpoints import recover
+    from pipelines.training.checkpoints import recover
 
     for name in ("notes", ".notes.old", ".scratch.tmp", ".vae.tmp", ".pipeline.old"):
         (tmp_path / name).mkdir()
@@ -226,9 +226,9 @@ def test_a_start_leaves_hidden_folders_of_the_user_alone(tmp_path):
 
 
 def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(tmp_path):
-    from pipelines.config import load
-    from pipelines.run import open_run
-    from pipelines.vae_settings import TrainVAEConfig
+    from pipelines.train_vae import TrainVAEConfig
+    from pipelines.training.config import load
+    from pipelines.training.folder import open_run
 
     open_run(tmp_path, load(TrainVAEConfig, None, []), "train_vae")
     file = tmp_path / "config.yaml"
@@ -242,7 +242,7 @@ def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(tmp_path
 def test_an_export_is_made_while_the_run_is_still_locked(tmp_path, monkeypatch):
     from filelock import FileLock, Timeout
 
-    from pipelines import loop
+    from pipelines.training import run as loop
     from tests.programs.conftest import VAE
 
     def probe(*_):

@@ -10,8 +10,8 @@ import pytest
 
 from data.latents import LatentCache
 from pipelines import cache_latents, sample, train_latte, train_vae
-from pipelines.checkpoints import Checkpoints, export_folder, folder_bytes
-from pipelines.log import read_metrics
+from pipelines.training.checkpoints import Checkpoints, export_folder, folder_bytes
+from pipelines.training.log import read_metrics
 from tests.faults.disk import fill, on_small_disk, program
 
 
@@ -105,7 +105,7 @@ def test_a_full_log_disk_costs_the_log_not_the_training_and_the_loss_is_counted(
 
 def test_a_line_of_the_log_that_is_cut_off_is_taken_back(tmp_path):
     def work():
-        from pipelines.log import MetricLog
+        from pipelines.training.log import MetricLog
 
         disk = tmp_path / "disk"
         log = MetricLog(disk, -1)

@@ -5,9 +5,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import cache_latents, vae_trainer
-from pipelines.checkpoints import Checkpoints
+from pipelines import cache_latents, train_vae
 from pipelines.train_vae import main
+from pipelines.training.checkpoints import Checkpoints
 
 QUIET = ["loss.gan_weight=0", "val_every=99", "log_every=1"]
 
@@ -16,7 +16,7 @@ def test_the_advice_followed_a_diverged_run_goes_on_from_its_last_good_checkpoin
     vae_settings, tmp_path, monkeypatch
 ):
     settings = [*vae_settings, *QUIET, f"run_dir={tmp_path}", "save_every=1", "max_skipped=3", "steps=9"]
-    original = vae_trainer.VAETrainer.generator_loss
+    original = train_vae.VAETrainer.vae_loss
 
     def diverging(self, x, noise):
         loss, xhat, logged = original(self, x, noise)
@@ -26,9 +26,9 @@ def test_the_advice_followed_a_diverged_run_goes_on_from_its_last_good_checkpoin
             logged,
         )
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "generator_loss", diverging)
+    monkeypatch.setattr(train_vae.VAETrainer, "vae_loss", diverging)
     with pytest.raises(
-        ValueError, match=r"last good checkpoint: .*step_00000003; go on .*resume.change=learning_rate"
+        ValueError, match=r"last good checkpoint: .*step_00000003; resume .*resume.change=learning_rate"
     ):
         main(settings)
     checkpoints = Checkpoints(tmp_path)
@@ -50,14 +50,14 @@ def test_the_advice_followed_a_diverged_run_goes_on_from_its_last_good_checkpoin
 
 
 def test_weights_that_are_not_finite_are_not_saved(vae_settings, tmp_path, monkeypatch):
-    original = vae_trainer.VAETrainer.train_step
+    original = train_vae.VAETrainer.train_step
 
     def ruined(self, batches):
         original(self, batches)
         if self.step == 4:
             next(self.vae.parameters()).data[0] = float("inf")
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", ruined)
+    monkeypatch.setattr(train_vae.VAETrainer, "train_step", ruined)
     with pytest.raises(ValueError, match=r"step 4: the weights are not finite.*step_00000002"):
         main([*vae_settings, *QUIET, f"run_dir={tmp_path}", "save_every=2", "steps=6"])
     assert Checkpoints(tmp_path).steps() == [2]

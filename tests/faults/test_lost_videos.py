@@ -8,8 +8,8 @@ import pytest
 from data.demo import DemoVideos
 from data.encode import write_mp4
 from pipelines import train_vae
-from pipelines.log import read_metrics
-from pipelines.quarantine import Quarantine
+from pipelines.training.log import read_metrics
+from pipelines.training.quarantine import Quarantine
 from tests.faults.disk import program
 
 
@@ -27,9 +27,8 @@ def train(vae_settings, videos, tmp_path, monkeypatch):
     """Train on the videos; `damage` is called after the scan."""
 
     def go(name, damage, *more, steps=6):
-        from pipelines import vae_trainer
 
-        original = vae_trainer.fit
+        original = train_vae.fit
 
         def damaged_fit(*args, **kwargs):
             damage(videos)
@@ -39,7 +38,7 @@ def train(vae_settings, videos, tmp_path, monkeypatch):
         source = [f"source.root={videos}", "source.val_fraction=0", f"source.index_dir={tmp_path / 'index'}"]
         source += ["source.scan_workers=1"]  # each is a new process with its imports
         with monkeypatch.context() as patch:
-            patch.setattr(vae_trainer, "fit", damaged_fit)
+            patch.setattr(train_vae, "fit", damaged_fit)
             code = program(
                 train_vae.main, *settings, *source, f"run_dir={tmp_path / name}", f"steps={steps}", *more
             )

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines import cache_latents, train_latte, train_vae
-from pipelines.log import read_metrics
+from pipelines.training.log import read_metrics
 from tests.faults.disk import program
 
 
@@ -32,9 +32,7 @@ def poisoned(vae_settings, latte_settings, own_vae, tmp_path, monkeypatch):
 
         run = tmp_path / "run"
         if stage is train_vae:
-            from pipelines import vae_trainer
-
-            calls, original = itertools.count(), vae_trainer.to_float
+            calls, original = itertools.count(), train_vae.to_float
 
             def poisoned_clip(clip):
                 x = original(clip)
@@ -42,7 +40,7 @@ def poisoned(vae_settings, latte_settings, own_vae, tmp_path, monkeypatch):
                     x.view(-1)[0] = value
                 return x
 
-            monkeypatch.setattr(vae_trainer, "to_float", poisoned_clip)
+            monkeypatch.setattr(train_vae, "to_float", poisoned_clip)
             settings = [*vae_settings, "val_every=99", "source.val_fraction=0"]
         else:
             settings = [*latte_settings, f"vae.path={own_vae}", f"cache.dir={tmp_path / 'cache'}"]

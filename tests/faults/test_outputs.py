@@ -8,14 +8,14 @@ import stat
 import numpy as np
 import pytest
 
+from data.core.files import claim_file, claim_folder, is_json_object, machine, remove_leftovers
 from data.demo import DemoVideos
 from data.encode import write_mp4
-from data.files import claim_file, claim_folder, is_json_object, machine, remove_leftovers
 from data.latent_writer import LatentCacheWriter
 from eval import report
 from eval.feature_cache import FeatureCache, cache_folder
 from pipelines import cache_latents, reconstruct, sample, train_vae
-from pipelines.checkpoints import Checkpoints, replace_folder
+from pipelines.training.checkpoints import Checkpoints, replace_folder
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_files_of_the_system_are_no_damage_and_an_unreadable_checkpoint_is_passe
         for junk in (".DS_Store", "._weights", "Thumbs.db"):
             (checkpoints.path(step) / junk).write_text("x")
     assert checkpoints.latest() == 2
-    from pipelines import checkpoints as module
+    from pipelines.training import checkpoints as module
 
     def failing(path, real=module.sha256_of):
         if "step_00000002" in str(path):
@@ -305,16 +305,16 @@ def test_a_place_of_the_judges_cache_that_cannot_be_written_is_named_with_the_wa
 
 
 def test_a_run_folder_that_is_moved_while_it_trains_gets_no_second_half(vae_settings, tmp_path, monkeypatch):
-    from pipelines import vae_trainer
+    from pipelines import train_vae
 
-    original = vae_trainer.VAETrainer.train_step
+    original = train_vae.VAETrainer.train_step
 
     def moved(self, batches):
         original(self, batches)
         if self.step == 2:
             (tmp_path / "run").rename(tmp_path / "moved")
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", moved)
+    monkeypatch.setattr(train_vae.VAETrainer, "train_step", moved)
     settings = [
         *vae_settings,
         f"run_dir={tmp_path / 'run'}",

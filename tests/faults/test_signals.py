@@ -9,22 +9,22 @@ import time
 
 import pytest
 
-from pipelines import demo, vae_trainer
-from pipelines.checkpoints import Checkpoints
-from pipelines.run import ROOT, STOPS
+from pipelines import demo, train_vae
 from pipelines.train_vae import main
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.folder import ROOT, STOPS
 
 
 def stop_at(monkeypatch, step, number):
     """Let the process get the signal after a step of stage one."""
-    original = vae_trainer.VAETrainer.train_step
+    original = train_vae.VAETrainer.train_step
 
     def interrupted(self, batches):
         original(self, batches)
         if self.step == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", interrupted)
+    monkeypatch.setattr(train_vae.VAETrainer, "train_step", interrupted)
 
 
 @pytest.mark.parametrize("number", STOPS)

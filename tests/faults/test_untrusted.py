@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.files import sha256_of
+from data.core.files import sha256_of
 from data.latents import LatentCache
 from pipelines import cache_latents, sample, train_latte, train_vae
-from pipelines.checkpoints import Checkpoints
+from pipelines.training.checkpoints import Checkpoints
 from pipelines.video_pipeline import LatentVideoPipeline
 from scripts.convert import FAMILIES
 from scripts.convert import main as convert

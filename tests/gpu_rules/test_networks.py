@@ -8,7 +8,8 @@ from denoiser.latte import Latte
 from eval.c3d import C3D
 from eval.i3d import I3D
 from eval.i3d_fast import FastI3D
-from pipelines.settings import Precision, for_inference
+from pipelines.training.open import for_inference
+from pipelines.training.settings import Precision
 from pipelines.video_pipeline import LatentVideoPipeline
 from tests.unit.vae.test_baselines import TINY, valid_T
 from vae import ODVAE, build_vae

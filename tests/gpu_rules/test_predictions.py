@@ -1,19 +1,21 @@
 """What the planner predicts against what was measured: on this CPU, and frozen from a real card."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from pipelines.config import load
 from pipelines.plan.cards import CARDS, find_card, seconds
 from pipelines.plan.cost import GIB, INT32, Costs
 from pipelines.plan.programs import stage_one, stage_two
 from pipelines.plan.report import plan_text
 from pipelines.plan.tasks import ROWS
-from pipelines.vae_settings import TrainVAEConfig
+from pipelines.train_latte import LatteTrainer
+from pipelines.train_vae import TrainVAEConfig, VAETrainer
+from pipelines.training.config import load
 from vae import ODVAE
 
 
@@ -59,7 +61,7 @@ def row(name):
 
 def test_stage_one_s_peaks_are_those_of_an_h200():
     """Measured with torch 2.11: docs/results/gpu/h200-2026-11-27.md. The kernels of another torch may need a little more."""
-    found = stage_one(row("stage one, 25 x 256 x 256, bf16").config())
+    found = stage_one(VAETrainer, row("stage one, 25 x 256 x 256, bf16").config())
     measured = {
         "before the discriminator": 50.88,
         "VAE, with the discriminator's term": 50.88,
@@ -72,7 +74,7 @@ def test_stage_one_s_peaks_are_those_of_an_h200():
 
 
 def test_stage_two_s_peak_and_time_are_those_of_an_h200():
-    found = stage_two(row("the same, 8 clips").config())
+    found = stage_two(LatteTrainer, row("the same, 8 clips").config())
     assert found.peak / GIB == pytest.approx(80.44, rel=0.03)
     assert seconds(found.tasks[0].cost, CARDS["h200"]) == pytest.approx(0.414, rel=0.2)
 
@@ -81,7 +83,7 @@ def test_a_step_that_is_too_large_comes_with_what_makes_it_fit():
     small = ["model.block_out_channels=[8,8,16,16]", "model.norm_num_groups=4", "clip.num_frames=9"]
     large = ["clip.size=128", "global_batch=512", "micro_batch=512"]
     config = load(TrainVAEConfig, None, [*small, *large, "loss.perceptual_weight=0", "loss.gan_weight=0"])
-    text = plan_text("train_vae", config, "rtx4090")
+    text = plan_text("train_vae", partial(stage_one, VAETrainer), config, "rtx4090")
     assert "DOES NOT FIT" in text
     assert "gradient_checkpointing=true" in text
     assert text.splitlines()[-1].endswith("fits")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pipelines.config import load
-from pipelines.engine import make_accelerator
-from pipelines.latte_settings import TrainLatteConfig
 from pipelines.plan import programs
 from pipelines.plan.cost import INT32
-from pipelines.vae_settings import TrainVAEConfig
+from pipelines.train_latte import LatteTrainer, TrainLatteConfig
+from pipelines.train_vae import TrainVAEConfig, VAETrainer
+from pipelines.training.config import load
+from pipelines.training.distributed import make_accelerator
 
 STAGE1 = [
     "model.block_out_channels=[8,8,16,16]",
@@ -42,7 +42,9 @@ def test_stage_one_in_every_phase(precision, schedule, checkpointing):
         f"loss.gan_schedule={schedule}",
         f"gradient_checkpointing={checkpointing}",
     ]
-    found = programs.stage_one(load(TrainVAEConfig, None, [*STAGE1, *settings, "loss.perceptual_weight=0"]))
+    found = programs.stage_one(
+        VAETrainer, load(TrainVAEConfig, None, [*STAGE1, *settings, "loss.perceptual_weight=0"])
+    )
     assert len(found.tasks) == (3 if schedule == "alternate" else 2)
     assert found.syncs == []
 
@@ -50,13 +52,13 @@ def test_stage_one_in_every_phase(precision, schedule, checkpointing):
 @pytest.mark.parametrize("variant", [1, 2, 3])
 def test_stage_one_of_the_other_variants(variant):
     settings = ["precision=bf16", f"model.variant={variant}", "loss.perceptual_weight=0"]
-    assert programs.stage_one(load(TrainVAEConfig, None, [*STAGE1, *settings])).syncs == []
+    assert programs.stage_one(VAETrainer, load(TrainVAEConfig, None, [*STAGE1, *settings])).syncs == []
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_stage_one_with_its_perceptual_loss(net):
     found = programs.stage_one(
-        load(TrainVAEConfig, None, [*STAGE1, f"loss.perceptual_net={net}", "precision=bf16"])
+        VAETrainer, load(TrainVAEConfig, None, [*STAGE1, f"loss.perceptual_net={net}", "precision=bf16"])
     )
     assert found.syncs == []
 
@@ -68,23 +70,23 @@ def test_stage_one_with_its_perceptual_loss(net):
 def test_stage_two(precision, mode, checkpointing, source):
     settings = [f"precision={precision}", f"mode={mode}", f"gradient_checkpointing={checkpointing}"]
     config = load(TrainLatteConfig, None, [*STAGE2, *settings, f"source.name={source}", "vae.name=sd2_1"])
-    found = programs.stage_two(config)
+    found = programs.stage_two(LatteTrainer, config)
     assert found.syncs == []
 
 
 def test_a_value_read_in_a_step_is_found(monkeypatch):
     """The test above would see it."""
-    from pipelines.vae_trainer import VAETrainer
+    from pipelines.train_vae import VAETrainer
 
-    real = VAETrainer.generator_loss
+    real = VAETrainer.vae_loss
 
     def reads(self, x, noise):
         total, xhat, logged = real(self, x, noise)
         float(total)
         return total, xhat, logged
 
-    monkeypatch.setattr(VAETrainer, "generator_loss", reads)
-    found = programs.stage_one(load(TrainVAEConfig, None, [*STAGE1, "loss.perceptual_weight=0"]))
+    monkeypatch.setattr(VAETrainer, "vae_loss", reads)
+    found = programs.stage_one(VAETrainer, load(TrainVAEConfig, None, [*STAGE1, "loss.perceptual_weight=0"]))
     assert any("a value is read" in line for line in found.syncs)
 
 
@@ -93,7 +95,9 @@ def test_the_rehearsal_meets_the_largest_step():
     config = load(TrainVAEConfig, None, [*STAGE1, "precision=bf16", "loss.perceptual_weight=0"])
     accelerator = make_accelerator(config)
     with programs._device() as (_, costs):
-        trainer, batches, phases = programs.stage_one_parts(config, accelerator, torch.device("cpu"))
+        trainer, batches, phases = programs.stage_one_parts(
+            VAETrainer, config, accelerator, torch.device("cpu")
+        )
         peaks = {}
         for _ in range(2):  # optimizers have their states in the second round
             for name, (at, _) in phases.items():

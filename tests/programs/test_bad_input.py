@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from data.cli import run
+from data.core.cli import run
 from pipelines import cache_latents, sample, train_latte, train_vae
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.benchmark import BenchmarkConfig, line, main, measure
-from pipelines.config import load
+from pipelines.training.config import load
 from vae import ODVAE
 
 SMALL = ["num_frames=5", "size=16", "block_out_channels=[32,32,32,32]", "repeats=1", "warmup=0"]
@@ -49,9 +49,9 @@ def test_a_row_that_does_not_fit_says_so_from_its_first_run_on(monkeypatch):
 
 @pytest.mark.parametrize("preset", ["odvae", pytest.param("osp_v1_2", marks=pytest.mark.slow)])
 def test_what_is_compiled_is_a_step_however_long_the_clip_is(preset, monkeypatch):
-    graphs, compile_ = [], torch.nn.Module.compile
+    graphs, compile_ = [], torch.compile
     backend = lambda module, _: graphs.append(len(module.graph.nodes)) or module.forward  # noqa: E731
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda step: compile_(step, backend=backend))
     sizes = []
     for frames in (13, 21):
         torch.compiler.reset()

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from data.cli import run
+from data.core.cli import run
 from scripts.convert import main, write_file, write_folder
 from tests.parity.rule import draw
 from vae import build_vae, load_vae
@@ -214,7 +214,7 @@ def test_missing_extra_and_misshapen_keys_are_listed_and_nothing_is_written(fami
     assert text.count("\n") == 1
     assert "1 missing: " in text
     assert "1 extra: decoder.surprise" in text
-    assert "1 misshapen: " in text
+    assert "1 wrong shapes: " in text
     assert "(1,) instead of (" in text
     assert [f.name for f in tmp_path.iterdir()] == ["weights.ckpt"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipelines.export import main
 from pipelines.model_card import public
-from pipelines.settings import weights_digest
+from pipelines.training.open import weights_digest
 from pipelines.video_pipeline import LatentVideoPipeline
 from tests.programs.runs import write_samples
 from vae import ODVAE

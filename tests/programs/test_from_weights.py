@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from denoiser.latte import Latte
 from pipelines import train_latte
 from pipelines.train_vae import main
 from vae import load_vae
@@ -21,9 +22,8 @@ def test_a_stage_with_longer_clips_begins_where_the_one_before_ended(
 
     def look(trainer, *_args, **_more):
         begun.update({k: v.clone() for k, v in trainer.vae.state_dict().items()})
-        return 0
 
-    monkeypatch.setattr("pipelines.vae_trainer.fit", look)
+    monkeypatch.setattr("pipelines.train_vae.VAETrainer.fit", look)
     main(from_weights(vae_settings, trained_vae, "clip.num_frames=13", f"run_dir={tmp_path}"))
     assert all(torch.equal(begun[k], v) for k, v in given.state_dict().items())
     assert begun.keys() == given.state_dict().keys()
@@ -75,15 +75,15 @@ def test_a_latte_begins_with_trained_weights_and_makes_the_table_of_other_classe
 ):
     first = latte("first")
     begun = {}
-    original = train_latte_trainer().LatteTrainer.train_step
+    original = train_latte.LatteTrainer.train_step
 
     def look(self, batches):
         if not begun:
             begun.update({k: v.clone() for k, v in self.latte.state_dict().items()})
         original(self, batches)
 
-    monkeypatch.setattr(train_latte_trainer().LatteTrainer, "train_step", look)
-    given = train_latte_trainer().Latte.from_pretrained(first / "transformer").state_dict()
+    monkeypatch.setattr(train_latte.LatteTrainer, "train_step", look)
+    given = Latte.from_pretrained(first / "transformer").state_dict()
     caplog.set_level("INFO")
     latte("same", f"denoiser.init_from={first}")
     assert all(torch.equal(begun[k], v) for k, v in given.items())
@@ -97,9 +97,3 @@ def test_a_latte_begins_with_trained_weights_and_makes_the_table_of_other_classe
         latte("wide", f"denoiser.init_from={first}", "denoiser.hidden_size=64")
     with pytest.raises(ValueError, match="neither a pipeline nor a Latte"):
         latte("none", f"denoiser.init_from={first / 'vae'}")
-
-
-def train_latte_trainer():
-    from pipelines import latte_trainer
-
-    return latte_trainer

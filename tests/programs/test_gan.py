@@ -6,19 +6,21 @@ import shutil
 import pytest
 import torch
 
-import pipelines.trainer
-from pipelines import vae_trainer
-from pipelines.config import load
-from pipelines.engine import finite_or_nan, make_accelerator
-from pipelines.log import read_metrics
+import pipelines.training.trainer
+from pipelines import train_vae
 from pipelines.train_vae import TrainVAEConfig
+from pipelines.training.config import load
+from pipelines.training.distributed import finite_or_nan, make_accelerator
+from pipelines.training.log import read_metrics
+from pipelines.training.start import build_vae_model
+from vae import losses
 
 
 @pytest.fixture
 def trainer(vae_settings):
     def build(*more):
         config = load(TrainVAEConfig, None, [*vae_settings, *more])
-        return vae_trainer.VAETrainer(config, make_accelerator(config), vae_trainer.build_vae_model(config))
+        return train_vae.VAETrainer(config, make_accelerator(config), build_vae_model(config))
 
     return build
 
@@ -45,7 +47,7 @@ def test_the_vae_trains_in_the_warmup_as_without_a_discriminator(train):
 
 @pytest.fixture(autouse=True)
 def rehearsed_on_a_cpu_too(monkeypatch):
-    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ("cpu",))
+    monkeypatch.setattr(pipelines.training.trainer, "REHEARSED", ("cpu",))
 
 
 def state(trainer):
@@ -53,7 +55,7 @@ def state(trainer):
     tensors = [v.clone() for p in parts for v in p.state_dict().values()]
     moments = [
         v.clone()
-        for o in (trainer.optimizer, trainer.judge_optimizer)
+        for o in (trainer.optimizer, trainer.discriminator_optimizer)
         for s in o.state_dict()["state"].values()
         for v in s.values()
     ]
@@ -63,10 +65,8 @@ def state(trainer):
 @pytest.mark.parametrize("schedule", ["alternate", "both"])
 def test_a_rehearsal_makes_the_heaviest_step_and_changes_nothing(schedule, trainer, monkeypatch):
     rehearsed = trainer("loss.gan_start=100", "loss.gan_warmup=5", f"loss.gan_schedule={schedule}")
-    weighed, original = [], vae_trainer.adaptive_weight
-    monkeypatch.setattr(
-        vae_trainer, "adaptive_weight", lambda *a: weighed.append(original(*a)) or weighed[-1]
-    )
+    weighed, original = [], losses.adaptive_weight
+    monkeypatch.setattr(losses, "adaptive_weight", lambda *a: weighed.append(original(*a)) or weighed[-1])
     forwards = []
     rehearsed.autoencode.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     before = state(rehearsed)
@@ -82,20 +82,20 @@ def test_a_rehearsal_makes_the_heaviest_step_and_changes_nothing(schedule, train
 
 
 def test_every_start_is_rehearsed_with_a_validation_and_the_run_is_the_same_to_the_bit(train, monkeypatch):
-    rehearsals, original = [], vae_trainer.VAETrainer.rehearse
+    rehearsals, original = [], train_vae.VAETrainer.rehearse
 
     def counted(self, look):
         looked = []
         original(self, lambda: looked.append(look()))
         rehearsals.append((self.step, len(looked)))
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "rehearse", counted)
+    monkeypatch.setattr(train_vae.VAETrainer, "rehearse", counted)
     rehearsed = train("rehearsed", "steps=2")
     train(
         "rehearsed", "steps=4", "micro_batch=1", "gradient_checkpointing=true"
     )  # it goes on, with other memory
     assert rehearsals == [(0, 1), (0, 1)]
-    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ())
+    monkeypatch.setattr(pipelines.training.trainer, "REHEARSED", ())
     plain = train("plain", "steps=2")
     train("plain", "steps=4", "micro_batch=1", "gradient_checkpointing=true")
     assert rehearsals[2:] == [(0, 0), (0, 0)]
@@ -152,7 +152,7 @@ def test_an_infinite_adversarial_weight_is_skipped_counted_and_ends_the_run_when
     train, monkeypatch
 ):
     infinite = torch.tensor(float("inf"))
-    monkeypatch.setattr(vae_trainer, "adaptive_weight", lambda *_: infinite)
+    monkeypatch.setattr(losses, "adaptive_weight", lambda *_: infinite)
     with pytest.raises(ValueError, match="2 steps in a row had a non-finite loss or gradient"):
         train("run", "steps=9", "loss.gan_schedule=both", "max_skipped=2")
 

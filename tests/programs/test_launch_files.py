@@ -31,7 +31,7 @@ def test_launch_files_are_read_by_accelerate_and_count_the_gpus_of_their_name(fi
 def test_deepspeed_files_have_the_stage_of_their_name_and_are_found_from_any_folder(
     stage, tmp_path, monkeypatch
 ):
-    from pipelines.engine import _find_deepspeed_config
+    from pipelines.training.distributed import _find_deepspeed_config
 
     for file in (f for f in FILES if f.stem.startswith(f"zero{stage}")):
         folder = tmp_path / file.stem

@@ -69,11 +69,13 @@ def test_tiling_is_another_result_and_streaming_refuses_it(measure):
 
 
 def test_only_the_clips_that_training_holds_out_are_judged_when_asked(measure, videos, tmp_path):
-    from pipelines.settings import ClipConfig, SourceConfig, open_clips
+    from data.clip import ClipSpec
+    from pipelines.training.open import open_clips
+    from pipelines.training.settings import SourceConfig
 
     shared = ["source.val_fraction=0.4"]
     source = SourceConfig(root=str(videos), val_fraction=0.4, index_dir=str(tmp_path / "index"))
-    held_out = open_clips(source, ClipConfig(num_frames=9, size=16).spec(), 0, held_out=True)
+    held_out = open_clips(source, ClipSpec(num_frames=9, size=16), 0, held_out=True)
     judged, summary = measure("held_out", "held_out=true", *shared)
     seen, _ = measure("seen", *shared)
     assert [r["video"] for r in judged] == [held_out.name(n) for n in range(len(held_out))]

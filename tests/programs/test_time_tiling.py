@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from data.latents import LatentCache
 from data.video import read_frames
 from pipelines import cache_latents, sample, train_latte
-from pipelines.settings import VAEConfig, open_vae
+from pipelines.training.open import open_vae
+from pipelines.training.settings import VAEConfig
 from vae import build_vae, load_vae
 
 TILED = "vae.tiling_frames=5"

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from data.latents import LatentCache
 from pipelines import cache_latents, train_latte
-from pipelines.checkpoints import Checkpoints
-from pipelines.config import load
-from pipelines.latte_settings import TrainLatteConfig
+from pipelines.train_latte import TrainLatteConfig
+from pipelines.training.checkpoints import Checkpoints
+from pipelines.training.config import load
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_first_loss_is_that_of_a_network_which_predicts_zero(stage_two):
 def test_cached_moments_equal_a_fresh_encode(stage_two, own_vae, tmp_path, latte_settings):
     import numpy as np
 
-    from pipelines.latent_cache import cached_clips
+    from pipelines.training.latents import cached_clips
     from vae import load_vae
 
     stage_two("run", "steps=1", "cache.flips=true")
@@ -193,12 +193,12 @@ def test_online_and_cached_training_both_run_and_say_which(stage_two):
 
 
 def test_discrete_vaes_are_refused(latte_settings, tmp_path, monkeypatch):
-    from pipelines import settings
+    from pipelines.training import open as settings
 
     class Codes:
         discrete = True
 
-    monkeypatch.setattr("vae.load_vae", lambda *_: Codes())
+    monkeypatch.setattr("pipelines.training.open.load_vae", lambda *_: Codes())
     with pytest.raises(ValueError, match="vae.name=tats: its latents are discrete"):
         settings.open_vae(load(TrainLatteConfig, None, ["vae.name=tats"]).vae)
 
@@ -288,7 +288,7 @@ def test_bf16_weights_of_the_vae_move_latents_by_less_than_two_percent(stage_two
 def test_products_take_tf32_inside_the_run_only_and_the_speed_record_names_the_precision(
     precision, stage_two, monkeypatch
 ):
-    from pipelines import latte_trainer, sample
+    from pipelines import sample, train_latte
     from pipelines.video_pipeline import LatentVideoPipeline
     from vae import ODVAE
 
@@ -304,7 +304,7 @@ def test_products_take_tf32_inside_the_run_only_and_the_speed_record_names_the_p
 
     for cls, name in (
         (ODVAE, "encode"),
-        (latte_trainer.LatteTrainer, "train_step"),
+        (train_latte.LatteTrainer, "train_step"),
         (LatentVideoPipeline, "__call__"),
     ):
         spy(cls, name, getattr(cls, name))
@@ -318,9 +318,9 @@ def test_products_take_tf32_inside_the_run_only_and_the_speed_record_names_the_p
 
 @pytest.mark.parametrize("mode", ["cached", "online"])
 def test_stage_two_is_rehearsed_with_its_samples_and_nothing_changes(mode, stage_two, own_vae, monkeypatch):
-    import pipelines.trainer
+    import pipelines.training.trainer
     from denoiser import Latte
-    from pipelines.latte_trainer import LatteTrainer
+    from pipelines.train_latte import LatteTrainer
 
     file = own_vae / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 1.0}))
@@ -337,7 +337,7 @@ def test_stage_two_is_rehearsed_with_its_samples_and_nothing_changes(mode, stage
         return train_step(self, batches)
 
     rehearsed, train_step = [], LatteTrainer.train_step
-    monkeypatch.setattr(pipelines.trainer, "REHEARSED", ("cpu",))
+    monkeypatch.setattr(pipelines.training.trainer, "REHEARSED", ("cpu",))
     monkeypatch.setattr(Latte, "forward", spied)
     monkeypatch.setattr(LatteTrainer, "train_step", first)
     run = stage_two("rehearsed", *more, cache=False)

@@ -67,16 +67,16 @@ def test_accumulated_small_batches_train_as_one_large_batch(train):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(train, monkeypatch, tmp_path):
-    from pipelines import vae_trainer
+    from pipelines import train_vae
 
-    original = vae_trainer.VAETrainer.train_step
+    original = train_vae.VAETrainer.train_step
 
     def interrupted(self, batches):
         original(self, batches)
         if self.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "train_step", interrupted)
+    monkeypatch.setattr(train_vae.VAETrainer, "train_step", interrupted)
     with pytest.raises(SystemExit) as stop:
         train("stopped", "steps=5", "save_every=100")
     assert stop.value.code == 128 + signal.SIGTERM
@@ -99,15 +99,15 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(train, caplo
 
 
 def test_nan_gradients_are_left_out_counted_and_end_the_run_when_they_persist(train, monkeypatch):
-    from pipelines import vae_trainer
+    from pipelines import train_vae
 
-    original = vae_trainer.VAETrainer.generator_loss
+    original = train_vae.VAETrainer.vae_loss
 
     def poisoned(self, x, noise):
         loss, xhat, logged = original(self, x, noise)
         return (loss * float("nan") if self.step >= 2 else loss), xhat, logged
 
-    monkeypatch.setattr(vae_trainer.VAETrainer, "generator_loss", poisoned)
+    monkeypatch.setattr(train_vae.VAETrainer, "vae_loss", poisoned)
     with pytest.raises(ValueError, match=r"3 steps in a row .* last good checkpoint: .*step_0000000[24]"):
         train("nan", "steps=9", "save_every=2", "max_skipped=3", "loss.gan_weight=0")
 

@@ -53,10 +53,12 @@ def test_each_validation_has_the_judges_lpips_and_the_training_stays_the_same_to
 
 
 def test_the_logged_lpips_is_that_of_the_exported_vae_on_the_held_out_clips(weights, train, tmp_path):
-    from pipelines.settings import ClipConfig, SourceConfig, open_clips
+    from data.clip import ClipSpec
+    from pipelines.training.open import open_clips
+    from pipelines.training.settings import SourceConfig
 
     run = train("run", "val_lpips=true")
-    spec = ClipConfig(num_frames=5, size=32, position="center").spec()
+    spec = ClipSpec(num_frames=5, size=32, position="center")
     source = SourceConfig(name="demo", demo_videos=8, index_dir=str(tmp_path / "index"))
     clips, vae, network = open_clips(source, spec, 0, held_out=True), load_vae(run / "vae"), load_lpips()[0]
     values = []

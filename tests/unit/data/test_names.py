@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import layouts, lists
-from data.files import escaped, unescaped
+from data.core.files import escaped, unescaped
 from data.sources import open_source
 
 ODD = (

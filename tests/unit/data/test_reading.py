@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import by_decord
 from data import video as video_module
 from data.clip import ClipSpec, crop_resize_uint8
 from data.scan import scan_file
+from data.sources import open_source, video_frames
 from data.timeline import unpack_times
 from data.video import BadVideo, Frames, probe, read_frames
 
@@ -247,14 +249,19 @@ from data.clip import ClipSpec
 from data.dataset import read_clip
 from data.table import Video
 from data.scan import ScanRecord
-record = ScanRecord(sys.argv[1], 81, 3840, 2160)
-clip = read_clip(Video("v", record), ClipSpec(81, 1, 256, flip=True), np.random.default_rng(0))
-assert clip.shape == (81, 256, 256, 3)
+from data.timeline import pack_times
+count, decord = int(sys.argv[3]), sys.argv[2] == "decord"
+times = pack_times(range(count), 1, 25)
+record = ScanRecord(sys.argv[1], count, 3840, 2160, times=times, decord=decord)
+clip = read_clip(Video("v", record), ClipSpec(count, 1, 256, flip=True), np.random.default_rng(0))
+assert clip.shape == (count, 256, 256, 3)
 print(next(int(row.split()[1]) >> 10 for row in open("/proc/self/status") if row.startswith("VmHWM")))
 """
 
 
-def test_a_clip_of_a_4k_video_takes_a_loader_less_than_600_mib(tmp_path):
+@pytest.mark.parametrize(("reader", "count"), [("pyav", 81), ("decord", 16)])
+def test_a_clip_of_a_4k_video_takes_a_loader_less_than_600_mib(tmp_path, reader, count):
+    pytest.importorskip(reader.removeprefix("py"))
     path = tmp_path / "large.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "40"})
@@ -262,13 +269,22 @@ def test_a_clip_of_a_4k_video_takes_a_loader_less_than_600_mib(tmp_path):
         frame = av.VideoFrame.from_ndarray(np.zeros((2160, 3840, 3), np.uint8), format="rgb24").reformat(
             format="yuv420p"
         )
-        for n in range(81):
+        for n in range(count):
             frame.pts = n
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if reader == "decord":
+        assert by_decord.agrees(str(path))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(by_decord, "_MOST", 15 * 3 * 3840 * 2160)  # less than there are
+            assert not by_decord.agrees(str(path))
     root = Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", LARGE, str(path)], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LARGE, str(path), reader, str(count)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) < 600
 
@@ -330,3 +346,81 @@ def test_listing_passes_over_what_is_no_file_and_survives_links_and_any_bytes(tm
     assert sorted(found) == sorted([*map(os.fsdecode, names), "frames"])
     assert caplog.text.count("pipe.mp4: neither a file nor a folder") == 1
     assert "2.png" in scan_file(tmp_path / "frames").damaged
+
+
+def trimmed(folder, hidden=12):
+    return remux(write(folder / "whole.mp4", g=24, bf=0), folder / "trimmed.mp4", -hidden * BASE)
+
+
+def test_decord_reads_only_files_on_which_every_frame_agreed(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("decord")
+    root = tmp_path / "videos"
+    root.mkdir()
+    for name, (codec, pixel_format, options) in KINDS.items():
+        if codec in av.codecs_available and Path(name).suffix in video_module.VIDEO_SUFFIXES:
+            count = 60 if codec in ("cinepak", "libsvtav1") else COUNT
+            write(root / name, codec, pixel_format, count, **options)
+    trimmed(root)
+    remux(root / "whole.mp4", root / "clock.mkv", 1_700_000_000)  # decord ends the process
+    source = open_source("folder", root, index_dir=tmp_path / "index", reader="decord")
+    readers = {video.name: video.record.decord for video in source.videos}
+    assert len(readers) >= 19
+    assert readers["whole.mp4"]
+    assert not readers["trimmed.mp4"]
+    assert not readers["clock.mkv"]
+    rng, asked, opened = np.random.default_rng(0), set(), by_decord.pictures
+    monkeypatch.setattr(by_decord, "pictures", lambda path, *a: asked.add(path.name) or opened(path, *a))
+    for video in source.videos:
+        whole, last = shown(video.record.path), video.record.num_frames - 1
+        picks = [range(0, last, 3), range(max(0, last - 24), last + 1)]
+        for indices in picks + [range(n, min(n + 9, last + 1)) for n in rng.integers(0, last, 6).tolist()]:
+            assert np.array_equal(np.asarray(video_frames(video, indices, 64)), whole[list(indices)]), (
+                video.name
+            )
+    assert asked == {name for name, decord in readers.items() if decord}
+
+    caplog.set_level(logging.INFO)
+    open_source("folder", root, index_dir=tmp_path / "index", reader="decord")  # nothing is compared again
+    assert "comparing" not in caplog.text
+    assert not any(v.record.decord for v in open_source("folder", root, index_dir=tmp_path / "index").videos)
+    (root / "trimmed.mp4").replace(root / "whole.mp4")
+    source = open_source("folder", root, index_dir=tmp_path / "index", reader="decord")
+    assert "comparing decord with PyAV on 1 of" in caplog.text  # the file that changed
+    assert not {video.name: video.record.decord for video in source.videos}["whole.mp4"]
+    monkeypatch.setitem(sys.modules, "decord", None)
+    source = open_source("folder", root, index_dir=tmp_path / "index", reader="decord")
+    assert not any(video.record.decord for video in source.videos)
+    assert "decord cannot be imported" in caplog.text
+    with pytest.raises(ValueError, match="choose pyav or decord"):
+        open_source("folder", root, reader="Decord")
+
+
+def test_frames_come_from_decord_where_it_agreed_and_from_pyav_where_it_then_fails(tmp_path, monkeypatch):
+    decord = pytest.importorskip("decord")
+    path = write(tmp_path / "v.mp4", g=24, bf=0)
+    times, opened, asked = scan_file(path).times, decord.VideoReader, []
+    monkeypatch.setattr(decord, "VideoReader", lambda *a, **k: asked.append(a) or opened(*a, **k))
+    monkeypatch.setattr(video_module, "_enter", None)
+    frames = Frames(path, [100, 40, 100], times, decord=True)
+    assert [number_of(frame) for frame in np.asarray(frames)] == [100, 40, 100]
+    assert len(asked) == 1
+    monkeypatch.undo()
+
+    class Reader:
+        length = COUNT
+
+        def __init__(self, *_, **__):
+            self.reader = opened(str(path), num_threads=1)
+
+        def __len__(self):
+            return self.length
+
+        def __getitem__(self, n):
+            if n > 50 and self.length == COUNT:
+                raise decord.DECORDError("torn")
+            return self.reader[n if self.length == COUNT else 0]
+
+    monkeypatch.setattr(decord, "VideoReader", Reader)
+    for length in (COUNT, COUNT - 1):  # fails on the way; is another file than the one compared
+        Reader.length = length
+        assert [number_of(frame) for frame in np.asarray(frames)] == [100, 40, 100]

@@ -83,7 +83,9 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     state["logits.conv3d.bias"] = torch.zeros(7)
     state["stranger"] = torch.zeros(1)
     torch.save(dict(state), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"1 missing: Mixed_3b\.b0.*1 extra: stranger.*1 misshapen: logits"):
+    with pytest.raises(
+        ValueError, match=r"1 missing: Mixed_3b\.b0.*1 extra: stranger.*1 wrong shapes: logits"
+    ):
         load_i3d(tmp_path / "a.pt")
 
 

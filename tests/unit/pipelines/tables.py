@@ -39,8 +39,8 @@ def write_summary(step, psnr, **settings):
 
 def run_folder(places, name="run", steps=4, asked=4, seed=0, export=True):
     """A run folder of train_vae as it would be after `steps` of `asked` steps, and its step."""
-    from pipelines.config import dump, load
-    from pipelines.vae_settings import TrainVAEConfig
+    from pipelines.train_vae import TrainVAEConfig
+    from pipelines.training.config import dump, load
 
     folder = places.runs / name
     words = (f"run_dir={folder}", "steps=" + str(asked), "model.init=random", "clip.num_frames=9")

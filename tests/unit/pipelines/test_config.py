@@ -3,9 +3,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipelines.config import dump, flatten, free_keys, load, option, parse
-from pipelines.settings import Precision
-from pipelines.vae_settings import TrainVAEConfig
+from data.core.option import option
+from pipelines.train_vae import TrainVAEConfig
+from pipelines.training.config import dump, flatten, free_keys, load, parse
+from pipelines.training.settings import Precision
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
-from pipelines import engine
-from pipelines.settings import Precision
+from pipelines.training import distributed as engine
+from pipelines.training.settings import Precision
 
 CONFIG = SimpleNamespace(global_batch=8, micro_batch=2, precision=Precision.fp32, grad_clip=0.0)
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.checkpoints import Checkpoints, export_folder
-from pipelines.engine import accumulation_steps, draw_seed, generators, normal
-from pipelines.log import MetricLog, read_metrics
-from pipelines.run import refuse_inside, stop_on_signal
+from pipelines.training.checkpoints import Checkpoints, export_folder
+from pipelines.training.distributed import accumulation_steps, draw_seed, generators, normal
+from pipelines.training.folder import refuse_inside, stop_on_signal
+from pipelines.training.log import MetricLog, read_metrics
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from timm.utils.model_ema import ModelEmaV3
 
-from pipelines.engine import make_accelerator
-from pipelines.trainer import Trainer, as_fused, average
+from pipelines.training.distributed import as_fused, make_accelerator
+from pipelines.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -40,23 +40,24 @@ def state(model, optimizer):
 
 def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_their_average(build):
     trainer, model, optimizer = build()
-    ema = ModelEmaV3(model, decay=0.5)
-    average(ema, model, step(trainer, model, optimizer))
+    ema = trainer.ema = ModelEmaV3(model, decay=0.5)
+    trainer.update_ema(model, step(trainer, model, optimizer))
     before = state(model, optimizer) + state(ema.module, optimizer)
     for value in (float("nan"), float("inf")):
-        average(ema, model, step(trainer, model, optimizer, value))
+        trainer.update_ema(model, step(trainer, model, optimizer, value))
     after = state(model, optimizer) + state(ema.module, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    average(ema, model, step(trainer, model, optimizer))
+    trainer.update_ema(model, step(trainer, model, optimizer))
     after = state(model, optimizer) + state(ema.module, optimizer)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.ndim)
 
 
 def test_the_average_is_timm_s_to_the_bit(build):
-    _, model, _ = build()
+    trainer, model, _ = build()
     mine, theirs = ModelEmaV3(model, decay=0.999), ModelEmaV3(model, decay=0.999)
+    trainer.ema = mine
     torch.nn.init.normal_(model.weight)
-    average(mine, model, torch.tensor(True))
+    trainer.update_ema(model, torch.tensor(True))
     theirs.update(model)
     assert torch.equal(mine.module.weight, theirs.module.weight)
 

@@ -103,9 +103,9 @@ def encode(model: nn.Module, x: Tensor) -> Tensor:
     for level in encoder.down:
         for layer in level.block:
             x = block(layer, x, scope)
-        if hasattr(level, "downsample"):
+        if level.downsample is not None:
             x = conv(level.downsample.conv, F.pad(x, (0, 1, 0, 1)))
-        if hasattr(level, "time_downsample"):
+        if level.time_downsample is not None:
             x = time_down(level.time_downsample, x)
     x = middle(encoder.mid, x, model.config)
     x = conv(encoder.conv_out, act(norm(encoder.norm_out, x, scope)))
@@ -119,12 +119,12 @@ def decode(model: nn.Module, z: Tensor) -> Tensor:
     for level in reversed(decoder.up):
         for layer in level.block:
             x = block(layer, x, scope)
-        if hasattr(level, "upsample"):
+        if level.upsample is not None:
             if hasattr(level.upsample, "temporal"):
                 x = space_time_up(x, model.config)
             else:
                 x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
             x = conv(level.upsample.conv, x)
-        if hasattr(level, "time_upsample"):
+        if level.time_upsample is not None:
             x = time_up(level.time_upsample, x)
     return conv(decoder.conv_out, act(norm(decoder.norm_out, x, scope)))

@@ -11,8 +11,8 @@ import torch
 
 from tests.unit.vae import reference
 from tests.unit.vae.tiny import clip, moments, tiny
-from vae import fast
-from vae.fast import convolve, plain_group_norm, prepared
+from vae import ops
+from vae.ops import convolve, plain_group_norm, prepared
 
 
 def moments_after(change):
@@ -70,8 +70,8 @@ def test_prepared_kernels_notice_an_optimizer_that_leaves_no_trace():
 @torch.no_grad()
 def test_prepared_kernels_are_made_once_and_leave_no_trace_in_the_model(monkeypatch):
     model, x, made = tiny(dtype=torch.float32), clip(13, dtype=torch.float32), []
-    ready = fast._ready
-    monkeypatch.setattr(fast, "_ready", lambda *args: made.append(1) or ready(*args))
+    ready = ops._ready
+    monkeypatch.setattr(ops, "_ready", lambda *args: made.append(1) or ready(*args))
     keys, attributes = list(model.state_dict()), set(vars(model.encoder.conv_out.conv))
     moments(model, x)
     count = len(made)
@@ -81,9 +81,9 @@ def test_prepared_kernels_are_made_once_and_leave_no_trace_in_the_model(monkeypa
     assert list(model.state_dict()) == keys
     assert set(vars(model.encoder.conv_out.conv)) == attributes
     assert torch.equal(moments(pickle.loads(pickle.dumps(model)), x), moments(model, x))
-    held = len(fast._PREPARED)
+    held = len(ops._PREPARED)
     del model
-    assert len(fast._PREPARED) < held
+    assert len(ops._PREPARED) < held
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_a_packed_kernel_gives_the_bits_of_onednn(stride):
 INTERPRETED = """
 import torch
 from vae import kernels
-from vae.fast import plain_group_norm
+from vae.ops import plain_group_norm
 kernels.check("cpu")
 torch.manual_seed(0)
 for dtype, C, G, T, H, W in ((torch.float32, 64, 32, 3, 40, 33), (torch.bfloat16, 16, 4, 2, 64, 64)):
@@ -145,11 +145,11 @@ def as_on_a_gpu(monkeypatch):
     """Inference takes the GPU's way, steps of three latents and torch's operations, on the CPU."""
     library = torch.library.Library("omnilatte", "IMPL")
     library.impl("group_norm", plain_group_norm, "CPU")
-    library.impl("add_residual", fast._add_residual, "CPU")
-    monkeypatch.setattr(fast, "_triton", lambda: None)
+    library.impl("add_residual", ops._add_residual, "CPU")
+    monkeypatch.setattr(ops, "_triton", lambda: None)
     monkeypatch.setattr("vae.odvae.latents_per_step", lambda x, pixels: 3)
-    for module in ("fast", "layers", "resample", "odvae"):
-        monkeypatch.setattr(f"vae.{module}.fused", lambda x: fast.eager())
+    for module in ("ops", "odvae"):
+        monkeypatch.setattr(f"vae.{module}.fused", lambda x: True)
     yield
     library._destroy()
 

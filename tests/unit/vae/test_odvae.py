@@ -73,7 +73,7 @@ def gradients(model, loss):
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def test_both_paths_and_checkpointing_give_the_plain_networks_gradients():
+def test_training_and_checkpointing_give_the_plain_networks_gradients():
     model, x = tiny(), clip(9)
 
     def plain():
@@ -84,17 +84,29 @@ def test_both_paths_and_checkpointing_give_the_plain_networks_gradients():
         m = moments(model, x)
         return model.decode(m.chunk(2, dim=1)[0]).sample.square().mean() + m.square().mean()
 
-    def stepped():
-        m = torch.cat(list(model._encode_steps([x])), dim=2)
-        frames = torch.cat(list(model._decode_steps([m.chunk(2, dim=1)[0]])), dim=2)
-        return frames.square().mean() + m.square().mean()
-
     want = gradients(model, plain())
     torch.testing.assert_close(gradients(model, training()), want, atol=1e-12, rtol=1e-9)
-    torch.testing.assert_close(gradients(model, stepped()), want, atol=1e-12, rtol=1e-9)
     model.enable_gradient_checkpointing()
     assert model.is_gradient_checkpointing
     torch.testing.assert_close(gradients(model, training()), want, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_paths_chosen_by_name_agree_and_only_the_plain_one_records_gradients(preset):
+    model, x = tiny(preset), clip(9)
+    found = {}
+    for name in ("plain", "fast", "auto"):
+        model.use_path(name)
+        m = moments(model, x)
+        assert m.requires_grad == (name != "fast")
+        with torch.no_grad():
+            found[name] = m, moments(model, x), model.decode(m.chunk(2, dim=1)[0]).sample
+    assert torch.equal(found["plain"][0], found["auto"][0])
+    assert torch.equal(found["fast"][1], found["auto"][1])
+    for one, other in zip(found["plain"], found["fast"], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match="path 'quick'"):
+        model.use_path("quick")
 
 
 def test_gradient_checkpointing_keeps_fewer_bytes():

@@ -87,7 +87,7 @@ def test_wrong_keys_and_shapes_are_listed(released):
     state["decoder.norm_out.weight"] = torch.ones(7)
     save_file(state, file)
     with pytest.raises(
-        ValueError, match=r"missing: quant_conv.*extra: encoder.surplus.*misshapen: decoder.norm_out"
+        ValueError, match=r"missing: quant_conv.*extra: encoder.surplus.*wrong shapes: decoder.norm_out"
     ):
         from_release(folder)
 

@@ -1,0 +1,1 @@
+"""Machinery behind the programs that train: settings, run folder, checkpoints, processes, log."""

@@ -1,0 +1,243 @@
+"""Typed configuration: a dataclass holds the defaults, a short YAML the differences, `key=value` the last word.
+
+Importing this module, parsing and `--help` never import torch.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import enum
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A (nested) dataclass instance as {"a.b": value}; enums become their values."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = _inner(value, prefix + field.name)
+        for name, part in inner.items():
+            flat.update(flatten(part, name + "."))
+        if not inner:
+            flat[prefix + field.name] = value.value if isinstance(value, enum.Enum) else value
+    return flat
+
+
+def _inner(value: Any, name: str) -> dict[str, Any]:
+    """{dotted name: dataclass} of a setting that holds one dataclass or a mapping of them; else {}."""
+    if dataclasses.is_dataclass(value):
+        return {name: value}
+    if isinstance(value, dict):
+        return {f"{name}.{key}": part for key, part in value.items() if dataclasses.is_dataclass(part)}
+    return {}
+
+
+def free_keys(config: Any, prefix: str = "") -> set[str]:
+    """Keys whose change does not change the result of a run."""
+    keys: set[str] = set()
+    for field in dataclasses.fields(config):
+        name, free = prefix + field.name, field.metadata.get("free")
+        inner = _inner(getattr(config, field.name), name)
+        for key, part in inner.items():
+            keys |= set(flatten(part, key + ".")) if free else free_keys(part, key + ".")
+        if free and not inner:
+            keys.add(name)
+    return keys
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()) -> T:
+    """Merge defaults, the YAML file and `key=value` overrides into `cls`; unknown keys and wrong types are errors."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for item in overrides:
+        if "=" not in item:
+            raise ValueError(f"argument {item!r}: settings are written key=value, e.g. steps=100")
+    base = OmegaConf.structured(cls)
+    try:
+        layers = [base]
+        if path:
+            layers.append(OmegaConf.create(_hide(read_yaml(path))))
+        typed = [item for item in overrides if not _is_text(cls, item)]
+        layers.append(OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
+        for key, _, text in (item.partition("=") for item in overrides if item not in typed):
+            # As it stands: a folder called 001 or 1e3 is no number. A leading ~ is the home folder.
+            OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
+        return _show(OmegaConf.to_object(OmegaConf.merge(*layers)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, flatten(cls()))) from error
+
+
+_DOLLAR = "\ue000{"  # stands for "${", which omegaconf would fill in, from the environment too: here text stays text
+
+
+def _texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every text in it changed; dataclasses in place."""
+    if isinstance(value, str) and not isinstance(value, enum.Enum):
+        return change(value)
+    if isinstance(value, dict):
+        return {_texts(key, change): _texts(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_texts(part, change) for part in value]
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, _texts(getattr(value, field.name), change))
+    return value
+
+
+def _hide(value: Any) -> Any:
+    return _texts(value, lambda text: os.path.expanduser(text).replace("${", _DOLLAR))
+
+
+def _show(value: Any) -> Any:
+    return _texts(value, lambda text: text.replace(_DOLLAR, "${"))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file, as plain dicts, lists, numbers and texts. Raises ValueError if it holds no settings."""
+    if not Path(path).is_file():
+        raise ValueError(f"config {path}: no such file; the shipped ones are under configs/")
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from error
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """`read_yaml` of a text."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
+        raise ValueError(f"not valid YAML settings: {str(error) or 'no key: value in it'}") from error
+    if not isinstance(plain, dict):
+        raise ValueError("must be settings (key: value), not a list")
+    return _show(plain)
+
+
+def _is_text(cls: type, item: str) -> bool:
+    """Whether `key=value` sets a field of type str."""
+    *names, last = item.partition("=")[0].split(".")
+    while names:
+        name = names.pop(0)
+        field = {f.name: f for f in dataclasses.fields(cls)}.get(name)
+        if field is not None and field.metadata.get("of") and names:
+            names.pop(0)  # the key in a mapping
+            cls = field.metadata["of"]
+        else:
+            cls = type(getattr(cls(), name, None))
+        if not dataclasses.is_dataclass(cls):
+            return False
+    return {f.name: f.type for f in dataclasses.fields(cls)}.get(last) is str
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """ValueError for the first of the named settings (dotted) that is below `least`."""
+    for name in names:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not value >= least:
+            raise ValueError(f"{name}={value}: must be at least {least:g}")
+
+
+def _explain(error: Exception, known: dict[str, Any]) -> str:
+    from omegaconf.errors import ConfigKeyError
+
+    key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "settings")
+    first = str(error).splitlines()[0]
+    if isinstance(error, ConfigKeyError) or "not in" in first:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"config: unknown key {key!r}{hint} (--help lists all keys)"
+    if choice := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", first):
+        return f"{key}={choice[1]!r}: choose one of {choice[2]}"
+    return f"config: {key}: {first}"
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(_hide(copy.deepcopy(config)))).replace(_DOLLAR, "${")
+
+
+def _help_lines(cls: type, prefix: str = "") -> list[str]:
+    lines = []
+    defaults = cls()
+    for field in dataclasses.fields(cls):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += _help_lines(type(value), f"{prefix}{field.name}.")
+            continue
+        if field.metadata.get("of"):
+            lines.append(f"  {prefix}{field.name}  {field.metadata['help']}")
+            lines += _help_lines(field.metadata["of"], f"{prefix}{field.name}.NAME.")
+            continue
+        shown = value.value if isinstance(value, enum.Enum) else value
+        choices = f" [{'|'.join(e.value for e in type(value))}]" if isinstance(value, enum.Enum) else ""
+        lines.append(f"  {prefix + field.name}={shown!r}{choices}  {field.metadata.get('help', '')}".rstrip())
+    return lines
+
+
+def parse(
+    cls: type[T],
+    argv: list[str] | None,
+    program: str,
+    about: str,
+    flags: dict[str, str] | None = None,
+    switches: dict[str, str] | None = None,
+    planned: bool = False,
+) -> tuple[T, argparse.Namespace]:
+    """Read a program's command line: `--config FILE`, `--dry-run`, the named flags, and `key=value` for the rest.
+
+    planned: the program has `--plan`, and with it `card=NAME`, which is args.card afterwards.
+
+    flags: {"--vae": "vae.name"}: a flag is another spelling of one key. switches: {"--verify": help}, true when given.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{program}",
+        description=about,
+        epilog="settings (key=default):\n" + "\n".join(_help_lines(cls)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML with the settings that differ from the defaults"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
+    )
+    if planned:
+        plan = "print memory, time and what fits on a card, from a simulation, then stop; card=h100|h200|a100|a100-40|"
+        parser.add_argument(
+            "--plan", action="store_true", help=plan + "l40s|rtx4090|rtx3090, default the one here"
+        )
+    for switch, text in (switches or {}).items():
+        parser.add_argument(switch, action="store_true", help=text)
+    for flag, key in (flags or {}).items():
+        parser.add_argument(
+            flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
+        )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, the last word")
+    args = parser.parse_intermixed_args(argv)
+    args.card = ""
+    if planned and args.plan:
+        cards = [word for word in args.settings if word.startswith("card=")]
+        args.settings = [word for word in args.settings if word not in cards]
+        args.card = cards[-1].removeprefix("card=") if cards else ""
+    chosen = [
+        f"{name[5:]}={value}"
+        for name, value in vars(args).items()
+        if name.startswith("flag:") and value is not None
+    ]
+    return load(cls, args.config, args.settings + chosen), args

@@ -1,0 +1,139 @@
+"""Open what the settings name: videos, VAEs and the facts about them that belong into checkpoints and caches."""
+
+import copy
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+
+from data.clip import ClipSpec
+from data.dataset import VideoClips
+from data.mixture import MixedClips, part_seed
+from data.sources import open_source
+from pipelines.training.settings import Precision, SourceConfig, VAEConfig
+from vae import load_vae
+
+
+def open_clips(
+    config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool = False
+) -> VideoClips | MixedClips:
+    """The clips of a source: its training part (endless, shuffled) or the held-out part (in order)."""
+    if config.name == "mixture":
+        return _open_mixture(config, spec, seed, held_out)
+    if config.parts:
+        raise ValueError(f"source.name={config.name} with source.parts: use source.name=mixture")
+    if config.name == "sky_timelapse" and config.split == "test" and held_out:
+        raise ValueError(
+            "source.split=test: its clips are those that validate; use split=train or source.val_fraction=0"
+        )
+    source = open_source(
+        config.name,
+        root=config.root or None,
+        split=config.split,
+        list_file=config.list_file or None,
+        labels=config.labels,
+        index_dir=config.index_dir,
+        workers=config.scan_workers,
+        reader=config.reader,
+        val_fraction=config.val_fraction,
+        held_out=held_out,
+        seed=config.demo_seed if config.name == "demo" else 0,
+        num_videos=config.demo_videos,
+        num_classes=config.demo_classes,
+        size=spec.size,
+    )
+    return VideoClips(source, spec, seed=seed, train=not held_out)
+
+
+def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool) -> MixedClips:
+    """The parts go by the alphabet, so that the order in which they are written does not matter."""
+    if config.root or config.list_file:
+        raise ValueError(
+            f"source.root={config.root!r}, source.list_file={config.list_file!r}: a mixture has neither; "
+            "give source.parts.NAME.root=..."
+        )
+    if len(config.parts) < 2:
+        raise ValueError(
+            f"source.parts={sorted(config.parts)}: a mixture has two sources or more, e.g. "
+            "source.parts.web.name=folder source.parts.web.root=/videos source.parts.ucf101.root=/data/UCF-101"
+        )
+    weights = {name: config.parts[name].weight for name in sorted(config.parts)}
+    if None in weights.values() and any(w is not None for w in weights.values()):
+        raise ValueError(f"source.parts: weights {weights}: give one to every part or to none")
+    clips = {}
+    for name in weights:
+        part = {**vars(config.parts[name]), "name": config.parts[name].name or name}
+        if part["name"] == "mixture":
+            raise ValueError(f"source.parts.{name}.name=mixture: a mixture holds no other mixture")
+        del part["weight"]
+        one = dataclasses.replace(config, parts={}, labels="none", **part)
+        clips[name] = open_clips(one, spec, part_seed(seed, name), held_out)
+    return MixedClips(clips, None if None in weights.values() else list(weights.values()), seed, not held_out)
+
+
+def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
+    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast anew in every step.
+
+    The VAE that was given keeps its float32 weights: they are what is exported, and what its digest names.
+    """
+    if precision is Precision.bf16:
+        return copy.deepcopy(vae).bfloat16().to(device)
+    return vae.to(device)
+
+
+def tile_time(vae: Any, num_frames: int, key: str) -> None:
+    """From now on the VAE works in groups of num_frames frames that share one (paper 3.3); 0: as it is.
+
+    Raises ValueError, naming the setting `key`, for a VAE without temporal tiling.
+    """
+    if not num_frames:
+        return
+    try:
+        vae.enable_tiling(num_frames)
+    except ValueError as error:
+        raise ValueError(f"{key}={num_frames}: {error}; {key}=0 goes without") from error
+
+
+def open_vae(config: VAEConfig) -> Any:
+    """The VAE in eval mode, frozen, tiled as asked; discrete ones are refused: diffusion needs continuous latents."""
+    vae = load_vae(config.name, config.path or None)
+    if vae.discrete:
+        raise ValueError(
+            f"vae.name={config.name}: its latents are discrete codes; stage two takes odvae, sd2_1, svd, cvvae, ops"
+        )
+    tile_time(vae, config.tiling_frames, "vae.tiling_frames")
+    return vae.requires_grad_(False)
+
+
+def check_clip(vae: Any, clip: ClipSpec) -> None:
+    """ValueError, before anything is written, when the VAE cannot encode such clips."""
+    vae.check_frames(clip.num_frames)
+    s = vae.spatial_compression_ratio
+    if clip.size % s or clip.size < s:
+        raise ValueError(
+            f"clip.size={clip.size}: must be a multiple of {s}, e.g. {max(1, round(clip.size / s)) * s}"
+        )
+
+
+def normalization(vae: Any) -> dict[str, Any]:
+    """How the latents are scaled: decides what the denoiser learned, and belongs to its checkpoint."""
+    return {key: vae.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
+
+
+def vae_entry(config: VAEConfig, vae: Any) -> dict[str, Any]:
+    """What decides the latents of an open VAE: belongs to a cache and to a denoiser's checkpoint.
+
+    Without tiling there is no word of it, as before there was any.
+    """
+    entry = {"name": config.name, "weights_sha256": weights_digest(vae)}
+    return entry | ({"tiling_frames": config.tiling_frames} if config.tiling_frames else {})
+
+
+def weights_digest(model: Any) -> str:
+    """sha256 over names and values of a module's parameters and buffers: what the weights are, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

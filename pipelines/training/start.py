@@ -1,0 +1,239 @@
+"""What a training begins with: networks built, initialized (paper 3.3) or taken from trained ones, and described.
+
+config: a TrainVAEConfig or a TrainLatteConfig.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.core.files import read_json, sha256_of
+from data.core.tensors import differences
+from denoiser.latte import Latte
+from eval.fidelity import check_lpips_size, load_lpips
+from eval.weight_files import TRUNKS
+from eval.weights import weights_line
+from pipelines.training.config import read_yaml
+from pipelines.training.distributed import accumulation_steps
+from pipelines.training.folder import summary
+from pipelines.training.latents import cache_fingerprint, cache_folder, cached_clips, draws
+from pipelines.training.open import check_clip, open_vae
+from pipelines.training.settings import Init, PerceptualNet
+from vae import load_vae
+from vae.inflate import inflate
+from vae.losses import LPIPSLoss
+from vae.odvae import ODVAE
+
+log = logging.getLogger(__name__)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASS_TABLE = "y_embedder."
+
+
+# ---- stage one -------------------------------------------------------------------------------------------
+
+
+def build_vae_model(config: Any) -> ODVAE:
+    """The OD-VAE of the config. From a random start the latents have no known scale, so scaling_factor is None."""
+    model = config.model
+    shape = {
+        "variant": model.variant,
+        "block_out_channels": tuple(model.block_out_channels),
+        "layers_per_block": model.layers_per_block,
+        "norm_num_groups": model.norm_num_groups,
+    }
+    return ODVAE.preset(
+        model.preset, **shape, **({"scaling_factor": None} if model.init is Init.random else {})
+    )
+
+
+def initialize(vae: ODVAE, config: Any) -> None:
+    """Tail or average initialization from SD2.1-VAE, or an OD-VAE as it is; noise only when that is asked for."""
+    init, source = config.model.init, config.model.init_from
+    if init is Init.random:
+        return
+    if not source:
+        raise ValueError(
+            f"model.init={init.value} needs model.init_from=FOLDER with SD2.1-VAE (docs/vaes.md says where it is), or with "
+            "an OD-VAE for model.init=weights; model.init=random starts without it"
+        )
+    if init is Init.weights:
+        take_vae_weights(vae, source)
+    else:
+        report = inflate(vae, source, init.value, image=trained_on_single_frames(Path(source)))
+        log.info("%s initialization from %s: %s", init.value, source, report)
+    file = Path(source) / "config.json"
+    if file.is_file():  # 0.18215 is right for SD's latents, not for those of an image VAE trained here
+        vae.register_to_config(scaling_factor=read_json(file).get("scaling_factor"))
+
+
+def take_vae_weights(vae: ODVAE, folder: str) -> None:
+    """All tensors of a trained OD-VAE of the same design. Raises ValueError with what differs."""
+    given = load_vae(folder)
+    if not isinstance(given, ODVAE):
+        raise ValueError(
+            f"model.init=weights model.init_from={folder}: a {type(given).__name__}, not an OD-VAE"
+        )
+    data_bound = {"scaling_factor", "latents_mean", "latents_std"}
+    ours, theirs = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in m.config.items()} for m in (vae, given)
+    )
+    design = [k for k in ours if not k.startswith("_") and k not in data_bound]
+    differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in design if theirs.get(k) != ours[k]]
+    if differing:
+        raise ValueError(f"model.init_from={folder} is another OD-VAE ({'; '.join(differing[:4])})")
+    vae.load_state_dict(given.state_dict())
+    log.info("weights of %s taken as they are", folder)
+
+
+def trained_on_single_frames(source: Path) -> bool:
+    """Whether an OD-VAE is an image VAE: its export, or the settings of its run, say clips of one frame."""
+    for file, read in ((source / "export.json", read_json), (source.parent / "config.yaml", read_yaml)):
+        if file.is_file():
+            content = read(file)
+            frames = content.get("num_frames", (content.get("clip") or {}).get("num_frames"))
+            if frames is not None:
+                return frames == 1
+    return False
+
+
+def vae_start_digest(config: Any) -> str | None:
+    """sha256 of the weights that a run begins with; None from noise, or when they are not there any more."""
+    source = Path(config.model.init_from)
+    if config.model.init is Init.random or not config.model.init_from:
+        return None
+    file = source / WEIGHTS if source.is_dir() else source
+    return sha256_of(file) if file.is_file() else None
+
+
+def lpips_networks(config: Any, device: torch.device) -> tuple[LPIPSLoss | None, Any, dict[str, dict]]:
+    """(loss, judge of the validations, which weights they have): None for what the settings leave out.
+
+    It draws random numbers, so it comes before the seed. ValueError when clips are too small or weights are missing.
+    """
+    loss, perceptual, judge, weights = config.loss, None, None, {}
+    if config.val_lpips or (loss.perceptual_weight > 0 and loss.perceptual_net is PerceptualNet.alex):
+        check_lpips_size(config.clip.size, config.clip.size)
+    if loss.perceptual_weight > 0:
+        network, found = load_lpips(loss.perceptual_weights or None, device, loss.perceptual_net.value)
+        perceptual, weights["loss"] = LPIPSLoss(network), found.as_dict()
+    if config.val_lpips:
+        judge, found = load_lpips(None, device)
+        weights["val_lpips"] = found.as_dict()
+    return perceptual, judge, weights
+
+
+def describe_vae_run(config: Any) -> str:
+    """The resolved settings, sizes, schedule and missing weights, for --dry-run; nothing is allocated."""
+    with torch.device("meta"):
+        vae = build_vae_model(config)
+    check_clip(vae, config.clip)
+    latent = (vae.latent_frames(config.clip.num_frames), config.clip.size // 8, config.clip.size // 8)
+    count = sum(p.numel() for p in vae.parameters())
+    accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
+    return (
+        f"{summary(config)}\n\nOD-VAE variant {config.model.variant}: {count:,} parameters; "
+        f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.config.latent_channels}"
+        f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
+        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation}){lpips_lines(config)}"
+    )
+
+
+def lpips_lines(config: Any) -> str:
+    """A line for each LPIPS network that the run needs: its file, or that it is missing."""
+    loss, lines = config.loss, ""
+    if loss.perceptual_weight > 0:
+        net = loss.perceptual_net.value
+        lines += f"\nLPIPS of the loss ({net}): {weights_line(TRUNKS[net], loss.perceptual_weights or None)}"
+    if config.val_lpips:
+        lines += f"\nLPIPS of the validations (alex): {weights_line('alexnet')}"
+    return lines
+
+
+# ---- stage two -------------------------------------------------------------------------------------------
+
+
+def build_latte(config: Any, vae: Any, num_classes: int | None) -> Latte:
+    """The denoiser for the latents of `vae`: geometry from the VAE and the clip, size from the config."""
+    side = config.clip.size // vae.spatial_compression_ratio
+    geometry = {
+        "in_channels": vae.config.latent_channels,
+        "num_frames": vae.latent_frames(config.clip.num_frames),
+        "sample_size": side,
+        "num_classes": num_classes,
+        "class_dropout_prob": config.denoiser.label_dropout,
+    }
+    d = config.denoiser
+    if d.size != "custom":
+        return Latte.from_size(d.size, **geometry)
+    numbers = {k: getattr(d, k) for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+    if min(numbers.values()) < 1:
+        raise ValueError(
+            f"denoiser.size=custom needs denoiser.depth, hidden_size, num_heads and patch_size; got {numbers}"
+        )
+    return Latte(**numbers, **geometry)
+
+
+def take_latte_weights(latte: Latte, folder: str, class_names: list[str]) -> None:
+    """The weights of a trained Latte of the same design; the class table too if it is of the same classes.
+
+    folder: of a pipeline, whose class names are known, or of the denoiser alone: then as many classes are the same ones.
+    Raises ValueError with what differs.
+    """
+    given, same = Path(folder), None
+    if (given / "model_index.json").is_file():
+        same = read_json(given / "model_index.json").get("class_names") == class_names
+        given = given / "transformer"
+    if (
+        not (given / "config.json").is_file()
+        or read_json(given / "config.json").get("_class_name") != "Latte"
+    ):
+        raise ValueError(f"denoiser.init_from={folder}: neither a pipeline nor a Latte")
+    given = Latte.from_pretrained(given)
+    same = given.config.num_classes == latte.config.num_classes if same is None else same
+    theirs, ours = given.state_dict(), latte.state_dict()
+    table = {key for key in {*theirs, *ours} if key.startswith(CLASS_TABLE)}
+    fixed = [{k: v for k, v in state.items() if same or k not in table} for state in (ours, theirs)]
+    wrong = differences(*fixed) or (
+        "patch_size" if given.config.patch_size != latte.config.patch_size else ""
+    )
+    if wrong:
+        raise ValueError(f"denoiser.init_from={folder} is another Latte ({wrong})")
+    latte.load_state_dict({key: ours[key] if key in table and not same else theirs[key] for key in ours})
+    log.info(
+        "weights of %s taken as they are%s",
+        folder,
+        "" if same else "; other classes: their table is made anew",
+    )
+
+
+def latte_start_digest(config: Any) -> str | None:
+    """sha256 of the weights that a run begins with; None from noise, or when they are not there any more."""
+    places = (Path(config.denoiser.init_from) / name / WEIGHTS for name in ("transformer", ""))
+    file = next((place for place in places if config.denoiser.init_from and place.is_file()), None)
+    return sha256_of(file) if file else None
+
+
+def describe_latte_run(config: Any) -> str:
+    """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written."""
+    vae = open_vae(config.vae)
+    check_clip(vae, config.clip)
+    clips = cached_clips(config)
+    classes = len(clips.source.class_names) or None
+    with torch.device("meta"):
+        latte = build_latte(config, vae, classes)
+    count = sum(p.numel() for p in latte.parameters())
+    fingerprint = cache_fingerprint(config, vae, clips)
+    latent = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
+    entries = len(clips) * draws(config)
+    size = entries * 2 * math.prod(latent) * (4 if config.cache.dtype == "float32" else 2)
+    epoch = len(clips) / config.global_batch
+    accumulation_steps(config.global_batch, config.micro_batch, 1)
+    return (
+        f"{summary(config)}\n\nLatte {config.denoiser.size}: {count:,} parameters, latent {' x '.join(map(str, latent))}, "
+        f"{classes or 'no'} classes\n{len(clips)} videos ({len(clips.short)} too short, {len(clips.source.damaged)} damaged); "
+        f"cache {cache_folder(config, fingerprint)}: {entries:,} clips, {size:,} bytes\n"
+        f"{config.steps:,} steps of {config.global_batch} clips, {epoch:,.1f} steps per pass over the videos, mode {config.mode.value}"
+    )
