@@ -20,6 +20,7 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.files import claim_file, is_json_object
+from data.progress import Progress
 from eval.options import size_argument
 from eval.weight_files import TRUNKS
 from eval.weights import (
@@ -244,16 +245,14 @@ def main(argv: list[str] | None = None) -> int | None:
         require_weights("alexnet", args.weights)
     import torch
 
-    from eval.progress_bar import bar
-
     pairs = pair_videos(args.real, args.fake)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, provenance = (None, None) if args.no_lpips else load_lpips(args.weights, device)
     measured = []
-    with bar(len(pairs), "pairs") as on_pair:
+    with Progress(len(pairs), "pairs", "pair") as bar:
         for pair in pairs:
             measured.append(measure_pair(read_pair(pair, args.num_frames, args.size), network))
-            on_pair(1)
+            bar.update()
     values = {metric: [found[metric] for found in measured] for metric in measured[0]}
     report(values, pairs, provenance, device, args)
 
