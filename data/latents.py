@@ -85,7 +85,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} is no latent cache (no index.json); make one: python -m pipelines.cache_latents"
+            f"{folder} is not a latent cache (index.json not found); make one: python -m pipelines.cache_latents"
         ) from None
     except (ValueError, AttributeError) as error:
         raise ValueError(

@@ -21,7 +21,7 @@ class _Knobs:
     """What both kinds of protocol share: checks, and what differs from the protocol of that name."""
 
     def check(self, at_least: dict[str, int]) -> None:
-        """Raise ValueError for a count below its least value or a word that is no choice."""
+        """Raise ValueError for a count below its least value or an invalid choice."""
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
@@ -38,7 +38,7 @@ class _Knobs:
             raise ValueError(f"size={self.size}: height and width in pixels, e.g. 256x256")
 
     def overrides(self) -> dict:
-        """Knobs set otherwise than the protocol of this name has them; N, frames, size and seed are no such knobs."""
+        """Settings that differ from the protocol of this name has them; N, frames, size and seed are no such knobs."""
         free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
         base = self.table()[self.name]
         named = [field.name for field in fields(self) if field.name not in free]

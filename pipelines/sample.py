@@ -54,7 +54,7 @@ class SampleConfig:
     labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
     precision: Precision = option(Precision.fp32, "of the denoiser and decoder: fp32|tf32|bf16")
     tiling_frames: int = option(
-        0, "decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+        0, "decode in temporal groups of this many frames (odvae; paper 3.3: 33); 0: off"
     )
     fps: float = option(8.0, "frames per second written into the files")
 

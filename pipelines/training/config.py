@@ -228,7 +228,7 @@ def parse(
         parser.add_argument(
             flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
         )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, the last word")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, e.g. steps=100")
     args = parser.parse_intermixed_args(argv)
     args.card = ""
     if planned and args.plan:

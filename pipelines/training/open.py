@@ -83,7 +83,7 @@ def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
 
 
 def tile_time(vae: Any, num_frames: int, key: str) -> None:
-    """From now on the VAE works in groups of num_frames frames that share one (paper 3.3); 0: as it is.
+    """Make the VAE work in groups of num_frames frames that share one (paper 3.3); 0: as it is.
 
     Raises ValueError, naming the setting `key`, for a VAE without temporal tiling.
     """
@@ -124,7 +124,7 @@ def normalization(vae: Any) -> dict[str, Any]:
 def vae_entry(config: VAEConfig, vae: Any) -> dict[str, Any]:
     """What decides the latents of an open VAE: belongs to a cache and to a denoiser's checkpoint.
 
-    Without tiling there is no word of it, as before there was any.
+    The key is omitted when tiling is off, so that older fingerprints stay valid.
     """
     entry = {"name": config.name, "weights_sha256": weights_digest(vae)}
     return entry | ({"tiling_frames": config.tiling_frames} if config.tiling_frames else {})

@@ -108,7 +108,7 @@ class ResumeConfig:
 
     change: str = option(
         "",
-        f"settings to change on going on, with commas: {', '.join(MAY_CHANGE)}; recorded in env.json",
+        f"settings to change on resume, separated by commas: {', '.join(MAY_CHANGE)}; recorded in env.json",
         free=True,
     )
 
@@ -131,7 +131,7 @@ class VAEConfig:
     )
     path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
     tiling_frames: int = option(
-        0, "encode and decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+        0, "encode and decode in temporal groups of this many frames (odvae; paper 3.3: 33); 0: off"
     )
 
     def __post_init__(self):

@@ -169,7 +169,7 @@ class Trainer:
         for step, finite in self._finite[: max(0, ready)]:
             self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
             if self.skipped_in_row:
-                log.warning("step %d: loss or gradient is not finite, update left out", step)
+                log.warning("step %d: loss or gradient is not finite, update skipped", step)
         del self._finite[: max(0, ready)]
 
     def progress(self) -> dict[str, int]:
