@@ -149,7 +149,7 @@ def judge_folder(
     more: int = 0,
     text: str = "",
 ) -> Judged:
-    """Features of exactly `num` clips, and of `more` after them if the folder has so many; collective.
+    """Features of exactly `num` clips, and of `more` after them if the folder has that many; collective.
 
     selection: in rank 0, None elsewhere. A clip that cannot be read after all is replaced and counted.
     Raises ValueError if there are fewer than `num` clips.

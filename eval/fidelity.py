@@ -180,7 +180,7 @@ def read_pair(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pixels of a pair, some frames at a time, (T, H, W, 3) uint8 each: as stored, or both at `size`.
 
-    num_frames: the first so many, None for all. Raises ValueError if the two differ in frames or size.
+    num_frames: the first N, None for all. Raises ValueError if the two differ in frames or size.
     """
     from eval.videos import BLOCK_BYTES, fit, read_video, shape_of
 

@@ -2,7 +2,7 @@
 
     python -m pipelines.cache_latents --config configs/stage2/ucf101.yaml --vae odvae
 
-Reads the settings of train_latte. The same command again goes on where it stopped, and tries again what could not be
+Reads the settings of train_latte. The same command again continues where it stopped, and tries again what could not be
 read; processes share the shards, also those of several launches at once. --verify checks a whole cache.
 """
 
@@ -126,7 +126,7 @@ def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "
     read = read_entries(config, clips, list(lacking))
     again = sorted({lacking[entry] for entry, pixels in read if not isinstance(pixels, BadVideo)})
     if again:
-        log.info("%d shards lack clips that can be read now: they are made anew", len(again))
+        log.info("%d shards lack clips that can be read now: they are made again", len(again))
     return sorted([*writer.missing(), *again])
 
 

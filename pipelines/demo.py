@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fetch_judges() -> None:
-    """Get the judges' weights on the first call; goes on without them, and says so, when they cannot be had."""
+    """Get the judges' weights on the first call; continues without them, and says so, when they cannot be had."""
     from eval.fetch_weights import fetch, missing
     from eval.weight_files import TERMS
     from eval.weights import weights_folder
@@ -57,7 +57,7 @@ def fetch_judges() -> None:
             log.info("fetching the judging networks, 111 MB, into %s", folder)
             log.info("fetched %s, verified. %s", ", ".join(fetch(folder)), " ".join(TERMS))
     except (ValueError, OSError) as error:
-        log.warning("%s; the demo goes on without them", error)
+        log.warning("%s; the demo continues without them", error)
 
 
 def loss_settings(run_dir: Path) -> list[str]:

@@ -50,7 +50,7 @@ class ReconstructConfig:
     source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
     clip: ClipSpec = option(lambda: ClipSpec(position="center"), "")
     out: str = option("runs/reconstruct", "folder of videos.jsonl, summary.json and the side-by-side videos")
-    num_videos: int = option(0, "first so many videos; 0: all")
+    num_videos: int = option(0, "first N videos; 0: all")
     stream: bool = option(
         False, "whole videos, frame by frame, instead of one clip of each (od-vae, exact design)"
     )

@@ -66,7 +66,7 @@ class DenoiserConfig:
     patch_size: int = option(0, "size=custom: latent pixels of a token's side")
     init_from: str = option(
         "",
-        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made anew",
+        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made again",
     )
     label_dropout: float = option(0.1, "how often training hides the class, for classifier-free guidance")
 
@@ -144,7 +144,7 @@ class TrainLatteConfig:
             raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
         if self.mode is Mode.cached and self.clip.flip:
             raise ValueError(
-                "clip.flip=true draws anew in every step; with a cache say cache.flips=true, or mode=online"
+                "clip.flip=true draws again in every step; with a cache say cache.flips=true, or mode=online"
             )
         if not 0 <= self.denoiser.label_dropout < 1:
             raise ValueError(f"denoiser.label_dropout={self.denoiser.label_dropout}: must be in [0, 1)")

@@ -73,7 +73,7 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
 
 
 def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
-    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast anew in every step.
+    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast again in every step.
 
     The VAE that was given keeps its float32 weights: they are what is exported, and what its digest names.
     """

@@ -139,7 +139,7 @@ class VAEConfig:
 
 
 def check_groups(num_frames: int, key: str) -> None:
-    """ValueError, naming the setting `key`, unless temporal groups may have so many frames; 0 is no tiling."""
+    """ValueError, naming the setting `key`, unless temporal groups may have this many frames; 0 is no tiling."""
     if num_frames and (num_frames < 5 or num_frames % 4 != 1):
         raise ValueError(
             f"{key}={num_frames}: a group has 4k + 1 frames from 5 on, e.g. 33; 0 turns tiling off"

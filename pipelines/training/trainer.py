@@ -106,7 +106,7 @@ class Trainer:
     def rehearse(self, look: Callable[[], Any] | None = None) -> None:
         """On a GPU: the heaviest step there will be, without an update, then `look`, what runs between steps.
 
-        So a lack of memory, or of a kernel, shows now and not hours later, also when a run goes on with another micro_batch
+        So a lack of memory, or of a kernel, shows now and not hours later, also when a run continues with another micro_batch
         or on another card. Weights, optimizers, D's statistics and random states are afterwards what they were; no process
         talks to another. Not under DeepSpeed, whose backward is part of its step.
         Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.

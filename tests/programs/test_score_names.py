@@ -91,7 +91,7 @@ def test_the_judges_name_it_in_console_records_and_all_reports(videos, tmp_path,
     fidelity.main([*sides, "--device", "cpu", "--out", str(file)])
     few = ["--num-videos", "2", "--num-frames", "9", "--workers", "0", "--no-cache", "--device", "cpu"]
     fvd.main([*sides, *few, "--out", str(file)])
-    console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is no score
+    console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is not a score
     records = read_records([file])
     names = [record["metric"] for record in records]
     reports = [render(records, form) for form in ("md", "csv", "html")]
