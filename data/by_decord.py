@@ -1,6 +1,6 @@
-"""decord as another reader, for files on which the scan saw it show what PyAV shows, to the bit.
+"""decord as another reader, for files on which the scan saw it show what PyAV shows, bit for bit.
 
-It indexes a file anew for each clip, and is wrong on some without a word (cut by an edit list, pixels that are not
+It indexes a file again for each clip, and is wrong on some without a word (cut by an edit list, pixels that are not
 square, B-frames in AVI); on others it ends the process. It decodes ahead of its reader without a limit. So PyAV is the
 reader unless the other is asked for.
 """

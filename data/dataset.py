@@ -80,7 +80,7 @@ class VideoClips:
         self._order = (-1, np.arange(0))
 
     def keep_first(self, count: int) -> None:
-        """Leave out all usable videos but the first so many."""
+        """Leave out all usable videos but the first N."""
         self.videos = self.videos.select(np.arange(len(self.videos)) < count)
 
     def __len__(self) -> int:

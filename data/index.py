@@ -1,4 +1,4 @@
-"""The scans of a data set, kept in one SQLite file: a scan that is stopped goes on where it was.
+"""The scans of a data set, kept in one SQLite file: a scan that is stopped continues where it was.
 
 A row is committed soon after its file was scanned, so a kill costs seconds of work, not the 440k videos before.
 """

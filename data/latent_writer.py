@@ -44,7 +44,7 @@ class LatentCacheWriter:
                 )
         elif any(p for p in self.folder.iterdir() if p.name[0] != "." and not p.name.startswith("latents-")):
             raise ValueError(
-                f"cache {self.folder} holds other files and is no cache; choose another cache folder"
+                f"cache {self.folder} holds other files and is not a cache; choose another cache folder"
             )
         elif any(self.folder.glob("latents-*")):
             raise ValueError(

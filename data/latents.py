@@ -71,7 +71,7 @@ def read_sidecar(folder: Path, shard: int) -> dict[str, Any]:
 
 def _way_out(folder: Path, shard: int) -> str:
     name = shard_file(folder, shard).name
-    return f"delete {name} and its .json and run the same cache_latents command again: it makes them anew"
+    return f"delete {name} and its .json and run the same cache_latents command again: it makes them again"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} is no latent cache (no index.json); make one: python -m pipelines.cache_latents"
+            f"{folder} is not a latent cache (index.json not found); make one: python -m pipelines.cache_latents"
         ) from None
     except (ValueError, AttributeError) as error:
         raise ValueError(
@@ -118,7 +118,7 @@ class LatentCache:
             refuse_other(self.folder, self.index["fingerprint"], expect)
         if not self.index["complete"]:
             raise ValueError(
-                f"cache {self.folder} is not complete; run the same cache_latents command again to go on"
+                f"cache {self.folder} is not complete; run the same cache_latents command again to continue"
             )
         self.ends = np.cumsum(self.index["rows"])
         self._open: dict[int, _Shard] = {}

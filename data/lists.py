@@ -53,7 +53,7 @@ def _inside(path: Path, line: int, name: str) -> str:
     parts = name.split("/")
     if not name or "\\" in name or "\0" in name or name.startswith("/") or {"", ".", ".."} & set(parts):
         raise ValueError(
-            f"{path}, line {line}: {name!r} is no name below the root; do not use lists of unknown origin"
+            f"{path}, line {line}: {name!r} is not a name below the root; do not use lists of unknown origin"
         )
     return name
 

@@ -29,7 +29,7 @@ def part_seed(seed: int, name: str) -> int:
 
 
 class Shares:
-    """Which source sample n of the stream belongs to, and the how-manieth of that source it is.
+    """Which source sample n of the stream belongs to, and its index within that source.
 
     A pure function of (seed, n). After every multiple of 64 samples each source has had its share to within one
     sample; between two of them the order is random, lest a source always meets the same half of a step.

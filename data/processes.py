@@ -1,6 +1,6 @@
 """Work that may crash or hang, in processes of its own: a decoder that dies takes one of them, never the program.
 
-The processes import no torch and are started anew, not forked: no lock of a thread and no GPU state is copied. Results
+The processes import no torch and are started afresh, not forked: no lock of a thread and no GPU state is copied. Results
 come back through pipes, so /dev/shm is not used. They ignore the signals that a terminal or slurm sends to a whole
 group, and end when the program does.
 """

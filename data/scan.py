@@ -3,7 +3,7 @@
 A file is damaged when decoding raises, a frame is marked corrupt, FFmpeg reports an error, or frames are missing.
 Each file is decoded once in a process of its own kind (data/processes.py), by the reader of training. Places where the
 reader may begin are tried, and kept if the frames after them are those of decoding from frame 0. A fault of the machine
-(no memory, no handles, a broken package) is no verdict: it stops the scan.
+(no memory, no handles, a broken package) is not a verdict: it stops the scan.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def open_source(
         return _demo(num_videos, num_classes, size, num_frames, 2 * seed + held_out)
     if not root or not Path(root).is_dir():
         raise ValueError(
-            f"{name}: root={str(root or '')!r} is no folder; see docs/datasets.md for the layout"
+            f"{name}: root={str(root or '')!r} is not a folder; see docs/datasets.md for the layout"
         )
     root = Path(root).absolute()
     if index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):

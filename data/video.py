@@ -170,7 +170,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except (av.FFmpegError, OSError, UnicodeDecodeError, EOFError, MemoryError) as error:
         number = getattr(error, "errno", None)
         if isinstance(error, MemoryError) or number in _MACHINE:
-            text = f"{path}: {type(error).__name__}: {error}; this is no fault of the file: more memory, or fewer processes"
+            text = f"{path}: {type(error).__name__}: {error}; this is not a fault of the file: more memory, or fewer processes"
             raise OSError(number or errno.ENOMEM, text) from error
         text = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f"{path}: ", "")
         raise BadVideo(text[:100] or type(error).__name__, number not in _FOR_NOW) from error

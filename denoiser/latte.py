@@ -269,7 +269,7 @@ class Latte(ModelMixin, ConfigMixin):
         }
 
     def _apply(self, fn, recurse: bool = True):
-        # to_empty() would leave garbage in buffers that no checkpoint restores, so write the tables anew.
+        # to_empty() would leave garbage in buffers that no checkpoint restores, so write the tables again.
         super()._apply(fn, recurse)
         for name, table in self._position_tables().items():
             buffer = getattr(self, name)

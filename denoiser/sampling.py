@@ -28,7 +28,7 @@ _LINEAR = {
 class RespacedDDIMScheduler(DDIMScheduler):
     """Deterministic DDIM on the steps that `respaced_timesteps` keeps: Latte's `sample_method: ddim`.
 
-    diffusers' own DDIM steps to t - 1000 // N, which is no kept step here (error 0.31 at 50 steps); this one
+    diffusers' own DDIM steps to t - 1000 // N, which is not a kept step here (error 0.31 at 50 steps); this one
     steps to the next kept step.
     """
 

@@ -68,7 +68,7 @@ def tensor_digest(state: dict[str, np.ndarray]) -> str:
 
 
 def differing_tensors(state: dict[str, np.ndarray]) -> list[str]:
-    """Keys of I3D that are missing or not the TF-Hub checkpoint's to the bit; batch-norm scales must be ones."""
+    """Keys of I3D that are missing or not the TF-Hub checkpoint's bit for bit; batch-norm scales must be ones."""
     wrong = []
     for key, entry in tf_table().items():
         raw = to_tf_layout(state[key]) if key in state else np.empty(0)

@@ -88,7 +88,7 @@ class Meter:
 
     device: of the training. mode: "online" or "cached". clips_per_step: the global batch. warmup: steps that
     are not timed (compilation, optimizer state); the peaks start again after them, and the whole run's peaks
-    are kept beside. window: the last so many steps are kept, so a meter's memory does not grow.
+    are kept beside. window: the last N steps are kept, so a meter's memory does not grow.
     Raises ValueError for a wrong mode or counts below 1.
     """
 

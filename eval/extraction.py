@@ -7,13 +7,13 @@ set: at most QUEUE_BYTES of decoded clips wait for the network.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.processes import Pool
+from data.progress import Progress
 from data.video import BadVideo, natural_key
 from eval.feature_cache import FeatureCache
 from eval.ranks import Ranks
@@ -149,18 +149,16 @@ def judge_folder(
     more: int = 0,
     text: str = "",
 ) -> Judged:
-    """Features of exactly `num` clips, and of `more` after them if the folder has so many; collective.
+    """Features of exactly `num` clips, and of `more` after them if the folder has that many; collective.
 
     selection: in rank 0, None elsewhere. A clip that cannot be read after all is replaced and counted.
     Raises ValueError if there are fewer than `num` clips.
     """
-    from eval.progress_bar import bar
-
     ranks = options.ranks
     while True:
         clips, cache = ranks.from_main(lambda: _plan(selection, num, more, size, extractor, options))
-        with bar(len(clips), text) if ranks.main and text else nullcontext() as on_batch:
-            features, failures = extract_selected(clips, size, extractor, options, cache, on_batch)
+        with Progress(len(clips), text, "video", ranks.main and bool(text)) as bar:
+            features, failures = extract_selected(clips, size, extractor, options, cache, bar.update)
         if features is not None:
             break
         if ranks.main:

@@ -20,6 +20,7 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.files import claim_file, is_json_object
+from data.progress import Progress
 from eval.options import size_argument
 from eval.weight_files import TRUNKS
 from eval.weights import (
@@ -179,7 +180,7 @@ def read_pair(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pixels of a pair, some frames at a time, (T, H, W, 3) uint8 each: as stored, or both at `size`.
 
-    num_frames: the first so many, None for all. Raises ValueError if the two differ in frames or size.
+    num_frames: the first N, None for all. Raises ValueError if the two differ in frames or size.
     """
     from eval.videos import BLOCK_BYTES, fit, read_video, shape_of
 
@@ -244,16 +245,14 @@ def main(argv: list[str] | None = None) -> int | None:
         require_weights("alexnet", args.weights)
     import torch
 
-    from eval.progress_bar import bar
-
     pairs = pair_videos(args.real, args.fake)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, provenance = (None, None) if args.no_lpips else load_lpips(args.weights, device)
     measured = []
-    with bar(len(pairs), "pairs") as on_pair:
+    with Progress(len(pairs), "pairs", "pair") as bar:
         for pair in pairs:
             measured.append(measure_pair(read_pair(pair, args.num_frames, args.size), network))
-            on_pair(1)
+            bar.update()
     values = {metric: [found[metric] for found in measured] for metric in measured[0]}
     report(values, pairs, provenance, device, args)
 

@@ -79,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
     parser.add_argument("--position", choices=CHOICES["position"], help="of a clip in a longer video")
-    parser.add_argument("--clips-per-video", type=int, help="at most so many different clips of one video")
+    parser.add_argument("--clips-per-video", type=int, help="at most this many different clips of one video")
     parser.add_argument("--resize", choices=CHOICES["resize"], help="how I3D gets 224 pixels")
     parser.add_argument("--eps", type=float, help="batch norm of I3D: 1e-5 TATS, 1e-3 TF-Hub")
     parser.add_argument("--ddof", type=int, choices=CHOICES["ddof"], help="covariances over N - ddof")

@@ -9,7 +9,7 @@ import numpy as np
 def inception_score(probabilities, splits: int = 1) -> tuple[float, float]:
     """probabilities: (N, K), rows sum to 1. Returns (mean, standard deviation) over contiguous splits.
 
-    With splits=1 the deviation is 0. Raises ValueError for NaN, rows that are no distribution, or splits > N.
+    With splits=1 the deviation is 0. Raises ValueError for NaN, rows that are not a distribution, or splits > N.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2:

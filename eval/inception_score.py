@@ -30,14 +30,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=INCEPTION_PROTOCOLS, help="default: both, each with a record of its own"
     )
-    parser.add_argument("--num-videos", type=int, help="exactly so many (default 2048)")
+    parser.add_argument("--num-videos", type=int, help="exactly this many (default 2048)")
     parser.add_argument("--splits", type=int, help="1 as TGAN2, 10 as StyleGAN-V")
     parser.add_argument("--shuffle-seed", type=int, help="shuffle before splitting (StyleGAN-V: 42)")
     parser.add_argument("--interval", type=int, help="distance of the 16 frames in the file (1)")
     parser.add_argument("--size", type=size_argument, help="before C3D's resize (default: the videos' own)")
     parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
     parser.add_argument("--position", choices=CHOICES["position"], help="default start: the first 16 frames")
-    parser.add_argument("--clips-per-video", type=int, help="at most so many different clips of one video")
+    parser.add_argument("--clips-per-video", type=int, help="at most this many different clips of one video")
     parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
     add_run_arguments(parser)
     return parser.parse_args(argv)

@@ -19,7 +19,7 @@ class Listing:
     """The videos of a folder.
 
     stale: in the folder and not in its manifest, left out. manifest: for the record. ignored: number of files that
-    are no part of a video (another suffix, a picture beside videos).
+    are not part of a video (another suffix, a picture beside videos).
     """
 
     videos: list[Video]

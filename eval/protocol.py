@@ -21,7 +21,7 @@ class _Knobs:
     """What both kinds of protocol share: checks, and what differs from the protocol of that name."""
 
     def check(self, at_least: dict[str, int]) -> None:
-        """Raise ValueError for a count below its least value or a word that is no choice."""
+        """Raise ValueError for a count below its least value or an invalid choice."""
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
@@ -38,7 +38,7 @@ class _Knobs:
             raise ValueError(f"size={self.size}: height and width in pixels, e.g. 256x256")
 
     def overrides(self) -> dict:
-        """Knobs set otherwise than the protocol of this name has them; N, frames, size and seed are no such knobs."""
+        """Settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
         free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
         base = self.table()[self.name]
         named = [field.name for field in fields(self) if field.name not in free]
@@ -63,7 +63,7 @@ class Protocol(_Knobs):
     size: (height, width) to which both sides are scaled and centre-cropped before the network's own resize; None
     takes the generated videos' own. sampling: "videos" draws each video with equal chance, "clips" each window of
     the set, so that long videos weigh more (TATS). position: where a clip starts in a longer video.
-    clips_per_video: at most so many, different ones, when videos are fewer. resize: to 224 pixels, "squash" or
+    clips_per_video: at most this many, different ones, when videos are fewer. resize: to 224 pixels, "squash" or
     "short" side and centre crop. eps: batch norms of I3D. ddof: 1 divides covariances by N - 1, 0 by N.
     seed: of the choice of videos and of the clips' offsets.
     """

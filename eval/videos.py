@@ -82,7 +82,7 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
 
 
 def _load_array(path: Path, key: str, mtime_ns: int) -> np.ndarray:
-    """An array of a file, mapped where possible and anew each time, so that pages read do not pile up."""
+    """An array of a file, mapped where possible, and mapped again each time, so that pages read do not pile up."""
     try:
         with reading(path):
             if not path.is_file():

@@ -262,7 +262,7 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
     """The tensors of a weight file by our names, and what it is. The one reader for all networks.
 
     A trunk comes without its classifier, `features.INDEX.weight`; a dump of the TF-Hub checkpoint is renamed.
-    Raises ValueError for a file known to be a wrong one, or that is no plain weight file.
+    Raises ValueError for a file known to be a wrong one, or that is not a plain weight file.
     """
     import torch
 

@@ -2,7 +2,7 @@
 
     python -m pipelines.cache_latents --config configs/stage2/ucf101.yaml --vae odvae
 
-Reads the settings of train_latte. The same command again goes on where it stopped, and tries again what could not be
+Reads the settings of train_latte. The same command again continues where it stopped, and tries again what could not be
 read; processes share the shards, also those of several launches at once. --verify checks a whole cache.
 """
 
@@ -23,6 +23,7 @@ from data.core.cli import run
 from data.core.files import printable
 from data.core.lazy import lazy
 from data.processes import Pool
+from data.progress import Progress
 from data.video import BadVideo
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 from pipelines.training.config import parse
@@ -30,7 +31,6 @@ from pipelines.training.log import console
 from pipelines.training.settings import Mode
 
 torch = lazy("torch")
-tqdm = lazy("tqdm")
 latent_files = lazy("data.latents")
 latent_writer = lazy("data.latent_writer")
 distributed = lazy("pipelines.training.distributed")
@@ -126,7 +126,7 @@ def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "
     read = read_entries(config, clips, list(lacking))
     again = sorted({lacking[entry] for entry, pixels in read if not isinstance(pixels, BadVideo)})
     if again:
-        log.info("%d shards lack clips that can be read now: they are made anew", len(again))
+        log.info("%d shards lack clips that can be read now: they are made again", len(again))
     return sorted([*writer.missing(), *again])
 
 
@@ -159,12 +159,12 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
     with torch.inference_mode(), distributed.matrix_products(config):
-        for shard in tqdm.tqdm(mine, desc="cache", unit="shard", disable=not main or None):
-            if shard in again or not writer.is_written(shard):  # else another launch was quicker
-                tensors, failed = encode_shard(
-                    config, frozen, clips, writer.entries(shard), accelerator.device
-                )
-                writer.write(shard, tensors, failed)
+        with Progress(len(mine), "cache", "shard", main) as bar:
+            for shard in mine:
+                if shard in again or not writer.is_written(shard):  # else another launch was quicker
+                    entries = writer.entries(shard)
+                    writer.write(shard, *encode_shard(config, frozen, clips, entries, accelerator.device))
+                bar.update()
     accelerator.wait_for_everyone()
     if main:
         index = writer.finish({"class_names": clips.source.class_names})

@@ -24,6 +24,7 @@ from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.core.lazy import lazy
 from data.core.option import option
 from data.encode import write_mp4
+from data.progress import Progress
 from data.video import iterate_frames
 from eval.weights import score_name, weights_line
 from pipelines.media import comparison
@@ -33,7 +34,6 @@ from pipelines.training.log import console
 from pipelines.training.settings import SourceConfig, VAEConfig
 
 torch = lazy("torch")
-tqdm = lazy("tqdm")
 accelerate = lazy("accelerate")
 distributed = lazy("pipelines.training.distributed")
 fidelity = lazy("eval.fidelity")
@@ -50,7 +50,7 @@ class ReconstructConfig:
     source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
     clip: ClipSpec = option(lambda: ClipSpec(position="center"), "")
     out: str = option("runs/reconstruct", "folder of videos.jsonl, summary.json and the side-by-side videos")
-    num_videos: int = option(0, "first so many videos; 0: all")
+    num_videos: int = option(0, "first N videos; 0: all")
     stream: bool = option(
         False, "whole videos, frame by frame, instead of one clip of each (od-vae, exact design)"
     )
@@ -134,7 +134,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
     pairs_of, records = stream_pairs if whole else clip_pairs, []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    for index in tqdm.tqdm(mine, desc="videos", disable=not accelerator.is_main_process or None):
+    bar = Progress(len(mine), "reconstruct", "video", accelerator.is_main_process)
+    for index in mine:
         scores: dict[str, list[float]] = {}
         shown: list[Any] = []
         with torch.inference_mode():
@@ -148,6 +149,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             write_mp4(out / f"{index:05d}.mp4", np.concatenate(shown), 8)
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         records.append({"index": index, "video": clips.name(index), "frames": len(scores["psnr"]), **means})
+        bar.update()
+    bar.close()
     if accelerator.num_processes > 1:
         records = accelerate.utils.gather_object(records)
     records.sort(key=lambda r: r["index"])

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give the name of a file, e.g. {out / 'report.html'}")
     if out.is_file() and pages.MARK.encode() not in out.read_bytes()[:1000]:
-        raise ValueError(f"--out {out}: exists and is no report of this program; choose another name")
+        raise ValueError(f"--out {out}: exists and is not a report of this program; choose another name")
     run_page.write_run_page(out, runs, args.samples, args.records, args.max_mb * 1e6)
     print(f"open {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -19,6 +19,7 @@ from data.core.files import read_json, remove_leftovers, sha256_of, write_json
 from data.core.lazy import lazy
 from data.core.option import option
 from data.encode import write_ffv1, write_mp4
+from data.progress import Progress
 from data.video import read_frames
 from pipelines.media import grid
 from pipelines.training.config import parse
@@ -27,7 +28,6 @@ from pipelines.training.log import console
 from pipelines.training.settings import Precision, check_groups
 
 torch = lazy("torch")
-tqdm = lazy("tqdm")
 latte = lazy("denoiser.latte")
 distributed = lazy("pipelines.training.distributed")
 opened = lazy("pipelines.training.open")
@@ -54,7 +54,7 @@ class SampleConfig:
     labels: list[str] = option([], "class names or ids to generate; empty: all, in turn")
     precision: Precision = option(Precision.fp32, "of the denoiser and decoder: fp32|tf32|bf16")
     tiling_frames: int = option(
-        0, "decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+        0, "decode in temporal groups of this many frames (odvae; paper 3.3: 33); 0: off"
     )
     fps: float = option(8.0, "frames per second written into the files")
 
@@ -162,9 +162,7 @@ def sample(config: SampleConfig) -> Path:
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
     names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
     classes = pipe.transformer.config.num_classes
-    with tqdm.tqdm(
-        total=len(mine), desc="videos", unit="video", disable=not accelerator.is_main_process or None
-    ) as bar:
+    with Progress(len(mine), "sample", "video", accelerator.is_main_process) as bar:
         for start in range(0, len(mine), config.batch):
             batch = mine[start : start + config.batch]
             labels = (

@@ -60,13 +60,13 @@ FLAGS = {"--vae": "vae.name", "--vae-path": "vae.path", "--data": "source.root",
 @dataclass
 class DenoiserConfig:
     size: str = option("XL/2", "Latte size S|B|L|XL / patch 2|4|8, or custom: the four numbers below")
-    depth: int = option(0, "size=custom: blocks, spatial and temporal in turn")
+    depth: int = option(0, "number of blocks (alternating spatial, temporal); size=custom only")
     hidden_size: int = option(0, "size=custom: width")
     num_heads: int = option(0, "size=custom: attention heads")
     patch_size: int = option(0, "size=custom: latent pixels of a token's side")
     init_from: str = option(
         "",
-        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made anew",
+        "a trained Latte to begin with: its folder, or that of its pipeline; a table of other classes is made again",
     )
     label_dropout: float = option(0.1, "how often training hides the class, for classifier-free guidance")
 
@@ -75,7 +75,7 @@ class DenoiserConfig:
 class CacheConfig:
     dir: str = option("", "folder; empty: runs/cache/<source>-<vae>-<fingerprint>", free=True)
     crops: int = option(4, "clips drawn of each video")
-    num_videos: int = option(0, "only the first so many videos, to time a training; 0: all")
+    num_videos: int = option(0, "only the first N videos, to time a training; 0: all")
     flips: bool = option(False, "store each clip mirrored too (encoded from mirrored pixels)")
     dtype: CacheType = option(CacheType.float32, "of the stored moments")
     shard_size: int = option(256, "clips of a shard")
@@ -84,7 +84,7 @@ class CacheConfig:
 
 @dataclass
 class SamplesConfig:
-    every: int = option(10_000, "steps between two grids of EMA samples; 0: none", free=True)
+    every: int = option(10_000, "steps between grids of EMA samples; 0 disables them", free=True)
     num_videos: int = option(9, "videos of a grid, always the same noise and classes", free=True)
     steps: int = option(50, "sampling steps", free=True)
     guidance_scale: float = option(1.0, "classifier-free guidance", free=True)
@@ -93,21 +93,23 @@ class SamplesConfig:
 @dataclass
 class TrainLatteConfig:
     run_dir: str = option("runs/latte", "folder of this run", free=True)
-    seed: int = option(0, "of initialization, data order, crops, noise and timesteps")
+    seed: int = option(0, "random seed for initialization, data order, crops, noise and timesteps")
     steps: int = option(200_000, "optimizer steps", free=True)
     mode: Mode = option(
         Mode.cached, "cached latents, or online: the VAE encodes in every step (the paper's TSpeed)"
     )
     global_batch: int = option(8, "clips per step, over all processes")
-    micro_batch: int = option(1, "clips a process holds at once; accumulation follows", free=True)
+    micro_batch: int = option(
+        1, "clips per process and forward pass; gradient accumulation follows", free=True
+    )
     learning_rate: float = option(1e-4, "AdamW, constant")
     warmup_steps: int = option(0, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
-    grad_clip: float = option(0.1, "largest gradient norm of an update; 0: not clipped")
+    grad_clip: float = option(0.1, "maximum gradient norm; 0 disables clipping")
     clip_start: int = option(
         0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
     )
-    ema_decay: float = option(0.9999, "of the averaged weights, which are what samples")
+    ema_decay: float = option(0.9999, "decay of the EMA weights used for sampling")
     precision: Precision = option(
         Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
     )
@@ -123,8 +125,8 @@ class TrainLatteConfig:
     samples: SamplesConfig = option(SamplesConfig, "")
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
-    log_every: int = option(50, "steps between two records", free=True)
-    save_every: int = option(10_000, "steps between two checkpoints", free=True)
+    log_every: int = option(50, "steps between log entries", free=True)
+    save_every: int = option(10_000, "steps between checkpoints", free=True)
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):
@@ -142,7 +144,7 @@ class TrainLatteConfig:
             raise ValueError(f"learning_rate={self.learning_rate}: must be above 0")
         if self.mode is Mode.cached and self.clip.flip:
             raise ValueError(
-                "clip.flip=true draws anew in every step; with a cache say cache.flips=true, or mode=online"
+                "clip.flip=true draws again in every step; with a cache say cache.flips=true, or mode=online"
             )
         if not 0 <= self.denoiser.label_dropout < 1:
             raise ValueError(f"denoiser.label_dropout={self.denoiser.label_dropout}: must be in [0, 1)")

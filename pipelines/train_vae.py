@@ -115,15 +115,17 @@ class LossConfig:
 @dataclass
 class TrainVAEConfig:
     run_dir: str = option("runs/odvae", "folder of this run", free=True)
-    seed: int = option(0, "of initialization, data order and noise")
+    seed: int = option(0, "random seed for initialization, data order and noise")
     steps: int = option(650_000, "optimizer steps", free=True)
     global_batch: int = option(8, "clips per step, over all processes")
-    micro_batch: int = option(1, "clips a process holds at once; accumulation follows", free=True)
+    micro_batch: int = option(
+        1, "clips per process and forward pass; gradient accumulation follows", free=True
+    )
     learning_rate: float = option(1e-5, "Adam, constant")
     warmup_steps: int = option(0, "steps of linear warm-up")
     adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
-    grad_clip: float = option(0.0, "largest gradient norm of an update; 0: not clipped")
-    ema_decay: float = option(0.999, "of the averaged weights, which are what is exported")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0 disables clipping")
+    ema_decay: float = option(0.999, "decay of the EMA weights, which are exported")
     precision: Precision = option(Precision.fp32, "of forward and backward: fp32|tf32|bf16")
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
@@ -135,13 +137,13 @@ class TrainVAEConfig:
     clip: ClipSpec = option(ClipSpec, "")
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
-    log_every: int = option(50, "steps between two records", free=True)
-    val_every: int = option(2000, "steps between two validations", free=True)
+    log_every: int = option(50, "steps between log entries", free=True)
+    val_every: int = option(2000, "steps between validations", free=True)
     val_videos: int = option(16, "held-out clips of a validation", free=True)
     val_lpips: bool = option(
         False, "LPIPS too in each validation (the judge's AlexNet; needs its weights)", free=True
     )
-    save_every: int = option(2000, "steps between two checkpoints", free=True)
+    save_every: int = option(2000, "steps between checkpoints", free=True)
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):

@@ -3,7 +3,7 @@
     python scripts/convert.py FAMILY --src FILE_OR_DIR --dst DIR
     python scripts/convert.py open-sora-plan --export --src DIR --dst FILE_OR_DIR
 
-Keys and shapes are checked strictly: missing, extra and misshapen ones are listed, nothing is written and the exit
+Keys and shapes are checked strictly: missing, extra and wrongly shaped ones are listed, nothing is written and the exit
 code is 2. Sizes come from the shapes and from a config.json beside the weights. The result is written to a temporary
 name and renamed when complete. FAMILY: sd-vae, vqgan, tats, cvvae, ops, open-sora-plan (VAEs), latte (denoiser),
 i3d, c3d (judges).

@@ -2,7 +2,7 @@
 
 A causal network works in steps: frame 0 alone, then a few latent frames at a time. What a layer needs of earlier
 frames is in a StreamState, never in the module: several streams can share one model, whole clips and streams take the
-same steps and agree to the bit, and memory does not grow with the clip's length. With state=None a step is a whole clip.
+same steps and agree bit for bit, and memory does not grow with the clip's length. With state=None a step is a whole clip.
 
 What makes it fast: kernels prepared once per model, the norm and SiLU written straight into the next convolution's
 window, the first frame's taps summed, upsampling as small convolutions on the small grid ("phases"), and on a GPU

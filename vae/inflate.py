@@ -40,17 +40,17 @@ def inflate(
             f"the image VAE does not cover the model: {len(missing)} tensors of the model have no source "
             f"{missing[:4]}, {len(extra)} of the source have no place {extra[:4]}"
         )
-    report, filled, misshapen = Counter(), {}, []
+    report, filled, wrong_shapes = Counter(), {}, []
     for key, target in own.items():
         given = tensors[names[key]]
         op, value = _fit(given, target, method)
         if value is None:
-            misshapen.append(f"{key}: {tuple(given.shape)} for {tuple(target.shape)}")
+            wrong_shapes.append(f"{key}: {tuple(given.shape)} for {tuple(target.shape)}")
             continue
         report[op] += 1
         filled[key] = value.to(target)
-    if misshapen:
-        raise ValueError(f"{len(misshapen)} tensors have the wrong shape, e.g. {'; '.join(misshapen[:4])}")
+    if wrong_shapes:
+        raise ValueError(f"{len(wrong_shapes)} tensors have the wrong shape, e.g. {'; '.join(wrong_shapes[:4])}")
     model.load_state_dict(filled)
     return dict(report)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 TILE = 4096  # elements a program holds at a time
 PARTS = 32  # programs of the first pass for each set of statistics: one would leave most of a card idle
 TILES = 8  # of a program in the second pass
-# Numbers that differ between levels and steps: no kernel is compiled anew for them.
+# Numbers that differ between levels and steps: no kernel is compiled again for them.
 _SIZES = "rows share frames shifted x_sample x_frame out_sample out_frame".split()
 
 

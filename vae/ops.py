@@ -59,7 +59,7 @@ def latents_per_step(x: Tensor, pixels: int) -> int:
     """How many latent frames an inference step takes: more on a GPU, whose small kernels cost as much as large ones.
 
     pixels: of one video frame. One latent frame on a CPU, so that memory stays lowest. It depends on nothing but
-    shape, dtype and device: whole clips and streams take the same steps and agree to the bit.
+    shape, dtype and device: whole clips and streams take the same steps and agree bit for bit.
     """
     if not x.is_cuda:
         return 1
@@ -118,7 +118,7 @@ def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any
         or kernel.shape[-1] == 1
     ):
         return kernel
-    dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make anew in every call
+    dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make again in every call
     stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
     reorder = (
         torch._C._nn.mkldnn_reorder_conv3d_weight if dims == 3 else torch._C._nn.mkldnn_reorder_conv2d_weight

@@ -77,7 +77,7 @@ def find_file(source: Path) -> Path:
 
 
 class _Inert:
-    """Stands for any Python object in a checkpoint that is no tensor: takes any arguments, does nothing."""
+    """Stands for any Python object in a checkpoint that is not a tensor: takes any arguments, does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -101,7 +101,7 @@ def _torch_load(file: Path):
         unknown = []
     unknown = [name for name in unknown if name != "argparse.Namespace"]
     if unknown:
-        logger.warning("%s: ignoring stored objects that are no tensors: %s", file, some(unknown))
+        logger.warning("%s: ignoring stored objects that are not tensors: %s", file, some(unknown))
         allowed += [(type("Inert", (_Inert,), {}), name) for name in unknown]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -111,14 +111,14 @@ def _torch_load(file: Path):
     except Exception as error:  # torch's reader raises many kinds on what is no checkpoint
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
-            reason = "it is damaged, or holds Python objects that are no tensors"
+            reason = "it is damaged, or holds Python objects that are not tensors"
         raise ValueError(f"{file}: cannot be read as weights without running code: {reason}") from error
 
 
 def read_checkpoint(file: Path) -> dict:
     """What a .safetensors or torch file holds: tensors by name, in a torch file perhaps in dicts of dicts.
 
-    Raises ValueError if the file is damaged, or is no dict.
+    Raises ValueError if the file is damaged, or is not a dict.
     """
     if file.suffix == ".safetensors":
         try:
@@ -132,14 +132,14 @@ def read_checkpoint(file: Path) -> dict:
 
 
 def read_config(file: Path) -> dict:
-    """The config.json beside a weight file, {} if there is none. Raises ValueError if it is no JSON object."""
+    """The config.json beside a weight file, {} if there is none. Raises ValueError if it is not a JSON object."""
     path = file.parent / "config.json"
     if not path.is_file():
         return {}
     try:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object")
     return config

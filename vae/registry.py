@@ -114,7 +114,7 @@ def _weights_folder(name: str) -> Path:
     if row.convert:
         get += f", run `python scripts/convert.py {row.convert} --src FILE --dst DIR`"
     raise ValueError(
-        f"no weights for VAE {name!r} ({folder} is no folder): {get}; then name the folder itself in place of {name!r}, "
+        f"no weights for VAE {name!r} ({folder} is not a folder): {get}; then name the folder itself in place of {name!r}, "
         f"or put it at {folder}"
     )
 
@@ -133,11 +133,11 @@ def _read_class_name(folder: Path) -> str:
     if not file.is_file():
         inner = folder / "vae" / "config.json"
         hint = f"; did you mean {inner.parent}?" if inner.is_file() else ""
-        raise ValueError(f"{folder} has no config.json, so it is no saved VAE{hint}")
+        raise ValueError(f"{folder} has no config.json, so it is not a saved VAE{hint}")
     try:
         class_name = json.loads(file.read_text()).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is no JSON object: {error}") from error
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
     if class_name in _BY_CLASS_NAME:
         return class_name
     if class_name in _UPSTREAM:

@@ -64,7 +64,7 @@ def config_from_upstream(upstream: dict) -> dict:
     wanted = (*_SIZES[:-1], *layout_fields(LAYOUTS[4]))
     missing = [key for key in wanted if key not in upstream]
     if missing:
-        raise ValueError(f"config.json is no Open-Sora-Plan VAE's: {', '.join(missing)} missing")
+        raise ValueError(f"config.json is not an Open-Sora-Plan VAE's: {', '.join(missing)} missing")
     for key, value in _FIXED.items():
         if upstream.get(key, value) != value:
             raise ValueError(f"config.json: {key}={upstream[key]!r}; ODVAE can only be {value!r}")
@@ -140,7 +140,7 @@ def vae_tensors(checkpoint: dict) -> dict[str, Tensor]:
 def from_release(source: str | Path) -> ODVAE:
     """A released VAE, in eval mode. source: a folder with config.json and one weight file, or that file.
 
-    Raises ValueError listing missing, extra and misshapen tensors, or the field of config.json that does not fit.
+    Raises ValueError listing missing, extra and wrongly shaped tensors, or the field of config.json that does not fit.
     """
     file = find_file(Path(source))
     upstream = read_config(file)

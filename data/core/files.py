@@ -133,7 +133,7 @@ def escaped(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name on one line that any terminal and log can take: bytes that are no UTF-8 as \\udcXX."""
+    """A file's name on one line that any terminal and log can take: bytes that are not UTF-8 as \\udcXX."""
     return escaped(name).encode(errors="backslashreplace").decode()
 
 

@@ -17,7 +17,7 @@ from pipelines.plan.tasks import ROWS, Row, simulate
 INTRODUCTION = """# Hardware
 
 What each task needs and takes on one card, from a simulation: the program's own steps on a pretended GPU
-(`pipelines/plan/`). Nothing here was measured; [results/gpu](results/gpu) has what was. Write this page anew with
+(`pipelines/plan/`). Nothing here was measured; [results/gpu](results/gpu) has what was. Write this page again with
 `python -m pipelines.plan --out docs/hardware.md`; the same for settings of your own: `--plan card=NAME` on
 train_vae, train_latte, cache_latents, sample and benchmark.
 

@@ -52,7 +52,7 @@ _passes = itertools.count()
 def _walk(
     roots: Sequence[Tensor], grads: Sequence[Tensor | None], retain: bool, wanted: dict[Any, int]
 ) -> dict[int, Tensor]:
-    """One backward pass. Checkpointing asks for its number, to make a block's activations anew once in each."""
+    """One backward pass. Checkpointing asks for its number, to make a block's activations again once in each."""
     number = next(_passes)
     with torch.no_grad(), mock.patch("torch._C._current_graph_task_id", return_value=number):
         return _run_graph(roots, grads, retain, wanted)

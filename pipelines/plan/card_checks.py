@@ -210,7 +210,7 @@ def precisions(s: Session) -> Result:
 
 @check(25)
 def same_as_cpu(s: Session) -> Result:
-    """fp32 at full width against the CPU, without and with TF32; streams against whole clips, to the bit."""
+    """fp32 at full width against the CPU, without and with TF32; streams against whole clips, bit for bit."""
     vae = odvae(s, where="cpu")
     x = torch.rand(1, 3, 9, s.size(64, 32), s.size(64, 32)) * 2 - 1
     with torch.inference_mode():
@@ -226,8 +226,8 @@ def same_as_cpu(s: Session) -> Result:
         found["decode, TF32 convolutions"] = relative(video, y)
         pieces = torch.cat([p.mode() for p in vae.stream_encode(x.split(3, dim=2))], dim=2)
         frames = torch.cat(list(vae.stream_decode(zd.split(1, dim=2))), dim=2)
-        found["stream equal to the bit"] = [torch.equal(pieces, whole), torch.equal(frames, video)]
-        found["repeats to the bit"] = torch.equal(vae.encode(x).latent_dist.mode(), whole)
+        found["stream equal bit for bit"] = [torch.equal(pieces, whole), torch.equal(frames, video)]
+        found["repeats bit for bit"] = torch.equal(vae.encode(x).latent_dist.mode(), whole)
     for kind in ("encode", "decode"):
         require(found[f"{kind}, exact"] < 1e-3, f"{found}")
     return found
@@ -547,7 +547,7 @@ def _resume(s: Session, processes: int, env: dict[str, str]) -> Result:
             file = f"{root}/{name}/pipeline/transformer/diffusion_pytorch_model.safetensors"
             ends[name] = load_file(file)
     pairs = [(value, ends["resumed"][key]) for key, value in ends["whole"].items()]
-    found["resumed equal to the bit"] = all(torch.equal(a, b) for a, b in pairs)
+    found["resumed equal bit for bit"] = all(torch.equal(a, b) for a, b in pairs)
     found["largest difference"] = max(float((a - b).abs().max()) for a, b in pairs)
     require(found["largest difference"] < 1e-4, f"{found}")
     return found

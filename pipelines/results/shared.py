@@ -115,7 +115,7 @@ def check_samples(samples: Path | None, kind: str, model: Any) -> None:
     digest = weights_digest(model.transformer)
     if made_by != digest:
         raise ValueError(
-            f"--samples {samples}: made with other weights ({str(made_by)[:12]}, exported {digest[:12]}); generate anew"
+            f"--samples {samples}: made with other weights ({str(made_by)[:12]}, exported {digest[:12]}); generate again"
         )
 
 

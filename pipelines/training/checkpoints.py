@@ -113,7 +113,7 @@ class Checkpoints:
                     log.warning("cannot remove the old checkpoint %s: %s", self.path(step), error)
 
     def _remove(self, step: int) -> None:
-        """Under another name first: a deletion cut short is no checkpoint with missing files."""
+        """Under another name first: a deletion cut short is not a checkpoint with missing files."""
         grave = self.folder / f".step_{step:08d}.old"
         remove_tree(grave)
         os.replace(self.path(step), grave)
@@ -147,7 +147,7 @@ class Checkpoints:
 
         healthy: only one that was not saved in a row of steps that were left out, None if all were; rather not the one
         right before such a row.
-        Raises ValueError when there are checkpoints and all are damaged: to begin anew is the user's decision.
+        Raises ValueError when there are checkpoints and all are damaged: to begin again is the user's decision.
         """
         steps, first_bad, before = self.steps(), math.inf, None
         for step in reversed(steps):
@@ -164,7 +164,7 @@ class Checkpoints:
             )
         if steps and len(self.damaged) == len(steps):
             raise ValueError(
-                f"all checkpoints in {self.folder} are damaged; restore one, or choose another run_dir to begin anew"
+                f"all checkpoints in {self.folder} are damaged; restore one, or choose another run_dir to begin again"
             )
         return before
 
@@ -222,7 +222,7 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
         try:
             done = read_json(record, "step")
         except ValueError as error:
-            log.warning("%s: made anew", error)
+            log.warning("%s: made again", error)
         else:
             if done["step"] == info["step"] and _is_whole(target, done.get("files")):
                 return False

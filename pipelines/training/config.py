@@ -1,4 +1,4 @@
-"""Typed configuration: a dataclass holds the defaults, a short YAML the differences, `key=value` the last word.
+"""Typed configuration: a dataclass holds the defaults, a short YAML the differences, `key=value` overrides both.
 
 Importing this module, parsing and `--help` never import torch.
 """
@@ -68,7 +68,7 @@ def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()
         typed = [item for item in overrides if not _is_text(cls, item)]
         layers.append(OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
         for key, _, text in (item.partition("=") for item in overrides if item not in typed):
-            # As it stands: a folder called 001 or 1e3 is no number. A leading ~ is the home folder.
+            # As it stands: a folder called 001 or 1e3 is not a number. A leading ~ is the home folder.
             OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
         return _show(OmegaConf.to_object(OmegaConf.merge(*layers)))
     except OmegaConfBaseException as error:
@@ -228,7 +228,7 @@ def parse(
         parser.add_argument(
             flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
         )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, the last word")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, e.g. steps=100")
     args = parser.parse_intermixed_args(argv)
     args.card = ""
     if planned and args.plan:

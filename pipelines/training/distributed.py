@@ -56,7 +56,7 @@ def make_accelerator(config: Any = None) -> Accelerator:
     ):
         raise RuntimeError(
             f"accelerate sees {accelerator.num_processes} processes ({accelerator.distributed_type}), "
-            f"the launcher started {world}: they would train apart"
+            f"the launcher started {world}: each process would train independently"
         )
     if config and accelerator.gradient_accumulation_steps != accumulation:
         raise ValueError(
@@ -154,7 +154,7 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
     per_pass = micro_batch * world_size
     if micro_batch < 1 or global_batch % per_pass:
         raise ValueError(
-            f"global_batch={global_batch} is no multiple of micro_batch={micro_batch} x {world_size} processes; "
+            f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} x {world_size} processes; "
             f"choose e.g. global_batch={max(1, round(global_batch / max(1, per_pass))) * max(1, per_pass)}"
         )
     return global_batch // per_pass

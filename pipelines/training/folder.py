@@ -78,7 +78,7 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     text = ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in refused[:5])
     if refused and hasattr(config, "resume") and set(refused) <= set(MAY_CHANGE):
         raise ValueError(
-            f"run_dir={folder}: {text}: this changes what the run becomes; to go on with it say "
+            f"run_dir={folder}: {text}: this changes what the run becomes; to continue with it say "
             f"resume.change={','.join(dict.fromkeys([*wanted, *refused]))}, or choose another run_dir"
         )
     if refused:
@@ -97,7 +97,7 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     env_file = folder / "env.json"
     starts = read_json(env_file, "starts", way_out="remove it")["starts"] if env_file.is_file() else []
     if not isinstance(starts, list):
-        raise ValueError(f"{env_file} is damaged (starts is no list); remove it")
+        raise ValueError(f"{env_file} is damaged (starts is not a list); remove it")
     write_atomic(folder / "config.yaml", dump(config))
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
     start |= {"changed": changed} if changed else {}

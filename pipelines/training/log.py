@@ -118,7 +118,7 @@ class MetricLog:
         except OSError as error:
             if name not in self.lost:
                 place = self.file.with_name(name)
-                log.warning("cannot write to %s (%s); training goes on without it", place, error)
+                log.warning("cannot write to %s (%s); training continues without it", place, error)
             self.lost[name] = self.lost.get(name, 0) + 1
 
 

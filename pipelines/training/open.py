@@ -80,7 +80,7 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
 
 
 def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
-    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast anew in every step.
+    """The frozen VAE on a device; for bf16 a copy with bf16 weights, which autocast would cast again in every step.
 
     The VAE that was given keeps its float32 weights: they are what is exported, and what its digest names.
     """
@@ -90,7 +90,7 @@ def for_inference(vae: Any, device: Any, precision: Precision) -> Any:
 
 
 def tile_time(vae: Any, num_frames: int, key: str) -> None:
-    """From now on the VAE works in groups of num_frames frames that share one (paper 3.3); 0: as it is.
+    """Make the VAE work in groups of num_frames frames that share one (paper 3.3); 0: as it is.
 
     Raises ValueError, naming the setting `key`, for a VAE without temporal tiling.
     """
@@ -151,7 +151,7 @@ def normalization(vae: Any) -> dict[str, Any]:
 def vae_entry(config: VAEConfig, vae: Any) -> dict[str, Any]:
     """What decides the latents of an open VAE: belongs to a cache and to a denoiser's checkpoint.
 
-    Without tiling there is no word of it, as before there was any.
+    The key is omitted when tiling is off, so that older fingerprints stay valid.
     """
     entry = {"name": config.name, "weights_sha256": weights_digest(vae)}
     return entry | ({"tiling_frames": config.tiling_frames} if config.tiling_frames else {})

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class Quarantine:
     """What the samples of the stream say about videos that another one had to stand in for.
 
-    Counted since this start of the program: the next start scans the videos anew.
+    Counted since this start of the program: the next start scans the videos again.
     """
 
     def __init__(self, run_dir: Path, stream: Any, max_share: float, accelerator: Any):

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from data.core.files import write_json
 from data.loader import StepBatches, make_loader
+from data.progress import Progress
 from eval.efficiency import Meter
 from eval.records import git_commit
 from pipelines.training.checkpoints import Checkpoints, export_folder, recover
@@ -91,12 +91,8 @@ class TrainingRun:
             )
             self.batches = self._batches()
             stack.callback(self.batches.close)
-            self.bar = tqdm(
-                total=self.config.steps,
-                initial=self.trainer.step,
-                desc=self.details["program"],
-                disable=not self.main or None,
-            )
+            steps, done = self.config.steps, self.trainer.step
+            self.bar = Progress(steps, self.details["program"], "step", self.main, done)
             stack.callback(self.bar.close)
             stack.enter_context(matrix_products(self.config))
             self.received_signal = stack.enter_context(stop_on_signal())

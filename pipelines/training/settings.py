@@ -108,7 +108,7 @@ class ResumeConfig:
 
     change: str = option(
         "",
-        f"settings to change on going on, with commas: {', '.join(MAY_CHANGE)}; recorded in env.json",
+        f"settings to change on resume, separated by commas: {', '.join(MAY_CHANGE)}; recorded in env.json",
         free=True,
     )
 
@@ -131,7 +131,7 @@ class VAEConfig:
     )
     path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
     tiling_frames: int = option(
-        0, "encode and decode in temporal groups of so many frames (odvae; paper 3.3: 33); 0: off"
+        0, "encode and decode in temporal groups of this many frames (odvae; paper 3.3: 33); 0: off"
     )
 
     def __post_init__(self):
@@ -139,7 +139,7 @@ class VAEConfig:
 
 
 def check_groups(num_frames: int, key: str) -> None:
-    """ValueError, naming the setting `key`, unless temporal groups may have so many frames; 0 is no tiling."""
+    """ValueError, naming the setting `key`, unless temporal groups may have this many frames; 0 is no tiling."""
     if num_frames and (num_frames < 5 or num_frames % 4 != 1):
         raise ValueError(
             f"{key}={num_frames}: a group has 4k + 1 frames from 5 on, e.g. 33; 0 turns tiling off"

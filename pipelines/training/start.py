@@ -201,7 +201,7 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str]) -> Non
     log.info(
         "weights of %s taken as they are%s",
         folder,
-        "" if same else "; other classes: their table is made anew",
+        "" if same else "; other classes: their table is made again",
     )
 
 

@@ -106,7 +106,7 @@ class Trainer:
     def rehearse(self, look: Callable[[], Any] | None = None) -> None:
         """On a GPU: the heaviest step there will be, without an update, then `look`, what runs between steps.
 
-        So a lack of memory, or of a kernel, shows now and not hours later, also when a run goes on with another micro_batch
+        So a lack of memory, or of a kernel, shows now and not hours later, also when a run continues with another micro_batch
         or on another card. Weights, optimizers, D's statistics and random states are afterwards what they were; no process
         talks to another. Not under DeepSpeed, whose backward is part of its step.
         Raises ValueError, with what makes a step smaller, when the device's memory does not suffice.
@@ -169,7 +169,7 @@ class Trainer:
         for step, finite in self._finite[: max(0, ready)]:
             self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
             if self.skipped_in_row:
-                log.warning("step %d: loss or gradient is not finite, update left out", step)
+                log.warning("step %d: loss or gradient is not finite, update skipped", step)
         del self._finite[: max(0, ready)]
 
     def progress(self) -> dict[str, int]:

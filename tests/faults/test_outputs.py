@@ -91,7 +91,7 @@ def test_a_report_replaces_reports_only(tmp_path):
 
 def test_a_cache_fills_no_folder_of_other_things(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds other files and is no cache"):
+    with pytest.raises(ValueError, match="holds other files and is not a cache"):
         LatentCacheWriter(tmp_path, {}, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 

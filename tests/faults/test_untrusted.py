@@ -1,4 +1,4 @@
-"""Files from elsewhere: a pickle that would write a file is refused without being run, a name that points away is no path.
+"""Files from elsewhere: a pickle that would write a file is refused without being run, a name that points away is not a path.
 
 No program of this project extracts archives (the last test), so there is nothing in them to traverse.
 """

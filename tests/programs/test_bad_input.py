@@ -38,7 +38,7 @@ def test_an_empty_folder(fails, tmp_path):
 
 
 def test_a_folder_that_is_not_there(fails, tmp_path):
-    assert "is no folder" in train(fails, tmp_path, f"source.root={tmp_path / 'nowhere'}")
+    assert "is not a folder" in train(fails, tmp_path, f"source.root={tmp_path / 'nowhere'}")
 
 
 def test_a_folder_of_damaged_videos_only(fails, tmp_path):

@@ -191,7 +191,7 @@ def test_what_others_put_into_the_folder_is_never_replaced(run, tmp_path):
         export(run, "--out", out)
     (out / "notes.txt").unlink()
     export(run, "--out", out)
-    export(run, "--out", out)  # its own folder may be made anew
+    export(run, "--out", out)  # its own folder may be made again
     card_before = (out / "README.md").read_text()
     (out / "README.md").write_text(card_before + "my words")
     with pytest.raises(ValueError, match="README.md was added or edited and would be lost"):

@@ -89,7 +89,7 @@ def test_a_latte_begins_with_trained_weights_and_makes_the_table_of_other_classe
     assert all(torch.equal(begun[k], v) for k, v in given.items())
     begun.clear()
     latte("other", f"denoiser.init_from={first}", "source.demo_classes=2")
-    assert "other classes: their table is made anew" in caplog.text
+    assert "other classes: their table is made again" in caplog.text
     table = {k for k in given if k.startswith("y_embedder.")}
     assert table
     assert all(torch.equal(begun[k], v) for k, v in given.items() if k not in table)

@@ -210,13 +210,13 @@ def test_what_is_no_run_and_what_is_no_page_of_ours_is_refused(tmp_path):
         main([str(tmp_path)])
     mine = tmp_path / "notes.html"
     mine.write_text("<p>my own notes")
-    with pytest.raises(ValueError, match="is no report of this program"):
+    with pytest.raises(ValueError, match="is not a report of this program"):
         main([str(run), "--out", str(mine)])
     assert mine.read_text() == "<p>my own notes"
     with pytest.raises(ValueError, match="a folder; give the name of a file"):
         main([str(run), "--out", str(tmp_path)])
     main([str(run)])
-    main([str(run)])  # its own page may be written anew
+    main([str(run)])  # its own page may be written again
     assert MARK in (run / "report.html").read_text()
 
 

@@ -10,7 +10,7 @@ import pytest
 from data.encode import write_ffv1
 from eval import fidelity, fvd
 from eval.weights import Provenance, score_name
-from pipelines import demo, reconstruct
+from pipelines import demo_scores, reconstruct
 from pipelines.export import main as export
 from pipelines.reconstruct import lpips_of
 from pipelines.results.card import Card
@@ -91,7 +91,7 @@ def test_the_judges_name_it_in_console_records_and_all_reports(videos, tmp_path,
     fidelity.main([*sides, "--device", "cpu", "--out", str(file)])
     few = ["--num-videos", "2", "--num-frames", "9", "--workers", "0", "--no-cache", "--device", "cpu"]
     fvd.main([*sides, *few, "--out", str(file)])
-    console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is no score
+    console = re.sub(r"note: .*", "", capsys.readouterr().out)  # a note on FVD is not a score
     records = read_records([file])
     names = [record["metric"] for record in records]
     reports = [render(records, form) for form in ("md", "csv", "html")]
@@ -102,14 +102,21 @@ def test_the_judges_name_it_in_console_records_and_all_reports(videos, tmp_path,
             assert f"random-feature {name}, seed 0)" in text
 
 
-def test_the_demo_s_page_names_it(tmp_path):
+def test_the_demo_s_page_names_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path))
     rng = np.random.default_rng(0)
-    clips = list(rng.integers(0, 255, (6, 9, 32, 32, 3)).astype(np.uint8))
-    found, protocol, provenance = demo.score(clips[:2], np.arange(2), clips[2:4], clips[4:])
-    rows = demo.score_rows(found, protocol, provenance)
-    assert [row[0] for row in rows[:2]] == [f"random-feature {m} (I3D, seed 0)" for m in ("FVD", "KVD")]
-    assert rows[2][1] == demo.lpips_row([])[1] == "not run"  # no random network stands in for these
-    assert "C3D weights are missing" in rows[2][2]
+    clips = list(rng.integers(0, 255, (4, 9, 32, 32, 3)).astype(np.uint8))
+    sets = {"real": clips, "fake": clips[:2], "untrained": clips[2:], "decoded": clips[1:3]}
+    found, protocol, provenance = demo_scores.score(sets, np.arange(4))
+    assert found["FVD"]["value"] == pytest.approx(0, abs=1e-6) != found["FVD"]["untrained"]
+    assert found["FVD"]["floor"]["value"] == pytest.approx(found["FVD"]["untrained"])  # the same clips
+    rows = demo_scores.score_rows(found, protocol, provenance)
+    names = [f"random-feature {m} (I3D, seed 0)" for m in ("FVD", "KVD")]
+    assert [row[0] for row in rows[0:4:2]] == names
+    assert [row[0] for row in rows[1:4:2]] == [f"{name} of the VAE alone" for name in names]
+    assert rows[4][1] == demo_scores.lpips_row(None, None, "")[1] == "not run"  # no random network stands in
+    assert "C3D weights are missing" in rows[4][2]
+    assert unlabelled(" ".join(row[0] for row in rows[:4])) == []
 
 
 def test_the_card_says_which_weights_taught_a_model(trained_vae):

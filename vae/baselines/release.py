@@ -1,6 +1,6 @@
 """Official files of the baselines -> our models: renamed, sized from their shapes, checked strictly.
 
-Every converter raises ValueError that lists the missing, extra and misshapen keys.
+Every converter raises ValueError that lists the missing, extra and wrongly shaped keys.
 """
 
 import re

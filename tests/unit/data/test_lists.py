@@ -98,7 +98,7 @@ def test_no_list_leads_out_of_its_folder(put, tmp_path):
                 ("webvid", table(tmp_path / "d.csv", WEBVID, ["1", "", "", name.lstrip("/") + "/..", ""]))
             )
         for source, listing in cases:
-            with pytest.raises(ValueError, match="line 2: .* is no name below the root"):
+            with pytest.raises(ValueError, match="line 2: .* is not a name below the root"):
                 open_source(source, root, list_file=listing)
 
 

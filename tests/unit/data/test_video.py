@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, scene, monkey
     with pytest.raises(ValueError, match="need uint8"):
         write_ffv1(tmp_path / "x.mkv", scene[:3].astype(np.float32), 8)
     with pytest.raises((OSError, ValueError)):
-        write_mp4(tmp_path / "x.mkv" / "y.mp4", scene[:3], 8)  # a file is no folder
+        write_mp4(tmp_path / "x.mkv" / "y.mp4", scene[:3], 8)  # a file is not a folder
 
     def disk_full(*_):
         raise OSError(28, "No space left on device")

@@ -281,7 +281,7 @@ def test_the_finder_looks_in_the_folder_then_for_trunks_in_torchs_cache_and_one_
         (folder / "lpips_vgg16.safetensors").touch()
         assert find_weights("vgg16") == folder / "lpips_vgg16.safetensors"
         monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path / "set"))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/set/odvae is no folder"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/set/odvae is not a folder"):
         vae_folder("odvae")
     monkeypatch.delenv("OMNILATTE_WEIGHTS")
     with pytest.raises(ValueError, match=rf"{weights.Path(weights.__file__).parents[1]}/weights/odvae"):

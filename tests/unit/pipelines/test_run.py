@@ -111,7 +111,7 @@ def test_a_full_disk_ends_the_logging_not_the_training(tmp_path, monkeypatch, ca
     monkeypatch.setattr(log.writer, "add_scalar", full)
     log.scalars(1, {"loss": 1.0})
     log.scalars(2, {"loss": 1.0})
-    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("training continues") == 1
 
 
 def test_videos_reach_tensorboard_as_animated_webp(tmp_path):
