@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +15,10 @@ from data.core.files import claim_file, claim_folder, is_json_object, machine, r
 from data.demo import DemoVideos
 from data.encode import write_mp4
 from data.latent_writer import LatentCacheWriter
-from eval import report
 from eval.feature_cache import FeatureCache, cache_folder
-from pipelines import cache_latents, reconstruct, sample, train_vae
+from pipelines import cache_latents, reconstruct, sample, scores, train_vae
 from pipelines.training.checkpoints import Checkpoints, replace_folder
+from pipelines.training.folder import ROOT
 
 
 @pytest.fixture
@@ -83,10 +86,10 @@ def test_a_report_replaces_reports_only(tmp_path):
             name.write_text("# My notes\n")
         before = name.read_text()
         with pytest.raises(ValueError, match="holds something else"):
-            report.main([str(records), "--format", "md", "--out", str(name)])
+            scores.main([str(records), "--format", "md", "--out", str(name)])
         assert name.read_text() == before
     for _ in range(2):
-        report.main([str(records), "--out", str(tmp_path / "report.md")])
+        scores.main([str(records), "--out", str(tmp_path / "report.md")])
 
 
 def test_a_cache_fills_no_folder_of_other_things(tmp_path):
@@ -218,6 +221,28 @@ def test_a_cached_feature_that_changed_is_computed_again(tmp_path, place, caplog
     assert "computed again" in caplog.text
     np.save(cache.whole, features)  # as files of before are
     assert np.array_equal(cache.load(8, 8)[0], features)
+
+
+def test_what_a_killed_judge_left_in_the_cache_goes_and_its_features_stay(tmp_path):
+    code = """
+import os, signal, sys
+import numpy as np
+from eval.feature_cache import FeatureCache
+cache = FeatureCache(sys.argv[1], {"a": 1})
+cache.store(0, np.ones((4, 8), np.float32))
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cache.store(4, np.ones((4, 8), np.float32))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, check=False, cwd=ROOT).returncode == -signal.SIGKILL
+    folder = tmp_path / "features"
+    (half,) = folder.glob(".*.tmp-*")
+    in_use = half.with_name(half.name.rpartition("-")[0] + f"-{os.getppid()}")  # of a judge that still runs
+    in_use.write_bytes(half.read_bytes())
+    (folder / ".mine.tmp").write_text("x")
+    cache = FeatureCache(tmp_path, {"a": 1})
+    assert {p.name for p in folder.glob(".*")} == {in_use.name, ".mine.tmp"}
+    assert list(cache.load(8, 4)) == [0]
 
 
 GARBAGE = ["", "{", "[1, 2]", "3", "null", '"x"', "\u0000", "a: [", "- 1\n- 2", "[" * 5000]
