@@ -108,7 +108,7 @@ def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: float) -> None:
     """report.html of the run folders of both stages."""
     from pipelines.media import grid
-    from pipelines.report import Section, clip_figure, curve_figure, series_of, write_report
+    from pipelines.results.page import Section, clip_figure, curve_figure, series_of, write_page
     from pipelines.training.log import read_metrics
 
     one, two, names = read_metrics(stage_one), read_metrics(stage_two), outcome.class_names
@@ -138,7 +138,7 @@ def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: fl
     ]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.1f} minutes for this run"
     subtitle = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine}"
-    write_report(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
+    write_page(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,7 +50,9 @@ def inflate(
         report[op] += 1
         filled[key] = value.to(target)
     if wrong_shapes:
-        raise ValueError(f"{len(wrong_shapes)} tensors have the wrong shape, e.g. {'; '.join(wrong_shapes[:4])}")
+        raise ValueError(
+            f"{len(wrong_shapes)} tensors have the wrong shape, e.g. {'; '.join(wrong_shapes[:4])}"
+        )
     model.load_state_dict(filled)
     return dict(report)
 

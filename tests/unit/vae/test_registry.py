@@ -33,7 +33,7 @@ def test_the_seven_names_are_listed_and_an_unknown_one_is_refused():
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_weights_name_the_official_source_and_the_ways_out(name, monkeypatch, tmp_path):
     monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path))
-    with pytest.raises(ValueError, match=r"is no folder\): get .+; then name the folder"):
+    with pytest.raises(ValueError, match=r"is not a folder\): get .+; then name the folder"):
         load_vae(name)
 
 
@@ -50,7 +50,7 @@ def test_a_folder_of_another_family_is_refused(tmp_path):
         ({"_class_name": "CVVAEModel"}, "convert.py cvvae"),
         ({"_class_name": "os.system"}, "none of ODVAE"),
         ({}, "_class_name None"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_a_config_of_no_class_of_ours_is_refused(config, message, tmp_path):
@@ -60,7 +60,7 @@ def test_a_config_of_no_class_of_ours_is_refused(config, message, tmp_path):
 
 
 def test_a_folder_without_config_is_refused_and_a_pipeline_folder_is_recognised(tmp_path):
-    with pytest.raises(ValueError, match=r"no config.json, so it is no saved VAE$"):
+    with pytest.raises(ValueError, match=r"no config.json, so it is not a saved VAE$"):
         load_vae(tmp_path)
     AutoencoderKL().save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="did you mean"):
