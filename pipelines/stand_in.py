@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.core.cli import run
-from data.core.files import write_json
+from data.core.files import read_json, write_json
 from data.core.lazy import lazy
 from vae.registry import list_vaes
 
@@ -23,6 +23,7 @@ vae = lazy("vae")
 videos = lazy("data.demo")
 encode = lazy("data.encode")
 folder = lazy("pipelines.training.folder")
+MARK = "stand_in.json"
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -56,6 +57,11 @@ def demo_videos(out: Path, count: int = 8, size: int = 32, num_frames: int = 33,
         encode.write_ffv1(file, demo.frames(n, range(num_frames)), 8)
 
 
+def files_of(out: Path) -> list[str]:
+    """The paths of all files below a folder, seen from there."""
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+
+
 def config_from(argv: list[str] | None) -> argparse.Namespace:
     """The command line, read."""
     parser = argparse.ArgumentParser(
@@ -72,8 +78,11 @@ def config_from(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = config_from(argv)
-    if args.out.exists() and not (args.out / "stand_in.json").is_file():
+    if args.out.exists() and not (args.out / MARK).is_file():
         raise ValueError(f"--out {args.out}: exists and is not a stand-in; choose another folder")
+    ours = read_json(args.out / MARK).get("files") if args.out.exists() else None
+    if ours is not None and (more := sorted(set(files_of(args.out)) - set(ours))):
+        raise ValueError(f"--out {args.out}: {more[0]} was added and would be lost; choose another folder")
     settings = dict(map(setting, args.settings))
 
     temporary = args.out.with_name(f".{args.out.name}.tmp")
@@ -87,9 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     except TypeError as error:
         raise ValueError(f"{args.kind}: {error}") from error
 
-    write_json(
-        temporary / "stand_in.json", {"kind": args.kind, "settings": settings, "versions": folder.versions()}
-    )
+    about = {"kind": args.kind, "settings": settings, "versions": folder.versions()}
+    write_json(temporary / MARK, about | {"files": [MARK, *files_of(temporary)]})
     if args.out.exists():
         shutil.rmtree(args.out)
     os.replace(temporary, args.out)

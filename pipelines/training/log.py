@@ -126,24 +126,29 @@ def _cut(file: Path, step: int) -> None:
     """Shorten a file to its records up to `step`. Needs no space: records stand in the order of their steps."""
     if not file.is_file():
         return
-    kept = 0
+    kept = end = 0
     with open(file, "rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n") or _step_of(line) > step:
-                break
-            kept += len(line)
+            end += len(line)
+            if line.endswith(b"\n") and _step_of(line) <= step:
+                kept = end  # a line before it that is no record stays; readers pass over it
     os.truncate(file, kept)
 
 
 def _step_of(line: str | bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the half-written last line of a killed run
+        return float(json.loads(line)["step"])
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # e.g. the half-written last line of a killed run
         return float("inf")
 
 
 def read_metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """All complete records of a run's metrics.jsonl or speed.jsonl; [] when there are none."""
     file = run_dir / name
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if _step_of(line) != float("inf")]

@@ -16,7 +16,7 @@ from data.demo import DemoVideos
 from data.encode import write_mp4
 from data.latent_writer import LatentCacheWriter
 from eval.feature_cache import FeatureCache, cache_folder
-from pipelines import cache_latents, reconstruct, sample, scores, train_vae
+from pipelines import cache_latents, reconstruct, sample, scores, stand_in, train_vae
 from pipelines.training.checkpoints import Checkpoints, replace_folder
 from pipelines.training.folder import ROOT
 
@@ -90,6 +90,17 @@ def test_a_report_replaces_reports_only(tmp_path):
         assert name.read_text() == before
     for _ in range(2):
         scores.main([str(records), "--out", str(tmp_path / "report.md")])
+
+
+def test_a_stand_in_is_replaced_unless_something_was_put_into_it(tmp_path):
+    command = ["videos", "count=1", "size=16", "num_frames=2", "classes=1", "--out", str(tmp_path / "videos")]
+    for _ in range(2):
+        stand_in.main(command)
+    mine = next((tmp_path / "videos").iterdir()) / "mine.mp4"
+    mine.write_text("x")
+    with pytest.raises(ValueError, match=r"mine\.mp4 was added and would be lost"):
+        stand_in.main(command)
+    assert mine.read_text() == "x"
 
 
 def test_a_cache_fills_no_folder_of_other_things(tmp_path):

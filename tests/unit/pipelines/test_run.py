@@ -102,6 +102,17 @@ def test_log_drops_what_a_lost_step_had_written_and_half_lines(tmp_path):
     assert read_metrics(tmp_path)[-1] == {"step": 2, "loss": 1.0, "nothing": None, "bad": None}
 
 
+@pytest.mark.parametrize(
+    "garbage", [b"{", b"\xff\0", b"[1]", b'{"step": "x"}', b'{"step": null}', b"[" * 99_999]
+)
+def test_a_line_that_is_no_record_costs_no_other(tmp_path, garbage):
+    lines = [b'{"step": 1}', garbage, b'{"step": 2}', b'{"step": 3}', b'{"step": 4']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    MetricLog(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(lines[:3]) + b"\n"
+
+
 def test_a_full_disk_ends_the_logging_not_the_training(tmp_path, monkeypatch, caplog):
     log = MetricLog(tmp_path, 0)
 
