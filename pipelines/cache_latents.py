@@ -35,7 +35,7 @@ latent_files = lazy("data.latents")
 latent_writer = lazy("data.latent_writer")
 distributed = lazy("pipelines.training.distributed")
 latents = lazy("pipelines.training.latents")
-opened = lazy("pipelines.training.open")
+openers = lazy("pipelines.training.open")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
 start = lazy("pipelines.training.start")
@@ -152,7 +152,7 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
         writer = latent_writer.LatentCacheWriter(
             folder, fingerprint, len(clips) * latents.draws(config), config.cache.shard_size
         )
-    frozen = opened.for_inference(vae, accelerator.device, config.precision)
+    frozen = openers.for_inference(vae, accelerator.device, config.precision)
     todo = distributed.same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
     log.info("%s: %d videos x %d draws", folder, len(clips), latents.draws(config))
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
@@ -180,8 +180,8 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
 def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoClips", dict[str, Any], Path]:
     """(VAE, clips, fingerprint, folder) of a cache."""
-    vae = opened.open_vae(config.vae)
-    opened.check_clip(vae, config.clip)
+    vae = openers.open_vae(config.vae)
+    openers.check_clip(vae, config.clip)
     with distributed.main_process_first(accelerator):
         clips = latents.cached_clips(config)
     fingerprint = latents.cache_fingerprint(config, vae, clips)

@@ -37,7 +37,7 @@ torch = lazy("torch")
 accelerate = lazy("accelerate")
 distributed = lazy("pipelines.training.distributed")
 fidelity = lazy("eval.fidelity")
-opened = lazy("pipelines.training.open")
+openers = lazy("pipelines.training.open")
 vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
@@ -120,12 +120,12 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     lpips = score_name("lpips", judge.as_dict() if judge else None)
     whole = config.stream and config.whole
     if not whole:
-        opened.check_clip(vae, config.clip)
+        openers.check_clip(vae, config.clip)
     spec = (
         replace(config.clip, num_frames=1, short="loop", crop="center", flip=False) if whole else config.clip
     )
     with accelerator.main_process_first():
-        clips = opened.open_clips(config.source, spec, config.seed, config.held_out)
+        clips = openers.open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     out = Path(config.out)
     refuse_in_data(out, "out", config.source)
@@ -162,7 +162,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     }
     summary |= {
         "params": sum(p.numel() for p in vae.parameters()),
-        "weights_sha256": opened.weights_digest(vae),
+        "weights_sha256": openers.weights_digest(vae),
     }
     summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
     summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
@@ -190,7 +190,7 @@ def prepare(config: ReconstructConfig, vae: Any) -> None:
         raise ValueError(f"vae.name={config.vae.name}: stream=true is for odvae")
     if config.stream and config.vae.tiling_frames:
         raise ValueError("stream=true is exact and needs no vae.tiling_frames; choose one")
-    opened.tile_time(vae, config.vae.tiling_frames, "vae.tiling_frames")
+    openers.tile_time(vae, config.vae.tiling_frames, "vae.tiling_frames")
     if vae.frame_rule == "4n" and not config.stream:
         vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
 

@@ -30,7 +30,7 @@ from pipelines.training.settings import Precision, check_groups
 torch = lazy("torch")
 latte = lazy("denoiser.latte")
 distributed = lazy("pipelines.training.distributed")
-opened = lazy("pipelines.training.open")
+openers = lazy("pipelines.training.open")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
 video_pipeline = lazy("pipelines.video_pipeline")
@@ -138,19 +138,19 @@ def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
     accelerator = distributed.make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
-    opened.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
+    openers.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
     if accelerator.is_main_process:
         made_by = {
-            "weights_sha256": opened.weights_digest(pipe.transformer),
-            "vae_sha256": opened.weights_digest(pipe.vae),
+            "weights_sha256": openers.weights_digest(pipe.transformer),
+            "vae_sha256": openers.weights_digest(pipe.vae),
         }
         made_by |= {
-            "normalization": opened.normalization(pipe.vae),
+            "normalization": openers.normalization(pipe.vae),
             "class_names": list(pipe.config.class_names),
         }
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
-    pipe.vae = opened.for_inference(pipe.vae, accelerator.device, config.precision)
+    pipe.vae = openers.for_inference(pipe.vae, accelerator.device, config.precision)
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def made(index: int) -> bool:

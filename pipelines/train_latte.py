@@ -34,11 +34,11 @@ diffusion = lazy("denoiser.diffusion")
 distributed = lazy("pipelines.training.distributed")
 latents = lazy("pipelines.training.latents")
 media = lazy("pipelines.media")
-opened = lazy("pipelines.training.open")
+openers = lazy("pipelines.training.open")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
 start = lazy("pipelines.training.start")
-training = lazy("pipelines.training.run")
+training_run = lazy("pipelines.training.run")
 video_pipeline = lazy("pipelines.video_pipeline")
 
 if TYPE_CHECKING:
@@ -329,8 +329,8 @@ def train(config: TrainLatteConfig) -> Path:
     accelerator = distributed.make_accelerator(config)
 
     # The frozen VAE, the stream of its latents, and how they are scaled.
-    vae = opened.open_vae(config.vae)
-    opened.check_clip(vae, config.clip)
+    vae = openers.open_vae(config.vae)
+    openers.check_clip(vae, config.clip)
     if config.mode is Mode.online:
         latents.scale_latents(vae, config)
     stream, encode, class_names, counts = latents.open_data(config, accelerator, vae)
@@ -347,7 +347,7 @@ def train(config: TrainLatteConfig) -> Path:
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
 
     # Samples come from the VAE in the precision of the run; the export has its own weights.
-    fast_vae = encode.vae if encode else opened.for_inference(vae, accelerator.device, config.precision)
+    fast_vae = encode.vae if encode else openers.for_inference(vae, accelerator.device, config.precision)
     averaged = {"transformer": trainer.ema.module, "class_names": class_names}
     pipeline = video_pipeline.LatentVideoPipeline(vae=fast_vae, **averaged)
     exported = video_pipeline.LatentVideoPipeline(vae=vae, **averaged)
@@ -361,13 +361,13 @@ def train(config: TrainLatteConfig) -> Path:
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
     info = {
         "data": counts,
-        "vae": opened.vae_entry(config.vae, vae),
+        "vae": openers.vae_entry(config.vae, vae),
         "ema_decay": config.ema_decay,
         "class_names": class_names,
-        "normalization": opened.normalization(vae),
+        "normalization": openers.normalization(vae),
         "start_sha256": start.latte_start_digest(config),
     }
-    with training.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
+    with training_run.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
         trainer.fit(run, sample, exported.save_pretrained)
     return run.folder / "pipeline"
 

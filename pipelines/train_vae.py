@@ -48,10 +48,10 @@ discriminator = lazy("vae.discriminator")
 interface = lazy("vae.interface")
 losses = lazy("vae.losses")
 media = lazy("pipelines.media")
-training = lazy("pipelines.training.run")
+training_run = lazy("pipelines.training.run")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
-opened = lazy("pipelines.training.open")
+openers = lazy("pipelines.training.open")
 start = lazy("pipelines.training.start")
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class LossConfig:
         0.5, "factor on the adaptive weight of the adversarial term; 0: no discriminator"
     )
     gan_start: int = option(
-        2000, "step at which D begins to train, and the adversarial term after gan_warmup"
+        2000, "first step that trains the discriminator; the adversarial term starts gan_warmup steps later"
     )
     gan_warmup: int = option(
         0, "steps in which D alone learns before the VAE feels it; 0: as the paper's code"
@@ -294,7 +294,8 @@ class VAETrainer(Trainer):
         self.set_learning_rate(
             self.optimizer, *([self.discriminator_optimizer] if train_discriminator else [])
         )
-        trained = [self.autoencode] * train_vae + ([self.discriminate] if train_discriminator else [])
+        trained = [self.autoencode] if train_vae else []
+        trained += [self.discriminate] if train_discriminator else []
         running_statistics = self.keep_statistics()
 
         for _ in range(accelerator.gradient_accumulation_steps):
@@ -316,7 +317,7 @@ class VAETrainer(Trainer):
                     accelerator.backward(distributed.finite_or_nan(loss))
                     self.note(logged)
 
-        # Updates; those with a non-finite gradient are skipped on the device. Moving average of the VAE.
+        # Updates, once for all micro-batches; those with a non-finite gradient are skipped on the device. Moving average of the VAE.
         finite = []
         if train_vae:
             finite += [self.update(self.autoencode, self.optimizer, self.config.grad_clip, "grad_norm/vae")]
@@ -404,6 +405,7 @@ class VAETrainer(Trainer):
         state = counters | {"optimizer": self.optimizer.state_dict()}
         if self.discriminator is not None:
             state |= {"discriminator": self.discriminator.state_dict()}
+            # under the key that checkpoints have always used
             state |= {"judge_optimizer": self.discriminator_optimizer.state_dict()}
         torch.save(state, folder / "trainer.pt")
 
@@ -466,15 +468,15 @@ def train(config: TrainVAEConfig) -> Path:
     perceptual, lpips, weights = start.lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
     vae = start.build_vae_model(config)
-    opened.check_clip(vae, config.clip)
+    openers.check_clip(vae, config.clip)
 
     # Data: an endless stream of training clips, and held-out clips that are always cut the same way.
     held_out: Any = []
     with distributed.main_process_first(accelerator):
-        clips = opened.open_clips(config.source, config.clip, config.seed)
+        clips = openers.open_clips(config.source, config.clip, config.seed)
         if config.source.val_fraction > 0:
             still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
-            held_out = opened.open_clips(config.source, still, 0, held_out=True)
+            held_out = openers.open_clips(config.source, still, 0, held_out=True)
     counts = {
         "videos": len(clips),
         "held_out": len(held_out),
@@ -498,7 +500,7 @@ def train(config: TrainVAEConfig) -> Path:
         "variant": config.model.variant,
         "start_sha256": start.vae_start_digest(config),
     }
-    with training.TrainingRun(trainer, clips, "train_vae", "online", info, weights) as run:
+    with training_run.TrainingRun(trainer, clips, "train_vae", "online", info, weights) as run:
         trainer.fit(run, held_out, lpips)
     return run.folder / "vae"
 

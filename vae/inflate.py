@@ -1,6 +1,6 @@
-"""Start OD-VAE from an image VAE (paper 3.2): every 2D kernel becomes the 3D kernel of the same name.
+"""Initialize OD-VAE from an image VAE (paper 3.3): every 2D kernel becomes the 3D kernel of the same name.
 
-- tail (Eq. 4): the last temporal tap is the 2D kernel, the others are 0. One frame in gives SD-VAE's output.
+- tail (Eq. 3): the last temporal tap is the 2D kernel, the others are 0. One frame in gives SD-VAE's output (Eq. 4).
 - average (Eq. 5): every tap is the 2D kernel divided by their number.
 - random: 3D kernels keep their random start; the rest is copied as in tail.
 """

@@ -1,7 +1,7 @@
 """Layers of OD-VAE: causal 3D and per-frame convolutions, norms, residual blocks, attention.
 
 Every layer takes a whole clip (B, C, T, H, W) and is plain autograd code: this is the definition of the network, and
-what training runs. Inference computes the same faster, in steps (vae/fast.py).
+what runs wherever gradients are recorded. Inference computes the same faster, in steps (vae/fast.py).
 """
 
 import torch

@@ -1,8 +1,8 @@
 """OD-VAE: a causal 3D video VAE that compresses 4x in time and 8 x 8 in space (paper section 3).
 
 Parameter names are those of Open-Sora-Plan, so released weights load directly (vae/release.py).
-Encoder and Decoder define the networks; training runs them on whole clips. Inference runs vae/fast.py, which computes
-the same in steps: frame 0, then four frames (one latent frame) at a time, on a GPU a few times as many. Whole clips and
+Encoder and Decoder define the networks; wherever gradients are recorded they run as written, on whole clips. Without
+gradients (inference, validation, the discriminator's own steps in training) vae/fast.py computes the same in steps: frame 0, then four frames (one latent frame) at a time, on a GPU a few times as many. Whole clips and
 streams therefore agree bit for bit, and memory does not grow with the clip's length.
 """
 
@@ -361,7 +361,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     @apply_forward_hook
     @torch.no_grad()
     def stream_encode(self, frames: Iterable[Tensor]) -> Iterator[VideoGaussian]:
-        """Encode a clip that arrives in pieces, in constant memory, bit for bit as `encode` does at once.
+        """Encode a clip that arrives in pieces, in constant memory, with the bits of `encode` under torch.no_grad() and without tiling.
 
         frames: iterable of (B, 3, n, H, W) in [-1, 1], any n >= 1 each. Yields the posterior of one latent frame at
         a time: after frame 0, then after every four frames, on a GPU after every step of several latent frames.
@@ -385,7 +385,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     @apply_forward_hook
     @torch.no_grad()
     def stream_decode(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latents that arrive in pieces, in constant memory, bit for bit as `decode` does at once.
+        """Decode latents that arrive in pieces, in constant memory, with the bits of `decode` under torch.no_grad() and without tiling.
 
         latents: iterable of (B, C, n, h, w), not normalised, any n >= 1. Yields (B, 3, 1, H, W), then
         (B, 3, 4, H, W) per latent frame, on a GPU after every step of several. Raises ValueError if the model is not causal.

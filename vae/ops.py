@@ -82,7 +82,7 @@ def prepared(
     """derive(layer.weight), a kernel or a tuple of them, ready for `convolve` with x: cast and in the device's order.
 
     Kept beside the module (never in its state, copies or files) until the weight is another one or was changed in
-    place. An optimizer need not leave a trace of that: `forget` drops all kernels when gradients are recorded.
+    place. A fused optimizer may change a weight without raising its version: `forget` drops all kernels when gradients are recorded.
     """
     weight, dtype = layer.weight, compute_dtype(x)
     if making_a_graph():

@@ -1,4 +1,4 @@
-"""Tiling over time (paper 3.3) and over space, as functions of the function that they tile.
+"""Temporal tiling (paper 3.3) and spatial tiling; each takes the function to apply to the tiles.
 
 Both are approximations: a group cannot see the frames before its first one. Streaming (vae/odvae.py) is exact;
 tiling is what the paper measures (Table 4), and serves the layouts that cannot be streamed.

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their digests. Used by every room; nothing here knows about videos."""
+"""Files that are whole or absent, and their digests. Used by every package; nothing here knows about videos."""
 
 import contextlib
 import hashlib

@@ -99,7 +99,7 @@ class Checkpoints:
     def _retire(self, newest: int, good: int | None) -> None:
         """Keep the newest, the `keep` - 1 undamaged ones before it, and `good`.
 
-        Those with a higher number are damaged, or the run would have begun there: they stay for the user to look at.
+        Those with a higher number are damaged, or were passed over as unhealthy: they stay for the user to look at.
         """
         older = [s for s in self.steps() if s < newest]
         kept = [s for s in older if s not in self.damaged][1 - self.keep :]
@@ -145,8 +145,8 @@ class Checkpoints:
     def latest(self, healthy: bool = False) -> int | None:
         """Step of the newest undamaged checkpoint, None when there are none; each damaged one is named in the log.
 
-        healthy: only one that was not saved in a row of steps that were left out, None if all were; rather not the one
-        right before such a row.
+        healthy: not one that was saved in a row of skipped updates, None if all were; rather not the one right before
+        such a row.
         Raises ValueError when there are checkpoints and all are damaged: to begin again is the user's decision.
         """
         steps, first_bad, before = self.steps(), math.inf, None
@@ -157,6 +157,8 @@ class Checkpoints:
                 first_bad = min(first_bad, step - sick) if sick else first_bad
                 if not healthy or (not sick and step < first_bad):
                     return step
+                if not sick and before is None:
+                    before = step
                 continue
             self.damaged.add(step)
             log.warning(

@@ -52,7 +52,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
-    """What a start of these settings would change in the run of a folder, {} in a new one; nothing is written.
+    """Return the settings that differ from those of the run in this folder, {key: [old, new]}; {} for a new run.
 
     Settings marked `free` (steps, logging, workers) may differ, and those that resume.change names. Raises ValueError with
     the differing keys otherwise, and for a folder of other things.

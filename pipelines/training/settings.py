@@ -63,7 +63,9 @@ class PartConfig:
     root: str = option("", "folder of the data set", free=True)
     split: str = option("train", "train|test, for sources that have splits")
     list_file: str = option("", "as source.list_file")
-    weight: float | None = option(None, "its share, in any unit; none given: as many as each has videos")
+    weight: float | None = option(
+        None, "its share, in any unit; if no part has one: proportional to the number of videos"
+    )
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")

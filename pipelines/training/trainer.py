@@ -78,9 +78,10 @@ class Trainer:
                 group["lr"] = rate
 
     def update(self, module: "nn.Module", optimizer: Any, largest: float, name: str) -> "Tensor":
-        """Clip the gradient to norm `largest` (0: no limit) and step; a bool tensor, False where it is not finite.
+        """Clip the gradient to norm `largest` (0: no clipping) and make the optimizer step. Returns whether the norm is finite.
 
-        Then there was no step: the fused optimizers leave it out on the device. DeepSpeed has made its own by now.
+        The result is a bool tensor on the device. If it is False, the fused optimizer has skipped the step there
+        (found_inf), and the host has not waited. Under DeepSpeed the step has already happened, inside backward.
         """
         if largest or distributed.uses_deepspeed(self.accelerator):
             norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
@@ -150,6 +151,7 @@ class Trainer:
             torch._foreach_lerp_(mine, theirs, [where * (1.0 - self.ema.decay)] * len(mine))
 
     def finish_step(self, finite: "Tensor") -> None:
+        """Count the step. "skipped" is logged as 1 in a window with a skipped update, and not at all otherwise."""
         self.note({"skipped": (torch.ones_like(finite), ~finite)})
         self._finite.append((self.step, finite))
         self.step += 1

@@ -274,3 +274,15 @@ def test_an_error_of_the_device_is_not_told_as_a_full_disk(error, kind, tmp_path
         write()
     assert (caught.value is error) == (kind is not OSError)
     assert not temporary.exists()
+
+
+def test_a_changed_run_begins_before_its_skipped_updates_or_else_right_before_them(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    for step, skipped in ((4, 0), (6, 2)):
+        checkpoints.save(
+            step, lambda folder: (folder / "weights").write_text(""), {"skipped_in_row": skipped}, ALONE
+        )
+    assert checkpoints.latest() == 6
+    assert checkpoints.latest(healthy=True) == 4  # right before the row, but better than a new start
+    checkpoints.save(2, lambda folder: (folder / "weights").write_text(""), {"skipped_in_row": 0}, ALONE)
+    assert checkpoints.latest(healthy=True) == 2
