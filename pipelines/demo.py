@@ -21,7 +21,7 @@ from pipelines.training.config import load
 from pipelines.training.folder import ROOT, versions
 
 log = logging.getLogger(__name__)
-NUM_VIDEOS = 24  # generated and scored; the page shows the first SHOWN
+NUM_VIDEOS = 32  # generated and scored; the page shows the first SHOWN
 NUM_SHORT = 4  # scored by --short, which judges nothing
 SHOWN = 16
 PAGE_WIDTH = 1064  # pixels

@@ -152,7 +152,7 @@ def test_a_cache_of_another_vae_is_refused(stage_two, own_vae):
 
 
 def test_missing_and_incomplete_caches_say_what_to_do(stage_two, tmp_path):
-    with pytest.raises(ValueError, match="no latent cache .*cache_latents"):
+    with pytest.raises(ValueError, match="not a latent cache .*cache_latents"):
         stage_two("run", "steps=1", cache=False)
     stage_two("run", "steps=1")
     index = tmp_path / "cache" / "index.json"

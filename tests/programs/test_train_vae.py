@@ -132,7 +132,7 @@ def test_gan_off_perceptual_off_needs_no_weights_and_perceptual_on_names_the_opt
         ("steps=many", "steps"),
         ("model.init=tail", "model.init_from"),
         ("model.variant=5", "variants 1, 2, 3 and 4"),
-        ("micro_batch=3", "no multiple of micro_batch=3"),
+        ("micro_batch=3", "not a multiple of micro_batch=3"),
         ("source.name=nowhere", "choose one of ucf101"),
     ],
 )
