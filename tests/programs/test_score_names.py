@@ -130,3 +130,11 @@ def test_the_card_says_which_weights_taught_a_model(trained_vae):
         found = card({"weights": {"loss": {**files, "known": known}}})
         assert f"LPIPS of the loss: `lpips_vgg16.safetensors`, {text}, sha256 `{'ab' * 32}`" in found
     assert "LPIPS of the loss" not in card({})
+
+
+def test_the_demo_s_rule_tells_shapes_from_blobs():
+    """FVD untrained, trained, VAE alone of two real runs: shapes that move, and coloured blobs."""
+    from pipelines.demo_scores import FVD_WAY, reached
+
+    assert reached(1591.82, 1136.45, 845.0) > 1.4 * FVD_WAY
+    assert reached(2482.29, 2243.03, 1204.9) < 0.5 * FVD_WAY
