@@ -2,7 +2,7 @@
 
 `adapted(name)` is a subclass of diffusers' class with the same name, config and tensors, so what it saves opens in plain
 diffusers, and what diffusers saves opens here. It refuses clips that diffusers would cut without a word, and its outputs
-are those of diffusers to the bit.
+are those of diffusers bit for bit.
 """
 
 import functools
