@@ -231,15 +231,28 @@ class VideoVAE:
         self.register_to_config(latents_mean=mean, latents_std=std)
 
 
+DECODER = ("decoder", "post_quant_conv")
+
+
+def makes_latents(name: str) -> bool:
+    """Whether a tensor of a VAE, by its name, has a part in the latents: all but those of the decoder."""
+    return not any(part in DECODER for part in name.split("."))
+
+
 class Autoencode(nn.Module):
-    """Map a clip and noise to its reconstruction and posterior in one forward, which is what DDP wraps."""
+    """Map a clip and noise to its reconstruction and posterior in one forward, which is what DDP wraps.
+
+    An encoder of which nothing is trained runs without gradients.
+    """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae
+        self.encoder_trains = any(p.requires_grad for n, p in vae.named_parameters() if makes_latents(n))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, T, H, W) in [-1, 1]; noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
+            posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * noise
         return self.vae.decode(z).sample, posterior.parameters

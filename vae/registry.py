@@ -162,6 +162,12 @@ def _read_class_name(folder: Path) -> str:
     raise ValueError(f"{file}: _class_name {class_name!r} is none of {known}")
 
 
+def adapted_class(folder: str | Path):
+    """The class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is no VAE's."""
+    class_name = _read_class_name(Path(folder))
+    return _adapter().adapted(class_name) if class_name in _adapter().ROWS else None
+
+
 def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=None):
     """Load a VAE in eval mode.
 
