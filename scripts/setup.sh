@@ -19,10 +19,14 @@ if [ -z "$python" ]; then
     exit 2
 fi
 
-free_gib=$(($(df -Pk "$root" | awk 'NR==2 {print $4}') / 1048576))
-[ "$free_gib" -ge 9 ] || { echo "error: $free_gib GiB free under $root; the environment needs 9 GiB" >&2; exit 2; }
+place=$(dirname "$venv")
+mkdir -p "$place" 2>/dev/null || true
+[ -w "$venv" ] || [ -w "$place" ] || { echo "error: $place cannot be written to; say where the environment goes: OMNILATTE_VENV=FOLDER" >&2; exit 2; }
+free_gib=$(($(df -Pk "$place" | awk 'NR==2 {print $4}') / 1048576))
+[ "$free_gib" -ge 9 ] || { echo "error: $free_gib GiB free under $place; the environment needs 9 GiB" >&2; exit 2; }
 
 echo "making $venv (torch with its CUDA libraries: about 3 GB to download, minutes)"
+export HOME=${HOME:-$venv} # building deepspeed asks for one
 "$python" -m venv "$venv" # on a half-made one: completes it
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$root/requirements.txt"
 cp "$root/requirements.txt" "$stamp"
