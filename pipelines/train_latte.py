@@ -343,7 +343,7 @@ def train(config: TrainLatteConfig) -> Path:
     inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
     run_folder.check_new_run(config, "pipeline", inputs)
     if config.denoiser.init_from and not run_folder.will_resume(config):
-        start.take_latte_weights(latte, config.denoiser.init_from, class_names)
+        start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
 
     # Samples come from the VAE in the precision of the run; the export has its own weights.

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.core.files import read_json
 from denoiser.latte import Latte
 from denoiser.sampling import make_scheduler, sample_latents
-from vae import CVVAE, ODVAE, OPSVAE, SDVAE, SVDVAE
+from vae import CVVAE, ODVAE, OPSVAE, SDVAE, SVDVAE, adapter
 from vae.interface import VideoVAE
 
 VAES = (
@@ -61,8 +61,10 @@ class LatentVideoPipeline(DiffusionPipeline):
             if code := sorted(Path(folder).rglob("*.py")):
                 raise ValueError(f"{code[0]}: code in the folder of a pipeline is never run; remove it")
             allowed = {"transformer": [Latte], "vae": VAES}
-            for part, classes in allowed.items():
-                if named.get(part) not in [[c.__module__, c.__name__] for c in classes]:
+            known = {part: [[c.__module__, c.__name__] for c in classes] for part, classes in allowed.items()}
+            known["vae"] += [[adapter.__name__, name] for name in adapter.ROWS]
+            for part, classes in known.items():
+                if named.get(part) not in classes:
                     raise ValueError(f"{index}: {part} is {named.get(part)}, not a class of this project")
         return super().from_pretrained(folder, **kwargs)
 
