@@ -477,12 +477,7 @@ def train(config: TrainVAEConfig) -> Path:
         if config.source.val_fraction > 0:
             still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
             held_out = openers.open_clips(config.source, still, 0, held_out=True)
-    counts = {
-        "videos": len(clips),
-        "held_out": len(held_out),
-        "damaged": len(clips.source.damaged),
-        "short": len(clips.short),
-    }
+    counts = openers.video_counts(clips, held_out)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
     # Everything that a wrong setting can spoil is checked before anything is written.
