@@ -102,7 +102,7 @@ def _of_split(rows: dict, base: str, missing: list[str], split: str, held_out: b
     cuts = [(begin, end) for _, begin, end in there]
     if not any(cut != (0, TO_THE_END) for cut in cuts):
         cuts = []
-    return Found(base, names, list(names), labels, class_names, cuts, missing, parted)
+    return Found(base, names, [], labels, class_names, cuts, missing, parted)
 
 
 def _class_names(rows: dict) -> list[str]:

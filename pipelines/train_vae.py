@@ -464,6 +464,9 @@ def train(config: TrainVAEConfig) -> Path:
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
 
+    # What a wrong setting can spoil is checked before anything is opened or written.
+    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
+
     # Networks. LPIPS draws random numbers when it is built, so it comes before the seed.
     perceptual, lpips, weights = start.lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
@@ -480,8 +483,6 @@ def train(config: TrainVAEConfig) -> Path:
     counts = openers.video_counts(clips, held_out)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
-    # Everything that a wrong setting can spoil is checked before anything is written.
-    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
     if not run_folder.will_resume(config):
         start.initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)

@@ -95,6 +95,7 @@ def test_times_cut_clips_out_of_a_video_and_without_them_it_is_whole(put):
     videos = open_source("csv", list_file=listing).videos
     assert [v.name for v in videos] == ["a.mp4[0:00:00.200-0:00:00.400]", "a.mp4[0:00:00.600-]", "b.mp4"]
     assert [v.record.num_frames for v in videos] == [5, 5, 20]
+    assert videos[2].tick is None
     for video, first in zip(videos, (5, 15, 0), strict=True):
         shown = np.asarray(video_frames(video, [0, 4], 64))
         assert np.array_equal(shown, read_frames(video.record.path, [first, first + 4]))
