@@ -14,6 +14,9 @@ from pipelines.video_pipeline import LatentVideoPipeline
 
 demo = ("runs/demo/latte/pipeline", "runs/demo/samples/000000.mkv", "runs/demo/example")
 pipeline, video, out = sys.argv[1:] or demo
+for path in (pipeline, video):
+    if not Path(path).exists():
+        sys.exit(f"error: {path} is not there; run bash scripts/demo.sh first, or name PIPELINE VIDEO OUT")
 
 pipe = LatentVideoPipeline.from_pretrained(pipeline)  # a VAE and a Latte
 vae = pipe.vae.eval()

@@ -123,7 +123,17 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
         (config.transformer, "transformer", "config.json"),
     ):
         if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
-            raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
+            inner = [
+                path
+                for path in sorted(Path(folder).glob(f"*/{marker}"))
+                if kind == "pipeline" or "latte" in path.parent.name
+            ]
+            hint = (
+                f"did you mean {kind}={inner[0].parent}?"
+                if inner
+                else "train one with scripts/stage2_latte.sh"
+            )
+            raise ValueError(f"{kind}={folder}: no {marker} there; {hint}")
         wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
         if folder and read_json(Path(folder) / marker).get("_class_name") != wanted:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")

@@ -328,6 +328,10 @@ def train(config: TrainLatteConfig) -> Path:
     """Train, or resume, to config.steps; returns the folder of the exported pipeline (EMA denoiser and VAE)."""
     accelerator = distributed.make_accelerator(config)
 
+    # What a wrong setting can spoil is checked before anything is opened or written.
+    inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
+    run_folder.check_new_run(config, "pipeline", inputs)
+
     # The frozen VAE, the stream of its latents, and how they are scaled.
     vae = openers.open_vae(config.vae)
     openers.check_clip(vae, config.clip)
@@ -337,11 +341,9 @@ def train(config: TrainLatteConfig) -> Path:
     latents.scale_latents(vae, config, stream)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
-    # The denoiser. Everything that a wrong setting can spoil is checked before anything is written.
+    # The denoiser.
     torch.manual_seed(config.seed)
     latte = start.build_latte(config, vae, len(class_names) or None)
-    inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
-    run_folder.check_new_run(config, "pipeline", inputs)
     if config.denoiser.init_from and not run_folder.will_resume(config):
         start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)

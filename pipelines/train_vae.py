@@ -473,6 +473,9 @@ def train(config: TrainVAEConfig) -> Path:
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
 
+    # What a wrong setting can spoil is checked before anything is opened or written.
+    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
+
     # Networks. LPIPS draws random numbers when it is built, so it comes before the seed.
     perceptual, lpips, weights = start.lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
@@ -486,16 +489,9 @@ def train(config: TrainVAEConfig) -> Path:
         if config.source.val_fraction > 0:
             still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
             held_out = openers.open_clips(config.source, still, 0, held_out=True)
-    counts = {
-        "videos": len(clips),
-        "held_out": len(held_out),
-        "damaged": len(clips.source.damaged),
-        "short": len(clips.short),
-    }
+    counts = openers.video_counts(clips, held_out)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
-    # Everything that a wrong setting can spoil is checked before anything is written.
-    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
     if not run_folder.will_resume(config):
         start.initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)

@@ -17,7 +17,7 @@ from data.dataset import VideoClips
 from data.latents import LatentCache, LatentStream, fingerprint_id, read_index
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.distributed import main_process_first
-from pipelines.training.open import for_inference, open_clips, vae_entry
+from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts
 from pipelines.training.settings import Mode
 
 
@@ -82,7 +82,7 @@ def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, list[s
             clips = open_clips(config.source, config.clip, config.seed)
         else:
             clips = cached_clips(config)
-    counts = {"videos": len(clips), "damaged": len(clips.source.damaged), "short": len(clips.short)}
+    counts = video_counts(clips)
     if config.mode is Mode.online:
         encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
         return clips, encode, clips.source.class_names, counts

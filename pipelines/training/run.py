@@ -92,6 +92,10 @@ class TrainingRun:
             self.batches = self._batches()
             stack.callback(self.batches.close)
             steps, done = self.config.steps, self.trainer.step
+            if done >= steps:
+                log.info(
+                    "finished before: step %d of %d; steps=%d makes the run longer", done, steps, 2 * done
+                )
             self.bar = Progress(steps, self.details["program"], "step", self.main, done)
             stack.callback(self.bar.close)
             stack.enter_context(matrix_products(self.config))

@@ -83,11 +83,15 @@ class PartConfig:
 class SourceConfig:
     """Which videos. Damaged ones are found by one scan, listed and left out; the scan is cached in index_dir."""
 
-    name: str = option("folder", "ucf101|sky_timelapse|kinetics400|webvid|panda70m|folder|demo|mixture")
+    name: str = option("folder", "ucf101|sky_timelapse|kinetics400|webvid|panda70m|folder|csv|demo|mixture")
     root: str = option("", "folder of the data set", free=True)
-    split: str = option("train", "train|test, of kinetics400 also val, for sources that have splits")
+    split: str = option(
+        "train", "train|test, of kinetics400 and csv also val, of csv also all, for sources that have splits"
+    )
     list_file: str = option(
-        "", "the list as published: webvid, panda70m and kinetics400 csv, ucfTrainTestlist"
+        "",
+        "the list as published: webvid, panda70m and kinetics400 csv, ucfTrainTestlist; of csv: a .csv, .tsv or .jsonl with a "
+        "column path and, if there are any, label, start_s, end_s, split",
     )
     labels: str = option("none", "source folder: none, or folder (class = name of the first sub-folder)")
     parts: dict[str, PartConfig] = option(

@@ -230,6 +230,17 @@ def test_dry_run_prints_the_plan(capsys, own_vae, tmp_path):
     assert "learning_rate = 0.0001" in text
 
 
+def test_dry_run_opens_the_videos_and_needs_no_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path))
+    train_latte.main(["--dry-run", "source.name=demo", "clip.num_frames=17"])
+    text = capsys.readouterr().out
+    assert "latent 4 x 5 x 32 x 32, 4 classes" in text
+    assert "256 videos" in text
+    assert "no weights for VAE 'odvae'" in text
+    with pytest.raises(ValueError, match="/nowhere' is not a folder"):
+        train_latte.main(["--dry-run", "source.root=/nowhere"])
+
+
 @pytest.mark.parametrize("setting", ["precision=bf16", "gradient_checkpointing=true"])
 def test_bf16_and_checkpointing_train_near_plain_fp32(stage_two, setting):
     curves = []
