@@ -12,7 +12,6 @@ from data.clip import to_float, to_uint8
 from data.progress import Progress
 from data.video import read_frames
 from denoiser.latte import Latte
-from eval.efficiency import encoder_speed
 from eval.extraction import Judged
 from eval.features import extract_features, i3d_extractor
 from eval.fidelity import load_lpips
@@ -21,6 +20,7 @@ from eval.fvd import score as judge_features
 from eval.protocol import Protocol
 from eval.weight_files import WEIGHT_FILES
 from eval.weights import find_weights, open_weights
+from pipelines.efficiency import encoder_speed
 from pipelines.sample import file_name
 from pipelines.train_vae import evaluate
 from pipelines.training.distributed import draw_seed
