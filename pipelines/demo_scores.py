@@ -70,7 +70,9 @@ def untrained_samples(samples: Any, seed: int, count: int) -> list[np.ndarray]:
     fresh = Latte.from_config(pipe.transformer.config).eval()
     pipe = LatentVideoPipeline(vae=pipe.vae, transformer=fresh, class_names=pipe.config.class_names)
     seeds = [draw_seed(samples.seed, i) for i in range(count)]
-    return list(to_uint8(pipe(None, count, seeds, samples.sampler, samples.num_steps).videos))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": samples.num_steps, "sampler": samples.sampler, "output_type": "video"}
+    return list(to_uint8(pipe(num_videos=count, seeds=seeds, **call).frames))
 
 
 def reached(untrained: float, trained: float, best: float) -> float:

@@ -352,13 +352,14 @@ def train(config: TrainLatteConfig) -> Path:
     fast_vae = encode.vae if encode else openers.for_inference(vae, accelerator.device, config.precision)
     averaged = {"transformer": trainer.ema.module, "class_names": class_names}
     pipeline = video_pipeline.LatentVideoPipeline(vae=fast_vae, **averaged)
+    pipeline.set_progress_bar_config(disable=True)
     exported = video_pipeline.LatentVideoPipeline(vae=vae, **averaged)
 
     def sample(steps: int) -> "Tensor":
         count, scale = config.samples.num_videos, config.samples.guidance_scale
         labels = [i % len(class_names) for i in range(count)] if class_names else None
         with distributed.autocast(accelerator, config):
-            return pipeline(labels=labels, num_videos=count, num_steps=steps, guidance_scale=scale).videos
+            return pipeline(labels, steps, scale, num_videos=count, output_type="video").frames
 
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
     info = {
