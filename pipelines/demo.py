@@ -155,9 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.cache_latents import build_cache
     from pipelines.demo_scores import judge
     from pipelines.sample import sample
-    from pipelines.training.log import console
 
-    console()
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     fetch_judges(Path(args.out))
     image, vae, latte, samples = stages(args)

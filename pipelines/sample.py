@@ -9,6 +9,7 @@ number of processes (to rounding). The same command again makes only what is mis
 import argparse
 import json
 import logging
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from data.video import read_frames
 from pipelines.media import grid
 from pipelines.training.config import parse
 from pipelines.training.folder import summary, versions
-from pipelines.training.log import console
+from pipelines.training.log import box
 from pipelines.training.settings import Precision, check_groups
 
 torch = lazy("torch")
@@ -234,8 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(f"{summary(config)}\n\n{config.num_videos} videos to {config.folder}")
     else:
-        console()
-        sample(config)
+        folder = sample(config)
+        judge = f"python eval/fvd.py --real FOLDER_OF_REAL_VIDEOS --fake {shlex.quote(str(folder))}"
+        box(f"finished: {config.num_videos} videos", {"videos": str(folder), "next": judge})
     return 0
 
 

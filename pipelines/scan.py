@@ -26,7 +26,7 @@ from data.user_list import SUFFIXES
 from data.video import BadVideo
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary
-from pipelines.training.log import console
+from pipelines.training.log import command
 from pipelines.training.settings import SourceConfig
 
 openers = lazy("pipelines.training.open")
@@ -130,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     if dry:
         print(summary(config))
         return 0
-    console()
     settings, sheet = config.source, config.sheet
     if sheet:
         refuse_in_data(sheet, "sheet", settings)
@@ -148,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         contact_sheet(source, config.sheet_videos).save(content, "PNG")
         write_atomic(sheet, content.getvalue())
         print(f"contact sheet: {sheet}")
+    keys = [f"source.{key}" for key in ("name", "root", "list_file", "labels", "index_dir")]
+    print(f"next: {command('train_vae', config=config, keys=keys)} model.init_from=SD_VAE_FOLDER")
     return 0
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from pipelines.training.log import console
 
 if TYPE_CHECKING:
     from pipelines.results.run_table import Desk
@@ -89,7 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_vaes:
         list_vaes()
         return 0
-    console()
     folders = (
         args.data,
         args.weights_dir or weights.weights_folder(),

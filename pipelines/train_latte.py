@@ -12,6 +12,7 @@ From top to bottom: settings, networks, loss, one step, the loop, preparation, c
 import argparse
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import console
+from pipelines.training.log import box, command
 from pipelines.training.settings import CacheType, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
 from pipelines.training.trainer import Trainer
 
@@ -110,6 +111,9 @@ class TrainLatteConfig:
         0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
     )
     ema_decay: float = option(0.9999, "decay of the EMA weights used for sampling")
+    ema_warmup: bool = option(
+        False, "let the decay rise as (1 + step) / (10 + step) up to ema_decay; the paper's is constant"
+    )
     precision: Precision = option(
         Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
     )
@@ -126,6 +130,9 @@ class TrainLatteConfig:
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between log entries", free=True)
+    log_with: str = option(
+        "tensorboard", "tensorboard, and any tracker of accelerate's, e.g. tensorboard,wandb; none", free=True
+    )
     save_every: int = option(10_000, "steps between checkpoints", free=True)
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
@@ -390,9 +397,19 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_latte_run(config))
     else:
-        console()
-        train(config)
+        report(config, train(config))
     return 0
+
+
+def report(config: TrainLatteConfig, pipeline: Path) -> None:
+    """Say where things are, and how to go on."""
+    rows = {
+        "pipeline (EMA)": str(pipeline),
+        "curves": f"tensorboard --logdir {shlex.quote(config.run_dir)}",
+        "page": command("run_report", config.run_dir),
+        "next": command("sample", f"pipeline={pipeline}"),
+    }
+    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

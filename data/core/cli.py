@@ -1,9 +1,10 @@
-"""How every program ends: a wrong input is one line on stderr and exit code 2, never a traceback."""
+"""How every program begins and ends: log lines on stderr; a wrong input is one line on stderr and exit code 2, never a traceback."""
 
 import os
 import sys
 from collections.abc import Callable
 
+from data.core.console import console
 from data.core.environment import check_packages
 
 
@@ -13,6 +14,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     Set OMNILATTE_TRACEBACK=1 to see the whole traceback of such an error.
     """
+    console()
     try:
         check_packages()
         sys.exit(main() or 0)
