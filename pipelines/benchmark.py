@@ -49,7 +49,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
 
     import torch
 
-    from eval.efficiency import encoder_speed
+    from pipelines.efficiency import encoder_speed
     from pipelines.training.distributed import matrix_products
     from vae import ODVAE
 
@@ -72,7 +72,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
         vae.compile_steps()
     s = vae.spatial_compression_ratio
     sides = vae.latent_frames(config.num_frames), config.size // s, config.size // s
-    z = torch.randn(config.batch, vae.config.latent_channels, *sides, device=device, dtype=dtype)
+    z = torch.randn(config.batch, vae.latent_channels, *sides, device=device, dtype=dtype)
     row = {"variant": variant, "params": sum(p.numel() for p in vae.parameters())}
     row["precision"] = config.precision.value
     runs = {"encode": lambda x: vae.encode(x).latent_dist.mode()}

@@ -12,7 +12,6 @@ from data.clip import to_float, to_uint8
 from data.progress import Progress
 from data.video import read_frames
 from denoiser.latte import Latte
-from eval.efficiency import encoder_speed
 from eval.extraction import Judged
 from eval.features import extract_features, i3d_extractor
 from eval.fidelity import load_lpips
@@ -21,6 +20,7 @@ from eval.fvd import score as judge_features
 from eval.protocol import Protocol
 from eval.weight_files import WEIGHT_FILES
 from eval.weights import find_weights, open_weights
+from pipelines.efficiency import encoder_speed
 from pipelines.sample import file_name
 from pipelines.train_vae import evaluate
 from pipelines.training.distributed import draw_seed
@@ -70,7 +70,9 @@ def untrained_samples(samples: Any, seed: int, count: int) -> list[np.ndarray]:
     fresh = Latte.from_config(pipe.transformer.config).eval()
     pipe = LatentVideoPipeline(vae=pipe.vae, transformer=fresh, class_names=pipe.config.class_names)
     seeds = [draw_seed(samples.seed, i) for i in range(count)]
-    return list(to_uint8(pipe(None, count, seeds, samples.sampler, samples.num_steps).videos))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": samples.num_steps, "sampler": samples.sampler, "output_type": "video"}
+    return list(to_uint8(pipe(num_videos=count, seeds=seeds, **call).frames))
 
 
 def reached(untrained: float, trained: float, best: float) -> float:

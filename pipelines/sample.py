@@ -140,6 +140,7 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
     parts = {"transformer": latte.Latte.from_pretrained(config.transformer)} if config.transformer else {}
     pipe = video_pipeline.LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
+    pipe.set_progress_bar_config(disable=True)
     pipe.vae.eval()
     pipe.transformer.eval()
     return pipe
@@ -188,15 +189,16 @@ def sample(config: SampleConfig) -> Path:
                 distributed.autocast(accelerator, config),
                 distributed.matrix_products(config),
             ):
-                result = pipe(
-                    labels=labels,
+                videos = pipe(
+                    labels,
+                    config.num_steps,
+                    config.guidance_scale,
                     num_videos=len(batch),
                     seeds=[distributed.draw_seed(config.seed, i) for i in batch],
                     sampler=config.sampler,
-                    num_steps=config.num_steps,
-                    guidance_scale=config.guidance_scale,
-                )
-            for index, video in zip(batch, to_uint8(result.videos), strict=True):
+                    output_type="video",
+                ).frames
+            for index, video in zip(batch, to_uint8(videos), strict=True):
                 write_ffv1(config.folder / file_name(index), video, config.fps)
             bar.update(len(batch))
     accelerator.wait_for_everyone()

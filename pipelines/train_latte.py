@@ -353,20 +353,21 @@ def train(config: TrainLatteConfig) -> Path:
     torch.manual_seed(config.seed)
     latte = start.build_latte(config, vae, len(class_names) or None)
     if config.denoiser.init_from and not run_folder.will_resume(config):
-        start.take_latte_weights(latte, config.denoiser.init_from, class_names)
+        start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
 
     # Samples come from the VAE in the precision of the run; the export has its own weights.
     fast_vae = encode.vae if encode else openers.for_inference(vae, accelerator.device, config.precision)
     averaged = {"transformer": trainer.ema.module, "class_names": class_names}
     pipeline = video_pipeline.LatentVideoPipeline(vae=fast_vae, **averaged)
+    pipeline.set_progress_bar_config(disable=True)
     exported = video_pipeline.LatentVideoPipeline(vae=vae, **averaged)
 
     def sample(steps: int) -> "Tensor":
         count, scale = config.samples.num_videos, config.samples.guidance_scale
         labels = [i % len(class_names) for i in range(count)] if class_names else None
         with distributed.autocast(accelerator, config):
-            return pipeline(labels=labels, num_videos=count, num_steps=steps, guidance_scale=scale).videos
+            return pipeline(labels, steps, scale, num_videos=count, output_type="video").frames
 
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
     info = {

@@ -1,6 +1,7 @@
-"""Stage one: train OD-VAE (paper 3, 4.1).
+"""Stage one: train OD-VAE (paper 3, 4.1), or fine-tune a video VAE of diffusers (docs/finetune.md).
 
     python -m pipelines.train_vae --config configs/stage1/odvae.yaml source.root=/data/videos model.init_from=/weights/sd-vae
+    python -m pipelines.train_vae --config configs/stage1/finetune.yaml source.root=/data/videos model.init_from=/weights/wan/vae
 
 The same command again resumes. The defaults are the paper's: variant 4, tail initialization, 25 x 256 x 256 clips,
 Adam 1e-5 constant, batch 8, EMA 0.999, 650k steps. The paper does not give the schedule and the weight of the
@@ -37,6 +38,7 @@ from pipelines.training.settings import (
     Precision,
     ResumeConfig,
     SourceConfig,
+    Train,
 )
 from pipelines.training.trainer import Trainer
 
@@ -78,11 +80,15 @@ class ODVAEConfig:
     norm_num_groups: int = option(32, "groups of each GroupNorm")
     init: Init = option(
         Init.tail,
-        "how the 2D weights become 3D ones (Eq. 3, Eq. 5); weights: init_from is an OD-VAE, taken as it is; random ignores it",
+        "how the 2D weights become 3D ones (Eq. 3, Eq. 5); weights: init_from is a video VAE, taken as it is; random ignores it",
     )
     init_from: str = option(
         "",
-        "SD2.1-VAE: a diffusers AutoencoderKL folder or a CompVis .ckpt/.safetensors; init=weights: an OD-VAE's folder",
+        "SD2.1-VAE: a diffusers AutoencoderKL folder or a CompVis .ckpt/.safetensors; init=weights: an OD-VAE's "
+        "folder, or that of a video VAE of diffusers, whose config then stands for preset, variant, widths and layers",
+    )
+    train: Train = option(
+        Train.auto, "decoder: encoder and latents stay as they are; all; auto: decoder for a VAE of diffusers"
     )
 
 
@@ -204,6 +210,7 @@ class VAETrainer(Trainer):
     ):
         super().__init__(config, accelerator)
         self.vae, self.perceptual = vae, perceptual
+        start.freeze(vae, config)
         self.ema = timm.ModelEmaV3(vae, decay=config.ema_decay)
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
@@ -221,9 +228,8 @@ class VAETrainer(Trainer):
     def _prepare(self, module: "nn.Module") -> tuple["nn.Module", Any]:
         """The module wrapped for this launch (DDP), and its optimizer."""
         betas = tuple(self.config.adam_betas)
-        optimizer = torch.optim.Adam(
-            module.parameters(), lr=self.config.learning_rate, betas=betas, fused=True
-        )
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.config.learning_rate, betas=betas, fused=True)
         return self.accelerator.prepare(module, optimizer)
 
     def phases(self) -> tuple[bool, bool]:
@@ -242,7 +248,7 @@ class VAETrainer(Trainer):
         """Draw the posterior's noise (B, C, t, h, w), each sample from its own generator."""
         ratio, (H, W) = self.vae.spatial_compression_ratio, x.shape[3:]
         shape = (
-            self.vae.config.latent_channels,
+            self.vae.latent_channels,
             self.vae.latent_frames(x.shape[2]),
             H // ratio,
             W // ratio,
@@ -262,13 +268,15 @@ class VAETrainer(Trainer):
             x,
             xhat,
             interface.VideoGaussian(moments.float()),
-            kl_weight=loss.kl_weight,
+            kl_weight=loss.kl_weight if self.vae.has_posterior else 0.0,
             perceptual=self.perceptual,
             perceptual_weight=loss.perceptual_weight,
             loss_type=loss.type,
         )
         total = terms.total
-        logged = {"loss/rec": terms.rec, "loss/kl": terms.kl, "loss/nll": terms.nll}
+        logged = {"loss/rec": terms.rec, "loss/nll": terms.nll}
+        if self.vae.has_posterior:
+            logged["loss/kl"] = terms.kl
         if self.perceptual is not None:
             logged["loss/lpips"] = terms.perceptual
 
@@ -423,7 +431,8 @@ class VAETrainer(Trainer):
                 safetensors.load_file(folder / name / "diffusion_pytorch_model.safetensors")
             )
             config = json.loads((folder / name / "config.json").read_text())
-            module.register_to_config(scaling_factor=config["scaling_factor"])
+            if "scaling_factor" in config:
+                module.register_to_config(scaling_factor=config["scaling_factor"])
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(distributed.as_fused(state["optimizer"]))
         if self.discriminator is not None:
@@ -504,7 +513,7 @@ def train(config: TrainVAEConfig) -> Path:
 
     info = {
         "data": counts,
-        "model": config.model.preset,
+        "model": type(vae).__name__ if start.is_adapted(vae) else config.model.preset,
         "variant": config.model.variant,
         "start_sha256": start.vae_start_digest(config),
     }

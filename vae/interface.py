@@ -4,6 +4,8 @@ Letters: B batch, C latent channels, T H W frames and pixels, t h w latent frame
 Pixels are float in [-1, 1], shape (B, 3, T, H, W); latents are (B, C, t, h, w).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,49 +49,88 @@ class VideoGaussian:
         return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).flatten(1).sum(1)
 
 
+class PointPosterior(VideoGaussian):
+    """A latent clip without a spread, of an encoder that gives no Gaussian: std 0, kl 0, every sample is the mean.
+
+    mean: (B, C, t, h, w). `logvar` is -30, the lowest there is, so that moments can be stored as those of others.
+    """
+
+    def __init__(self, mean: Tensor):
+        super().__init__(torch.cat([mean, torch.full_like(mean, -30.0)], dim=1))
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    var = std
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        return self.mean.new_zeros(self.mean.shape[0])
+
+
 class VideoVAE:
     """Mixin of every video VAE; the model's `config` may hold scaling_factor, latents_mean, latents_std.
 
     Class attributes say what the model is; subclasses set them. `causal`: no latent and no decoded frame depends on
     later frames. `frame_rule` names the clip lengths it takes: "any", "4n+1" (a first frame alone, then groups of
-    four) or "4n".
+    four) or "4n"; `clip_lengths` says them in numbers. `trainable`: False where only its outputs are right.
+    `has_posterior`: False where the latents have no spread.
     """
 
     spatial_compression_ratio: int = 8
     temporal_compression_ratio: int = 1
     causal: bool = False
     discrete: bool = False
+    trainable: bool = True
+    has_posterior: bool = True
     frame_rule: str = "any"
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents; diffusers' configs have three names for it."""
+        config = self.config
+        return next(config[k] for k in ("latent_channels", "z_dim", "z_channels") if k in config)
+
+    @property
+    def clip_lengths(self) -> tuple[int, int]:
+        """(group, first): a clip has first + group * k frames; at least one group where no frame is first."""
+        s = self.temporal_compression_ratio
+        return {"4n+1": (s, 1), "4n": (s, 0)}.get(self.frame_rule, (1, 0))
 
     def latent_frames(self, T: int) -> int:
         """Latent frames of a clip of T frames. Raises ValueError where `check_frames` does."""
         self.check_frames(T)
-        s = self.temporal_compression_ratio
-        return (T - 1) // s + 1 if self.frame_rule == "4n+1" else T // s
+        alone = int(self.clip_lengths[1] == 1)
+        return (T - alone) // self.temporal_compression_ratio + alone
 
     def pixel_frames(self, t: int) -> int:
         """Frames decoded from t latent frames."""
         if t < 1:
             raise ValueError(f"t={t}: a clip has at least one latent frame")
-        s = self.temporal_compression_ratio
-        return (t - 1) * s + 1 if self.frame_rule == "4n+1" else t * s
+        alone = int(self.clip_lengths[1] == 1)
+        return (t - alone) * self.temporal_compression_ratio + alone
 
     def check_frames(self, T: int) -> None:
         """Raise ValueError, naming the nearest valid length, if the model cannot encode T frames."""
-        s = self.temporal_compression_ratio
-        if self.frame_rule == "4n+1":
-            ok = T >= 1 and (T - 1) % s == 0
-        elif self.frame_rule == "4n":
-            ok = T >= s and T % s == 0
-        else:
-            ok = T >= 1
-        if not ok:
-            near = {"4n+1": max(0, round((T - 1) / s)) * s + 1, "4n": max(1, round(T / s)) * s}
-            nearest = near.get(self.frame_rule, 1)
-            rule = {"4n+1": "T = 4k + 1 frames", "4n": "T = 4k frames"}.get(
-                self.frame_rule, "at least 1 frame"
-            )
+        group, first = self.clip_lengths
+        least = first or group
+        if T < least or (T - first) % group:
+            rule = f"T = {group}k" + (f" + {first}" if first else "") + " frames"
+            rule = "at least 1 frame" if self.frame_rule == "any" else rule
+            nearest = max(least, round((T - first) / group) * group + first)
             raise ValueError(f"T={T}: {type(self).__name__} needs {rule}, e.g. {nearest}")
+
+    def check_sides(self, H: int, W: int) -> None:
+        """Raise ValueError unless the model can divide frames of H x W pixels."""
+        s = self.spatial_compression_ratio
+        if H < s or W < s or H % s or W % s:
+            near = tuple(max(1, n // s) * s for n in (H, W))
+            raise ValueError(
+                f"H={H}, W={W}: sides must be multiples of {s}, e.g. crop to {near[0]} x {near[1]}"
+            )
 
     def check_video(self, x: Tensor) -> None:
         """Raise ValueError unless x is (B, 3, T, H, W) with a valid T and sides that the model can divide."""
@@ -102,17 +143,12 @@ class VideoVAE:
         if not x.is_floating_point():
             raise ValueError(f"video of dtype {x.dtype}: needs float in [-1, 1], e.g. x.float() / 127.5 - 1")
         self.check_frames(x.shape[2])
-        s, (H, W) = self.spatial_compression_ratio, x.shape[3:]
-        if H < s or W < s or H % s or W % s:
-            near = tuple(max(1, n // s) * s for n in (H, W))
-            raise ValueError(
-                f"H={H}, W={W}: sides must be multiples of {s}, e.g. crop to {near[0]} x {near[1]}"
-            )
+        self.check_sides(*x.shape[3:])
         self._check_dtype(x, "video")
 
     def check_latents(self, z: Tensor, num_frames: int | None = None) -> int:
         """Frames that z decodes to; ValueError unless z is (B, C, t, h, w) and agrees with `num_frames`, if given."""
-        C = self.config["latent_channels"]
+        C = self.latent_channels
         if z.ndim != 5 or z.shape[1] != C or min(z.shape) < 1:
             raise ValueError(
                 f"latents of shape {tuple(z.shape)}: {type(self).__name__} needs (B, {C}, t, h, w), each at least 1"
@@ -128,15 +164,21 @@ class VideoVAE:
         return num_frames
 
     def _check_dtype(self, x: Tensor, what: str) -> None:
-        dtype = next(self.parameters()).dtype
+        # of a model of diffusers what it computes in, which may differ from what it stores
+        dtype = getattr(self, "dtype", None) or next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"{what} of dtype {x.dtype}, weights of {dtype}: they must agree, e.g. x.to({dtype}), "
                 f"or load_vae(..., dtype={x.dtype})"
             )
 
+    def latent_rule(self) -> dict[str, Any]:
+        """How latents are scaled: scaling_factor, latents_mean, latents_std, None for what there is not."""
+        return {key: self.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
+
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
-        mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
+        rule = self.latent_rule()
+        mean, std = rule["latents_mean"], rule["latents_std"]
         if mean is None or std is None:
             return None
         shape = (1, -1) + (1,) * (z.ndim - 2)
@@ -146,10 +188,9 @@ class VideoVAE:
 
     @property
     def has_scaling_rule(self) -> bool:
-        """True if latents can be normalised: channel statistics or a scaling factor are in the config."""
-        config = self.config
-        measured = config.get("latents_mean") is not None and config.get("latents_std") is not None
-        return measured or config.get("scaling_factor") is not None
+        """True if latents can be normalised: by channel statistics or a scaling factor."""
+        rule = self.latent_rule()
+        return None not in (rule["latents_mean"], rule["latents_std"]) or rule["scaling_factor"] is not None
 
     def _scaling_factor(self) -> float:
         if self.config.get("scaling_factor") is None:
@@ -181,8 +222,8 @@ class VideoVAE:
     def set_latent_statistics(self, mean, std) -> None:
         """Store per-channel mean and std (sequences of C floats) in the config; save_pretrained keeps them."""
         mean, std = ([float(v) for v in values] for values in (mean, std))
-        channels = self.config.get("latent_channels")
-        if len(mean) != len(std) or (channels is not None and len(mean) != channels):
+        channels = self.latent_channels
+        if len(mean) != len(std) or len(mean) != channels:
             raise ValueError(
                 f"{len(mean)} means and {len(std)} stds: both need one value per latent channel ({channels})"
             )
@@ -191,15 +232,28 @@ class VideoVAE:
         self.register_to_config(latents_mean=mean, latents_std=std)
 
 
+DECODER = ("decoder", "post_quant_conv")
+
+
+def makes_latents(name: str) -> bool:
+    """Whether a tensor of a VAE, by its name, has a part in the latents: all but those of the decoder."""
+    return not any(part in DECODER for part in name.split("."))
+
+
 class Autoencode(nn.Module):
-    """Map a clip and noise to its reconstruction and posterior in one forward, which is what DDP wraps."""
+    """Map a clip and noise to its reconstruction and posterior in one forward, which is what DDP wraps.
+
+    An encoder of which nothing is trained runs without gradients.
+    """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae
+        self.encoder_trains = any(p.requires_grad for n, p in vae.named_parameters() if makes_latents(n))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, T, H, W) in [-1, 1]; noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
+            posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * noise
         return self.vae.decode(z).sample, posterior.parameters

@@ -81,23 +81,25 @@ _UPSTREAM = {"CausalVAEModel": "open-sora-plan", "CVVAEModel": "cvvae", "VideoAu
 
 
 def list_vaes() -> list[str]:
-    """Names that build_vae and load_vae know."""
+    """The paper's VAEs; build_vae and load_vae know diffusers' video autoencoders too (vae/adapter.py)."""
     return list(FAMILIES)
 
 
-def _row(name: str) -> Family:
-    if name not in FAMILIES:
-        raise ValueError(f"VAE {name!r}: known names are {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def _adapter():
+    """The table of diffusers' own video autoencoders; it imports torch."""
+    return import_module("vae.adapter")
 
 
 def _class(name: str):
-    row = _row(name)
-    return getattr(import_module(f"vae.{row.module}"), row.cls)
+    if not _is_name(name):
+        raise ValueError(f"VAE {name!r}: known names are {known_names()}")
+    if name not in FAMILIES:
+        return _adapter().adapted(_adapter().NAMES[name])
+    return getattr(import_module(f"vae.{FAMILIES[name].module}"), FAMILIES[name].cls)
 
 
 def build_vae(name: str, **config):
-    """A model of that family with random weights, at the paper's size unless `config` overrides it.
+    """A model of that family with random weights, at the paper's (diffusers': the default) size unless `config` overrides it.
 
     Raises ValueError for an unknown name; TypeError for a config key that the class does not have.
     """
@@ -105,13 +107,13 @@ def build_vae(name: str, **config):
 
 
 def _weights_folder(name: str) -> Path:
-    row = _row(name)
+    row = FAMILIES.get(name) or _adapter().ROWS[_adapter().NAMES[name]]
     root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
     folder = root.expanduser() / name
     if folder.is_dir():
         return folder
     get = f"get {row.source}"
-    if row.convert:
+    if getattr(row, "convert", ""):
         get += f", run `python scripts/convert.py {row.convert} --src FILE --dst DIR`"
     raise ValueError(
         f"no weights for VAE {name!r} ({folder} is not a folder): {get}; then name the folder itself in place of {name!r}, "
@@ -123,12 +125,22 @@ def vae_folder(name_or_folder: str | Path, path: str | Path | None = None) -> Pa
     """The folder that `load_vae` reads for these arguments."""
     if path is not None:
         return Path(path)
-    return _weights_folder(str(name_or_folder)) if str(name_or_folder) in FAMILIES else Path(name_or_folder)
+    return _weights_folder(str(name_or_folder)) if _is_name(name_or_folder) else Path(name_or_folder)
+
+
+def _is_name(name_or_folder: str | Path) -> bool:
+    name = str(name_or_folder)
+    return name in FAMILIES or (os.sep not in name and name in _adapter().NAMES)
+
+
+def known_names() -> str:
+    """All names of load_vae, for messages: the paper's VAEs, and diffusers' classes."""
+    return ", ".join([*FAMILIES, *_adapter().NAMES])
 
 
 def _read_class_name(folder: Path) -> str:
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is neither a folder nor one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{str(folder)!r} is neither a folder nor one of {known_names()}")
     file = folder / "config.json"
     if not file.is_file():
         inner = folder / "vae" / "config.json"
@@ -138,7 +150,7 @@ def _read_class_name(folder: Path) -> str:
         class_name = json.loads(file.read_text()).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if class_name in _BY_CLASS_NAME:
+    if class_name in _BY_CLASS_NAME or class_name in _adapter().ROWS:
         return class_name
     if class_name in _UPSTREAM:
         family = _UPSTREAM[class_name]
@@ -146,28 +158,36 @@ def _read_class_name(folder: Path) -> str:
             f"{folder} is an upstream {class_name}: convert it first with "
             f"`python scripts/convert.py {family} --src {folder} --dst DIR`"
         )
-    raise ValueError(f"{file}: _class_name {class_name!r} is none of {', '.join(_BY_CLASS_NAME)}")
+    known = ", ".join([*_BY_CLASS_NAME, *_adapter().ROWS])
+    raise ValueError(f"{file}: _class_name {class_name!r} is none of {known}")
+
+
+def adapted_class(folder: str | Path):
+    """The class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is no VAE's."""
+    class_name = _read_class_name(Path(folder))
+    return _adapter().adapted(class_name) if class_name in _adapter().ROWS else None
 
 
 def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=None):
     """Load a VAE in eval mode.
 
-    name_or_folder: a folder with config.json and safetensors (ours, or a plain diffusers AutoencoderKL or
-    AutoencoderKLTemporalDecoder), or a name of list_vaes(). With a name, `path` is its folder; without `path`
-    the folder is <name> in $OMNILATTE_WEIGHTS, else in weights/ of the repository. dtype: torch dtype of the weights, float32 if not given.
+    name_or_folder: a folder with config.json and safetensors (ours, or a plain diffusers AutoencoderKL,
+    AutoencoderKLTemporalDecoder or video autoencoder of vae/adapter.py), or a name: of list_vaes(), or of a row there, as
+    "wan". With a name, `path` is its folder; without `path` the folder is <name> in $OMNILATTE_WEIGHTS, else in weights/ of the repository. dtype: torch dtype of the weights, float32 if not given.
     Raises ValueError if nothing is there (with the official source and what to do), if the folder is of another
     family than the name, or if a weight is missing, extra or of another shape.
     """
-    name = str(name_or_folder) if str(name_or_folder) in FAMILIES else None
+    name = str(name_or_folder) if _is_name(name_or_folder) else None
     if path is not None and name is None:
-        raise ValueError(
-            f"VAE {str(name_or_folder)!r} with a path: the name must be one of {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"VAE {str(name_or_folder)!r} with a path: the name must be one of {known_names()}")
     folder = vae_folder(name_or_folder, path)
     class_name = _read_class_name(folder)
-    family = _BY_CLASS_NAME[class_name]
+    family = _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
     if name is not None and family != name:
         raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
+    if class_name not in _BY_CLASS_NAME:
+        adapter = _adapter()
+        return adapter.check_loaded(_load_folder(adapter.adapted(class_name), folder, dtype), folder)
     cls = _class(family)
     if class_name == FAMILIES[family].cls:
         return _load_folder(cls, folder, dtype)

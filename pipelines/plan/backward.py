@@ -37,10 +37,8 @@ def _gradient_accumulator(leaf: Tensor) -> Any:
     return leaf.view_as(leaf).grad_fn.next_functions[0][0]
 
 
-def _fit(grad: Tensor | None, metadata: Any) -> Tensor | None:
+def _fit(grad: Tensor, metadata: Any) -> Tensor:
     """A gradient in the shape and dtype of the value that it belongs to, as torch's engine leaves it."""
-    if grad is None:
-        return None
     if tuple(grad.shape) != tuple(metadata.shape):
         grad = grad.sum_to_size(tuple(metadata.shape))
     return grad if grad.dtype == metadata.dtype else grad.to(metadata.dtype)
@@ -74,7 +72,7 @@ def _run_graph(
             waiting[node] = [None] * len(node._input_metadata)
             is_leaf = hasattr(node, "variable")
             heapq.heappush(heap, (-(2**62) if is_leaf else -node._sequence_nr(), id(node), node))
-        old = waiting[node][index]
+        old, grad = waiting[node][index], _fit(grad, node._input_metadata[index])  # users may broadcast apart
         waiting[node][index] = grad if old is None else old + grad
 
     for root, grad in zip(roots, grads, strict=True):
@@ -82,7 +80,7 @@ def _run_graph(
     del root, grad
     while heap:
         node = heapq.heappop(heap)[2]
-        incoming = [_fit(g, m) for g, m in zip(waiting.pop(node), node._input_metadata, strict=True)]
+        incoming = waiting.pop(node)
         if hasattr(node, "variable"):
             if node in wanted:
                 found[wanted[node]] = incoming[0]

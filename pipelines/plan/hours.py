@@ -123,7 +123,7 @@ def cost_of(
         videos = min(config.cache.num_videos or 10**9, VIDEOS[config.source.name])
         clips = videos * config.cache.crops * (2 if config.cache.flips else 1)
         vae, side = imagined_vae(config.vae), config.clip.size
-        channels, s = vae.config.latent_channels, vae.spatial_compression_ratio
+        channels, s = vae.latent_channels, vae.spatial_compression_ratio
         numbers = 2 * channels * vae.latent_frames(config.clip.num_frames) * (side // s) ** 2
         width = 4 if config.cache.dtype == "float32" else 2
         return {"hours": clips * unit_s / 3600, "disk_gb": clips * numbers * width / 1e9}

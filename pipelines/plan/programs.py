@@ -202,7 +202,7 @@ def stage_two_parts(
     trainer = make_trainer(config, accelerator, latte, vae, encode)
     B, clip = config.micro_batch, config.clip
     side = clip.size // vae.spatial_compression_ratio
-    latent = (B, vae.config.latent_channels, vae.latent_frames(clip.num_frames), side, side)
+    latent = (B, vae.latent_channels, vae.latent_frames(clip.num_frames), side, side)
 
     def batch() -> dict[str, Any]:
         one: dict[str, Any] = {"label": _pinned(torch.zeros(B, dtype=torch.int64)), "number": list(range(B))}

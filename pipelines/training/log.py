@@ -174,7 +174,7 @@ def process_mib() -> float:
 
 
 def speed_line(summary: dict[str, Any], mode: str) -> str:
-    """TSpeed and TMem of a run (eval.efficiency) for people."""
+    """TSpeed and TMem of a run (pipelines.efficiency) for people."""
     if not summary["tspeed"]:
         return f"TSpeed ({mode}): not measured, the run had too few steps"
     text = f"TSpeed ({mode}): {summary['tspeed']:.3g} it/s, the median of {summary['timed_steps']} steps, data wait "

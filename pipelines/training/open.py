@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from data.sources import Source, open_source
 from pipelines.training.config import read_yaml
 from pipelines.training.settings import Precision, SourceConfig, VAEConfig
 from vae import build_vae, load_vae
+from vae.adapter import Adapted
+from vae.interface import makes_latents
 
 log = logging.getLogger(__name__)
 
@@ -171,26 +174,33 @@ def check_clip(vae: Any, clip: ClipSpec) -> None:
         raise ValueError(
             f"clip.size={clip.size}: must be a multiple of {s}, e.g. {max(1, round(clip.size / s)) * s}"
         )
+    vae.check_sides(clip.size, clip.size)
 
 
 def normalization(vae: Any) -> dict[str, Any]:
     """How the latents are scaled: decides what the denoiser learned, and belongs to its checkpoint."""
-    return {key: vae.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
+    return vae.latent_rule()
 
 
 def vae_entry(config: VAEConfig, vae: Any) -> dict[str, Any]:
     """What decides the latents of an open VAE: belongs to a cache and to a denoiser's checkpoint.
 
-    The key is omitted when tiling is off, so that older fingerprints stay valid.
+    The key is omitted when tiling is off, so that older fingerprints stay valid. Of a VAE of diffusers only what makes
+    latents counts: its decoder may be fine-tuned, caches and denoisers stay valid.
     """
+    if isinstance(vae, Adapted):
+        return {"name": vae.row.name, "latents_sha256": weights_digest(vae, makes_latents)}
     entry = {"name": config.name, "weights_sha256": weights_digest(vae)}
     return entry | ({"tiling_frames": config.tiling_frames} if config.tiling_frames else {})
 
 
-def weights_digest(model: Any) -> str:
-    """sha256 over names and values of a module's parameters and buffers: what the weights are, wherever they lie."""
+def weights_digest(model: Any, counts: Callable[[str], bool] = bool) -> str:
+    """sha256 over names and values of a module's parameters and buffers: what the weights are, wherever they lie.
+
+    counts: which of them, by name; all if not given.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted((n, v) for n, v in model.state_dict().items() if counts(n)):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from data.core.files import write_json
 from data.loader import StepBatches, make_loader
 from data.progress import Progress
-from eval.efficiency import Meter
 from eval.records import git_commit
+from pipelines.efficiency import Meter
 from pipelines.training.checkpoints import Checkpoints, export_folder, recover
 from pipelines.training.config import flatten
 from pipelines.training.distributed import Later, any_process, largest_of, matrix_products, same_everywhere

@@ -30,6 +30,14 @@ class Init(StrEnum):
     weights = "weights"
 
 
+class Train(StrEnum):
+    """What stage one trains; decoder: the encoder, and so the latents, stay as they are."""
+
+    auto = "auto"
+    decoder = "decoder"
+    all = "all"
+
+
 class GANSchedule(StrEnum):
     """alternate: even steps train the VAE, odd ones the discriminator. both: each step trains both."""
 

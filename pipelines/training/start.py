@@ -26,13 +26,16 @@ from pipelines.training.open import (
     run_of,
     videos_line,
     warn_if_unfinished,
+    weights_digest,
 )
-from pipelines.training.settings import Init, PerceptualNet
+from pipelines.training.settings import Init, PerceptualNet, Train
 from vae import load_vae
+from vae.adapter import Adapted
 from vae.inflate import inflate
+from vae.interface import makes_latents
 from vae.losses import LPIPSLoss
 from vae.odvae import ODVAE
-from vae.registry import vae_folder
+from vae.registry import adapted_class, vae_folder
 
 log = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,9 +45,19 @@ CLASS_TABLE = "y_embedder."
 # ---- stage one -------------------------------------------------------------------------------------------
 
 
-def build_vae_model(config: Any) -> ODVAE:
-    """The OD-VAE of the config. From a random start the latents have no known scale, so scaling_factor is None."""
+def is_adapted(vae: Any) -> bool:
+    """Whether it is a video VAE of diffusers, not one of ours."""
+    return isinstance(vae, Adapted)
+
+
+def build_vae_model(config: Any) -> Any:
+    """The OD-VAE of the config, or the VAE of diffusers whose folder init_from is; random weights.
+
+    From a random start the latents have no known scale, so scaling_factor is None.
+    """
     model = config.model
+    if model.init is Init.weights and (cls := adapted_class(needed_source(config))):
+        return cls.from_config(cls.load_config(model.init_from, local_files_only=True))
     shape = {
         "variant": model.variant,
         "block_out_channels": tuple(model.block_out_channels),
@@ -56,17 +69,38 @@ def build_vae_model(config: Any) -> ODVAE:
     )
 
 
-def initialize(vae: ODVAE, config: Any) -> None:
-    """Tail or average initialization from SD2.1-VAE, or an OD-VAE as it is; noise only when that is asked for."""
-    init, source = config.model.init, config.model.init_from
+def needed_source(config: Any) -> str:
+    """model.init_from; ValueError when it is not given."""
+    if not config.model.init_from:
+        raise ValueError(
+            f"model.init={config.model.init.value} needs model.init_from=FOLDER with SD2.1-VAE (docs/vaes.md says where it "
+            "is), or with a video VAE for model.init=weights; model.init=random starts without it"
+        )
+    return config.model.init_from
+
+
+def freeze(vae: Any, config: Any) -> None:
+    """Leave to train what model.train says; ValueError for a VAE that is for evaluation only."""
+    if not vae.trainable:
+        raise ValueError(
+            f"model.init_from={config.model.init_from}: {type(vae).__name__} cannot be trained here, only evaluated"
+        )
+    decoder_only = {Train.decoder: True, Train.all: False}.get(config.model.train, is_adapted(vae))
+    for name, value in vae.named_parameters():
+        value.requires_grad_(not (decoder_only and makes_latents(name)))
+
+
+def initialize(vae: Any, config: Any) -> None:
+    """Tail or average initialization from SD2.1-VAE, or a video VAE as it is; noise only when that is asked for."""
+    init = config.model.init
     if init is Init.random:
         return
-    if not source:
-        raise ValueError(
-            f"model.init={init.value} needs model.init_from=FOLDER with SD2.1-VAE (docs/vaes.md says where it is), or with "
-            "an OD-VAE for model.init=weights; model.init=random starts without it"
-        )
+    source = needed_source(config)
     warn_if_unfinished(source)
+    if is_adapted(vae):
+        vae.load_state_dict(load_vae(source).state_dict())
+        log.info("weights of %s taken as they are", source)
+        return
     if init is Init.weights:
         take_vae_weights(vae, source)
     else:
@@ -82,7 +116,8 @@ def take_vae_weights(vae: ODVAE, folder: str) -> None:
     given = load_vae(folder)
     if not isinstance(given, ODVAE):
         raise ValueError(
-            f"model.init=weights model.init_from={folder}: a {type(given).__name__}, not an OD-VAE"
+            f"model.init=weights model.init_from={folder}: a {type(given).__name__}, neither an OD-VAE nor a video VAE of "
+            "diffusers"
         )
     data_bound = {"scaling_factor", "latents_mean", "latents_std"}
     ours, theirs = (
@@ -133,12 +168,16 @@ def describe_vae_run(config: Any) -> str:
     with torch.device("meta"):
         vae = build_vae_model(config)
     check_clip(vae, config.clip)
-    latent = (vae.latent_frames(config.clip.num_frames), config.clip.size // 8, config.clip.size // 8)
+    freeze(vae, config)
+    side = config.clip.size // vae.spatial_compression_ratio
+    latent = (vae.latent_frames(config.clip.num_frames), side, side)
     count = sum(p.numel() for p in vae.parameters())
+    trained = sum(p.numel() for p in vae.parameters() if p.requires_grad)
+    name = type(vae).__name__ if is_adapted(vae) else f"OD-VAE variant {config.model.variant}"
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
     return (
-        f"{summary(config)}\n\nOD-VAE variant {config.model.variant}: {count:,} parameters; "
-        f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.config.latent_channels}"
+        f"{summary(config)}\n\n{name}: {count:,} parameters{f', {trained:,} of them trained' if trained < count else ''}; "
+        f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.latent_channels}"
         f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
         f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation})\n"
         f"{videos_line(config, config.source.val_fraction > 0)}{lpips_lines(config)}"
@@ -163,7 +202,7 @@ def build_latte(config: Any, vae: Any, num_classes: int | None) -> Latte:
     """The denoiser for the latents of `vae`: geometry from the VAE and the clip, size from the config."""
     side = config.clip.size // vae.spatial_compression_ratio
     geometry = {
-        "in_channels": vae.config.latent_channels,
+        "in_channels": vae.latent_channels,
         "num_frames": vae.latent_frames(config.clip.num_frames),
         "sample_size": side,
         "num_classes": num_classes,
@@ -180,16 +219,22 @@ def build_latte(config: Any, vae: Any, num_classes: int | None) -> Latte:
     return Latte(**numbers, **geometry)
 
 
-def take_latte_weights(latte: Latte, folder: str, class_names: list[str]) -> None:
+def take_latte_weights(latte: Latte, folder: str, class_names: list[str], vae: Any) -> None:
     """The weights of a trained Latte of the same design; the class table too if it is of the same classes.
 
-    folder: of a pipeline, whose class names are known, or of the denoiser alone: then as many classes are the same ones.
-    Raises ValueError with what differs.
+    folder: of a pipeline, whose class names and VAE are known, or of the denoiser alone: then as many classes are the same
+    ones. vae: of this run; its latents must be those of the pipeline's. Raises ValueError with what differs.
     """
     given, same = Path(folder), None
     warn_if_unfinished(folder)
     if (given / "model_index.json").is_file():
         same = read_json(given / "model_index.json").get("class_names") == class_names
+        theirs = load_vae(given / "vae")
+        if weights_digest(theirs, makes_latents) != weights_digest(vae, makes_latents):
+            raise ValueError(
+                f"denoiser.init_from={folder}: learned on the latents of another VAE ({type(theirs).__name__} there, "
+                f"{type(vae).__name__} here); its transformer/ alone is taken as it is"
+            )
         given = given / "transformer"
     if (
         not (given / "config.json").is_file()

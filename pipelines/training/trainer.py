@@ -120,7 +120,8 @@ class Trainer:
         before = [b.clone() for b in buffers]
         try:
             # what Adam will hold from the first update on
-            moments = [torch.empty_like(p) for m in models for p in m.parameters() for _ in range(2)]
+            trained = [p for m in models for p in m.parameters() if p.requires_grad]
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
             with contextlib.ExitStack() as alone:
                 for model in models:
                     alone.enter_context(self.accelerator.no_sync(model))

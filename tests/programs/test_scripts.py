@@ -116,3 +116,16 @@ def test_fetching_offline_is_one_line_and_leaves_nothing(tmp_path):
         r"error: the judging networks cannot be downloaded: pip: .*connection.*\n", done.stderr
     )
     assert not list(tmp_path.glob("weights/*"))
+
+
+def test_an_older_python_is_named_and_nothing_is_made(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    for python, said in ((old, "Python 3.9.18"), (tmp_path / "nowhere", f"no {tmp_path}/nowhere")):
+        done = bash("setup.sh", cwd=tmp_path, PYTHON=str(python), OMNILATTE_VENV=str(tmp_path / "venv"))
+        assert done.returncode == 2
+        assert (
+            done.stderr == f"error: Python >= 3.11 is needed, there is {said}; set PYTHON=/path/to/python\n"
+        )
+        assert not (tmp_path / "venv").exists()

@@ -1,0 +1,541 @@
+"""diffusers' video autoencoders as VAEs of this project: one row of ROWS per class, one mixin for all.
+
+`adapted(name)` is a subclass of diffusers' class with the same name, config and tensors, so what it saves opens in plain
+diffusers, and what diffusers saves opens here. It refuses clips that diffusers would cut without a word, and its outputs
+are those of diffusers bit for bit.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - a pipeline looks here for what can load it
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from vae.interface import PointPosterior, VideoGaussian, VideoVAE
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is particular to a class of diffusers.
+
+    name: for --vae. ratios: (time, side) of a config. group: frames that a clip may grow by, where it is not the ratio in
+    time. causal: neither latents nor decoded frames depend on later frames. posterior: False where the encoder gives a point, no Gaussian.
+    chunks: how its encoder and decoder take a clip piece by piece with features carried on, for those that cannot be
+    checkpointed block by block. trainable: False for evaluation only.
+    """
+
+    name: str
+    source: str
+    ratios: Callable[[Config], tuple[int, int]]
+    group: Callable[[Config], int] | None = None
+    causal: bool = False
+    posterior: bool = True
+    chunks: "type[Chunks] | None" = None
+    trainable: bool = True
+
+
+# ---- clips piece by piece, features carried on -----------------------------------------------------------
+
+
+class Chunks:
+    """How a network with features carried from piece to piece takes a clip; for gradients only.
+
+    `step` runs one piece: the carried features go in and come out as values, so that a checkpoint can compute it again.
+    `split` cuts a clip (encoder) or latents (decoder); `prepare` and `finish` are what stands around the loop.
+    """
+
+    def __init__(self, vae: Any, stage: str):
+        self.vae, self.stage = vae, stage
+        self.network = getattr(vae, stage)
+
+    def start(self) -> list[Any]:
+        raise NotImplementedError
+
+    def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        raise NotImplementedError
+
+    def split(self, x: Tensor) -> list[int]:
+        T, size = x.shape[2], 4 if self.stage == "encoder" else 1
+        return [1] + [size] * ((T - 1) // size)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x if self.stage == "encoder" else self.vae.post_quant_conv(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.vae.quant_conv(x) if self.stage == "encoder" else x
+
+    def __call__(self, x: Tensor, recompute: bool) -> Tensor:
+        """The whole stage. recompute: keep only the inputs of each piece for the backward pass."""
+        x, carried, outputs = self.prepare(x), self.start(), []
+        for i, piece in enumerate(x.split(self.split(x), dim=2)):
+            if recompute:
+                call = functools.partial(self._flat, i == 0)
+                output, *carried = checkpoint(call, piece, *carried, use_reentrant=False)
+            else:
+                output, carried = self.step(i == 0, piece, carried)
+            outputs.append(output)
+        return self.finish(torch.cat(outputs, dim=2))
+
+    def _flat(self, first: bool, piece: Tensor, *carried: Any) -> tuple[Any, ...]:
+        output, after = self.step(first, piece, list(carried))
+        return output, *after
+
+
+class WanChunks(Chunks):
+    """Wan and QwenImage: a list of features, one a convolution, which the network changes in place."""
+
+    def start(self) -> list[Any]:
+        return [None] * self.vae._cached_conv_counts[self.stage]
+
+    def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        marked = {"first_chunk": True} if first and self.stage == "decoder" and self._wan else {}
+        carried = list(carried)
+        return self.network(piece, feat_cache=carried, feat_idx=[0], **marked), carried
+
+    @property
+    def _wan(self) -> bool:
+        return "patch_size" in self.vae.config
+
+    def prepare(self, x: Tensor) -> Tensor:
+        patch = self.vae.config.get("patch_size")
+        if self.stage == "encoder" and patch is not None:
+            x = diffusers.models.autoencoders.autoencoder_kl_wan.patchify(x, patch)
+        return super().prepare(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Not clamped to [-1, 1], as decode does: the clamp takes the gradient from every saturated pixel."""
+        patch = self.vae.config.get("patch_size")
+        if self.stage == "decoder" and patch is not None:
+            x = diffusers.models.autoencoders.autoencoder_kl_wan.unpatchify(x, patch)
+        return super().finish(x)
+
+
+class MagvitChunks(Chunks):
+    """Magvit: each convolution keeps its last features in an attribute."""
+
+    def _keepers(self) -> list[nn.Module]:
+        return [module for module in self.network.modules() if hasattr(module, "prev_features")]
+
+    def start(self) -> list[Any]:
+        return [None] * len(self._keepers())
+
+    def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        keepers = self._keepers()
+        try:
+            for module, features in zip(keepers, carried, strict=True):
+                module.prev_features = features
+            return self.network(piece), [module.prev_features for module in keepers]
+        finally:
+            for module in keepers:
+                module.prev_features = None
+
+
+class KVAEChunks(Chunks):
+    """KVAE: a tree of dicts, filled in place, for segments of 16 frames after the first."""
+
+    def start(self) -> list[Any]:
+        tree = getattr(self.vae, f"_make_{self.stage}_cache")()
+        carried, self.layout = tree_flatten(tree, is_leaf=lambda node: node is None)
+        return carried
+
+    def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        tree = tree_unflatten(carried, self.layout)
+        output = self.network(piece, tree)
+        return output, tree_flatten(tree, is_leaf=lambda node: node is None)[0]
+
+    def split(self, x: Tensor) -> list[int]:
+        size = 16 if self.stage == "encoder" else 16 // self.vae.config.temporal_compress_times
+        whole, rest = divmod(max(0, x.shape[2] - 1), size)
+        sizes = [size] * whole + [rest] * (rest > 0) or [0]
+        return [sizes[0] + 1, *sizes[1:]]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x
+
+
+# ---- the mixin -------------------------------------------------------------------------------------------
+
+
+class Adapted(VideoVAE):
+    """What `adapted` puts before diffusers' class: the interface of VideoVAE. `row` is its row of ROWS."""
+
+    row: Row
+
+    # diffusers' __init__ sets these two; some say what the network does not do, so the row's answer stands.
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return self.row.ratios(self.config)[1]
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        return self.row.ratios(self.config)[0]
+
+    @spatial_compression_ratio.setter
+    def spatial_compression_ratio(self, value: Any) -> None:
+        pass
+
+    @temporal_compression_ratio.setter
+    def temporal_compression_ratio(self, value: Any) -> None:
+        pass
+
+    @property
+    def causal(self) -> bool:
+        return self.row.causal
+
+    @property
+    def trainable(self) -> bool:
+        return self.row.trainable
+
+    @property
+    def has_posterior(self) -> bool:
+        return self.row.posterior
+
+    @property
+    def clip_lengths(self) -> tuple[int, int]:
+        return self.row.group(self.config) if self.row.group else self.temporal_compression_ratio, 1
+
+    @property
+    def frame_rule(self) -> str:
+        group, first = self.clip_lengths
+        return f"{group}n+{first}" if first else f"{group}n"
+
+    @property
+    def last_decoder_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last layer, which balances the adversarial term."""
+        layer = self.decoder.conv_out if hasattr(self.decoder, "conv_out") else self.decoder.proj_out
+        return next(p for name, p in layer.named_parameters() if name.endswith("weight"))
+
+    # ---- encode, decode ----------------------------------------------------------------------------------
+
+    def _clean(self) -> None:
+        """Drop features that diffusers' code has left in the modules: a failed clip would spoil the next."""
+        for name in ("clear_cache", "_clear_conv_cache"):
+            getattr(self, name, lambda: None)()
+        for stage in (self.encoder, self.decoder) if hasattr(self, "_empty_causal_cached") else ():
+            self._empty_causal_cached(stage)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """(B, 2C or C, t, h, w) as diffusers computes it."""
+        return super().encode(x).latent_dist.parameters
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return super().decode(z).sample
+
+    def _in_pieces(self, stage: str, x: Tensor) -> Tensor | None:
+        """The stage's output by the row's chunks where gradients are recorded; None: diffusers' own way is right."""
+        if self.row.chunks is None or not torch.is_grad_enabled():
+            return None
+        return self.row.chunks(self, stage)(x, getattr(self, "gradient_checkpointing", False))
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True):
+        """x (B, 3, T, H, W) in [-1, 1] -> posterior over (B, C, t, h, w). ValueError for a clip that would be cut."""
+        self.check_video(x)
+        try:
+            moments = self._in_pieces("encoder", x)
+            moments = self._moments(x) if moments is None else moments
+        finally:
+            self._clean()
+        if self.has_posterior:
+            posterior = VideoGaussian(moments)
+        else:
+            posterior = PointPosterior(moments[:, : self.latent_channels])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
+        """z (B, C, t, h, w) -> DecoderOutput of (B, 3, T, H, W); with gradients before a final clamp, if there is one."""
+        self.check_frames(self.check_latents(z, num_frames))
+        try:
+            pixels = self._in_pieces("decoder", z)
+            pixels = self._pixels(z) if pixels is None else pixels
+        finally:
+            self._clean()
+        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        """Reconstruct: sample (B, 3, T, H, W) in [-1, 1] -> DecoderOutput of the same shape."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def enable_gradient_checkpointing(self, *args: Any) -> None:
+        """Recompute activations in backward: piece by piece where the row has chunks, else diffusers' own blocks."""
+        if self.row.chunks is None:
+            return super().enable_gradient_checkpointing(*args)
+        self.gradient_checkpointing = True
+
+    def enable_tiling(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{type(self).__name__}: temporal groups are OD-VAE's; its own tiling is not exact")
+
+    # ---- scaling -----------------------------------------------------------------------------------------
+
+    def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Statistics in buffers or the config, divided by the scaling factor; one a channel, or one a channel and frame."""
+        rule = self.latent_rule()
+        if rule["latents_mean"] is None or rule["latents_std"] is None:
+            return None
+        mean, std = (
+            torch.tensor(rule[key], dtype=z.dtype).view(1, self.latent_channels, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        if 1 < mean.shape[2] < z.shape[2]:
+            raise ValueError(
+                f"{z.shape[2]} latent frames: {type(self).__name__} has statistics of {mean.shape[2]} frames"
+            )
+        mean, std = (v[:, :, : z.shape[2]].to(z.device) for v in (mean, std))
+        return mean, std / (rule["scaling_factor"] or 1.0)
+
+    def latent_rule(self) -> Config:
+        rule = super().latent_rule()
+        for key in ("latents_mean", "latents_std"):
+            if key in self._buffers:
+                rule[key] = self._buffers[key].float().tolist()
+        shift = self.config.get("shift_factor")
+        if shift is not None and rule["latents_mean"] is None:
+            count = self.latent_channels
+            rule |= {"latents_mean": [shift] * count, "latents_std": [1.0] * count}
+        return rule
+
+
+class AdaptedLTX(Adapted):
+    @property
+    def causal(self) -> bool:
+        return self.config.encoder_causal and self.config.decoder_causal
+
+    def check_sides(self, H: int, W: int) -> None:
+        super().check_sides(H, W)
+        s, mode = self.spatial_compression_ratio, self.config.get("decoder_spatial_padding_mode")
+        if mode == "reflect" and min(H, W) < 2 * s:
+            raise ValueError(
+                f"H={H}, W={W}: {type(self).__name__} reflects borders: {2 * s} pixels a side at least"
+            )
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """Clean latents are those of time step 0, for decoders that take one."""
+        timed = self.config.get("timestep_conditioning")
+        return super(Adapted, self).decode(z, temb=z.new_zeros(z.shape[0]) if timed else None).sample
+
+
+class AdaptedKVAE(Adapted):
+    """KVAE works in segments of 16 frames after the first; of a last segment of one latent only one frame comes back."""
+
+    def check_frames(self, T: int) -> None:
+        group = self.temporal_compression_ratio
+
+        def whole(n: int) -> bool:
+            return n > 0 and (n - 1) % group == 0 and (n <= group + 1 or (n - 1) % 16 != group)
+
+        if not whole(T):
+            nearest = min(filter(whole, range(1, max(1, T) + 2 * group)), key=lambda n: abs(n - T))
+            raise ValueError(
+                f"T={T}: {type(self).__name__} needs T = {group}k + 1 frames, but not {16 + group + 1}, "
+                f"{32 + group + 1}, ...: there it drops {group - 1}; e.g. {nearest}"
+            )
+
+
+class AdaptedVidTok(Adapted):
+    """VidTok encodes groups of four frames: a causal one sees the first frame four times, as its own `forward` does."""
+
+    @property
+    def clip_lengths(self) -> tuple[int, int]:
+        return super().clip_lengths if self.config.is_causal else (self.num_sample_frames_batch_size, 0)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        before = self.temporal_compression_ratio - 1 if self.config.is_causal else 0
+        return super()._moments(torch.cat([x[:, :, :1].expand(-1, -1, before, -1, -1), x], dim=2))
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return super(Adapted, self).decode(z)
+
+
+class AdaptedAllegro(Adapted):
+    """Allegro works in tiles only, of 24 frames and 320 pixels by default; what no tile covers would be grey."""
+
+    @property
+    def clip_lengths(self) -> tuple[int, int]:
+        return self.stride[0], self.kernel[0]
+
+    def check_sides(self, H: int, W: int) -> None:
+        wrong = [
+            (size - k) % s or size < k
+            for size, k, s in zip((H, W), self.kernel[1:], self.stride[1:], strict=True)
+        ]
+        if any(wrong):
+            (k, _), (s, t) = self.kernel[1:], self.stride[1:]
+            raise ValueError(
+                f"H={H}, W={W}: {type(self).__name__} takes {k} + {s}i x {k} + {t}j pixels, e.g. {k} x {k}"
+            )
+
+    def _tiled(self, stage: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+        self.use_tiling = True
+        return torch.cat([stage(one) for one in x.split(1)])
+
+    def _moments(self, x: Tensor) -> Tensor:
+        return self._tiled(super()._moments, x)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return self._tiled(super()._pixels, z).transpose(1, 2)
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def _levels(key: str, time: str = "temporal_compression_ratio") -> Callable[[Config], tuple[int, int]]:
+    """Ratios of a config whose list `key` has a width a level, and `time` the ratio in time."""
+    return lambda c: (int(c[time]), 2 ** (len(c[key]) - 1))
+
+
+def _told(c: Config) -> tuple[int, int]:
+    return c["temporal_compression_ratio"], c["spatial_compression_ratio"]
+
+
+def _wan(c: Config) -> tuple[int, int]:
+    return 2 ** sum(c["temperal_downsample"]), 2 ** (len(c["dim_mult"]) - 1) * (c.get("patch_size") or 1)
+
+
+def _ltx(c: Config) -> tuple[int, int]:
+    """From the blocks: the attributes of diffusers' LTX-2 say 16 and 64 where 8 and 32 are computed."""
+    scaling, kinds = c["spatio_temporal_scaling"], c["downsample_type"]
+    scaling = [scaling] * len(kinds) if isinstance(scaling, bool) else scaling
+    used = [kind for kind, scales in zip(kinds, scaling, strict=False) if scales]
+    time = 2 ** sum(kind != "spatial" for kind in used)
+    return c["patch_size_t"] * time, c["patch_size"] * 2 ** sum(kind != "temporal" for kind in used)
+
+
+def _magvit(c: Config) -> tuple[int, int]:
+    kinds = c["down_block_types"][:-1]
+    return 2 ** sum(kind == "SpatialTemporalDownBlock3D" for kind in kinds), 2 ** len(kinds)
+
+
+def _mochi(c: Config) -> tuple[int, int]:
+    return functools.reduce(int.__mul__, c["temporal_expansions"]), functools.reduce(
+        int.__mul__, c["spatial_expansions"]
+    )
+
+
+def _vidtok(c: Config) -> tuple[int, int]:
+    time = 2 if c["tempo_ds"] is None else len(c["tempo_ds"])
+    return 2**time, 2 ** (len(c["ch_mult"]) - 1 if c["spatial_ds"] is None else len(c["spatial_ds"]))
+
+
+def _by_four(c: Config) -> int:
+    return 4
+
+
+ROWS = {
+    "AutoencoderKLWan": Row(
+        "wan",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers or Wan2.2-TI2V-5B-Diffusers",
+        _wan,
+        _by_four,
+        causal=True,
+        chunks=WanChunks,
+    ),
+    "AutoencoderKLQwenImage": Row(
+        "qwenimage", "Qwen/Qwen-Image", _wan, _by_four, causal=True, chunks=WanChunks
+    ),
+    # 8k frames are another alignment (2k latents) and an even number of latents decodes to that: 8k + 1 only.
+    # invert_scale_latents (1.5) is about the picture that conditions its pipeline, not about the video's latents.
+    "AutoencoderKLCogVideoX": Row(
+        "cogvideox",
+        "zai-org/CogVideoX-2b",
+        _levels("block_out_channels"),
+        lambda c: 2 * int(c["temporal_compression_ratio"]),
+        causal=True,
+    ),
+    "AutoencoderKLHunyuanVideo": Row("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", _told),
+    "AutoencoderKLHunyuanVideo15": Row(
+        "hunyuanvideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", _told, causal=True
+    ),
+    "AutoencoderKLLTXVideo": Row("ltx", "Lightricks/LTX-Video", _ltx),
+    "AutoencoderKLLTX2Video": Row("ltx2", "Lightricks/LTX-2", _ltx),
+    "AutoencoderKLMochi": Row("mochi", "genmo/mochi-1-preview", _mochi, causal=True),
+    "AutoencoderKLCosmos": Row(
+        "cosmos", "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", _told, causal=True, posterior=False
+    ),
+    "AutoencoderKLMagvit": Row(
+        "magvit",
+        "alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers",
+        _magvit,
+        _by_four,
+        causal=True,
+        chunks=MagvitChunks,
+    ),
+    "AutoencoderKLKVAEVideo": Row(
+        "kvae",
+        "kandinskylab/KVAE-3D-1.0",
+        _levels("ch_mult", "temporal_compress_times"),
+        posterior=False,
+        chunks=KVAEChunks,
+    ),
+    "AutoencoderVidTok": Row("vidtok", "microsoft/VidTok", _vidtok),
+    "AutoencoderKLAllegro": Row(
+        "allegro", "rhymes-ai/Allegro", _levels("block_out_channels"), trainable=False
+    ),
+}
+NAMES = {row.name: cls for cls, row in ROWS.items()}
+_SPECIAL = {
+    "AutoencoderKLLTXVideo": AdaptedLTX,
+    "AutoencoderKLLTX2Video": AdaptedLTX,
+    "AutoencoderKLKVAEVideo": AdaptedKVAE,
+    "AutoencoderVidTok": AdaptedVidTok,
+    "AutoencoderKLAllegro": AdaptedAllegro,
+}
+
+
+@functools.cache
+def adapted(cls: str) -> type:
+    """The subclass of diffusers' `cls`, a key of ROWS; ValueError if the installed diffusers has no such class."""
+    base = getattr(diffusers, cls, None)
+    if base is None:
+        raise ValueError(f"{cls}: diffusers {diffusers.__version__} has no such class; install a later one")
+    names = {"row": ROWS[cls], "__module__": __name__, "__doc__": base.__doc__}
+    return type(cls, (_SPECIAL.get(cls, Adapted), base), names)
+
+
+def check_loaded(vae: Any, folder: Any) -> Any:
+    """The VAE itself; ValueError for a config that makes it something else than a video VAE of RGB frames."""
+    config = vae.config
+    if config.get("regularizer", "kl") != "kl":
+        raise ValueError(
+            f"{folder}: regularizer={config['regularizer']}: discrete codes; VidTok's kl models open"
+        )
+    channels = config.get("input_channels", 3)
+    if channels != 3:
+        raise ValueError(
+            f"{folder}: input_channels={channels}: pictures of {channels} channels, not RGB video"
+        )
+    return vae
+
+
+def adapted_classes() -> Iterator[type]:
+    """All that the installed diffusers has."""
+    return (adapted(cls) for cls in ROWS if hasattr(diffusers, cls))
+
+
+def __getattr__(name: str) -> type:
+    """The classes by their names: a saved pipeline names them so."""
+    if name in ROWS:
+        return adapted(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
