@@ -250,7 +250,8 @@ def encode_and_decode(
         vae = vae_of().to(DEVICE, dtype)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             x = _empty(batch, 3, frames, size, size, dtype=dtype)
-            z = vae.encode(x[:, :, :5]).latent_dist.mode().to(dtype)  # what is prepared once a model
+            short = min(frames, sum(vae.clip_lengths))
+            z = vae.encode(x[:, :, :short]).latent_dist.mode().to(dtype)  # what is prepared once a model
             if decode:
                 vae.decode(z)
             del z

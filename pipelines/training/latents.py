@@ -41,7 +41,7 @@ def cache_fingerprint(config: Any, vae: Any, clips: VideoClips) -> dict[str, Any
     names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
     return {
         "vae": vae_entry(config.vae, vae),
-        "clip": dataclasses.asdict(clips.spec),
+        "clip": clips.spec.settings(),
         "source": {
             "name": config.source.name,
             "videos": len(clips),
