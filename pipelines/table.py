@@ -89,7 +89,6 @@ def show(desk: "Desk", table: "Table") -> None:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["vaes"]:
-        console()
         return vaes.main(words[1:])
     args = parse(words)
     if args.list_vaes:
