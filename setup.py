@@ -6,36 +6,12 @@ by number. Everything else is in pyproject.toml; requirements.txt pins a fresh e
 
 import sysconfig
 from importlib.metadata import distributions
+from pathlib import Path
 
 from setuptools import setup
 
-DEPENDENCIES = [
-    "torch>=2.6",
-    "torchvision",  # lpips and timm import it
-    "timm>=1.0",  # ModelEmaV3: plain EMA, as the paper's
-    "diffusers>=0.38",  # ModelMixin/ConfigMixin, schedulers, AutoencoderKL; before, code in a pipeline's folder ran
-    "accelerate>=1.6",
-    "deepspeed>=0.16",
-    "transformers>=4.46",  # accelerate's DeepSpeed plugin asks for its version
-    "av>=14.1",  # the reader, the scanner and the writer of video; VideoFrame.rotation is from 14.1 on
-    # the other reader (source.reader=decord); no wheel elsewhere, and the project runs without it
-    "decord>=0.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
-    "numpy>=1.26",
-    "scipy>=1.12",
-    "tensorboard>=2.16",
-    "safetensors>=0.5",
-    "filelock>=3.12",  # one training a run folder
-    "omegaconf>=2.3",  # YAML + key=value merged strictly into dataclasses
-    "pyyaml>=6",  # plain reading of tables and run settings; omegaconf brings it
-    "lpips>=0.1.4",
-    "google-crc32c>=1.5",  # checksums of the TF-Hub checkpoint: I3D's 50 MB in milliseconds
-    "pillow>=10",
-    "tqdm>=4.66",
-    "matplotlib>=3.8",  # curves of the report
-    "jinja2>=3.1",  # templates of the pages and the model card
-    "pandas>=2.2",  # writes the tables as csv, LaTeX and html
-    "huggingface_hub>=0.30",  # model cards and export --push; diffusers brings it
-]
+lines = (Path(__file__).parent / "dependencies.txt").read_text().splitlines()
+DEPENDENCIES = [line.partition("  #")[0] for line in lines if line and not line.startswith("#")]
 
 
 def installed_torch() -> str | None:

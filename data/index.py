@@ -19,6 +19,7 @@ import numpy as np
 
 from data import by_decord
 from data.processes import Pool
+from data.progress import Progress
 from data.scan import MEMORY_BYTES, ScanRecord, plausible, reader_name, scan_all
 from data.table import Blobs
 from data.video import IMAGE_SUFFIXES
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 _VERSION = 3
 _NUMBERS = {"num_frames": np.int32, "width": np.int32, "height": np.int32, "fps": np.float64}
 _COMMIT_EVERY_S = 5.0
-_TELL_EVERY_S = 60.0
 _TABLE = """CREATE TABLE IF NOT EXISTS scans (path BLOB PRIMARY KEY, files INT, bytes INT, changed INT,
  num_frames INT, width INT, height INT, fps REAL, damaged TEXT, times BLOB, reader TEXT) WITHOUT ROWID"""
 _FIND = """SELECT n, num_frames, width, height, fps, damaged, times, files, bytes, changed, reader
@@ -193,11 +193,12 @@ def _scan_and_store(
     timeout_s: float,
     known_good: bool,
 ) -> Iterator[tuple[int, ScanRecord]]:
-    committed = told = time.monotonic()
+    committed = time.monotonic()
     stamps = {paths[n]: (n, _stamp(paths[n])) for n in todo}  # before the scan: a file may change meanwhile
+    bar = Progress(len(stamps), "scan", "video")
     try:
         records = scan_all(list(stamps), min(workers, len(stamps)), timeout_s)
-        for done, record in enumerate(records if known_good else plausible(records), 1):
+        for record in records if known_good else plausible(records):
             n, stamp = stamps[record.path]
             if record.final:
                 key = os.fsencode(record.path)
@@ -206,11 +207,10 @@ def _scan_and_store(
             if now - committed > _COMMIT_EVERY_S:
                 store.commit()
                 committed = now
-            if now - told > _TELL_EVERY_S:
-                logger.info("%d of %d videos scanned", done, len(stamps))
-                told = now
+            bar.update()
             yield n, record
     finally:
+        bar.close()
         store.commit()
 
 

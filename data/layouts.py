@@ -20,7 +20,8 @@ class Found:
 
     base: folder. names: paths below it. groups: videos of one group stay on one side of a held-out split; [] when each
     is its own. labels: [] when unconditional. cuts: begin and end in ms, for lists that cut clips out of longer videos.
-    missing: videos of a list that are not on disk, as the list writes them.
+    missing: videos of a list that are not on disk, as the list writes them. parted: the data set itself says which videos
+    are held out, and these are those asked for.
     """
 
     base: str
@@ -30,6 +31,7 @@ class Found:
     class_names: list[str] = field(default_factory=list)
     cuts: list[tuple[int, int]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    parted: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,7 +42,7 @@ class Found:
         parts = [[column[n] for n in numbers] if column else [] for column in (self.groups, self.labels)]
         cuts = [self.cuts[n] for n in numbers] if self.cuts else []
         names = [self.names[n] for n in numbers]
-        return Found(self.base, names, *parts, self.class_names, cuts, self.missing)
+        return Found(self.base, names, *parts, self.class_names, cuts, self.missing, self.parted)
 
 
 def files_below(root: Path) -> list[str]:
@@ -94,7 +96,7 @@ def find_sky(root: Path, split: str) -> Found:
     """Folders of frames below sky_train or sky_test."""
     for folder in (root / f"sky_{split}", root / "sky_timelapse" / f"sky_{split}"):
         if folder.is_dir():
-            return Found(str(folder), video_names(folder))
+            return Found(str(folder), video_names(folder), parted=True)
     raise ValueError(f"sky_timelapse: no sky_{split}/ in {root}; see docs/datasets.md for the layout")
 
 

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar at a terminal, elsewhere one line as soon as the time left is known."""
+"""How far a long loop is: a bar at a terminal, elsewhere lines with the time that is left."""
 
 import logging
 import time
@@ -7,34 +7,65 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 KNOWN = 4.0, 20.0  # seconds of work that tell the speed: after the first unit, which may be slow; with it
+APART = 30.0, 600.0  # seconds between two lines: at least, and at most
+SHARE = 0.05  # of the work between two lines, where it is done in between
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 5 h, 3 d."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds > (100 if unit == "min" else 2 * length):
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class Progress(tqdm):
-    """A tqdm bar on stderr. Without a terminal it logs `stage one: 40 of 300 steps, about 2 min left`, once.
+    """A tqdm bar on stderr. Without a terminal it logs `cache: 40 of 300 shards, about 2 min left`, each 5 % or ten minutes.
 
-    main: False shows nothing (another process does). initial: units done before, in no time of this loop.
+    main: False shows nothing (another process does). initial: units done before, in no time of this loop. once: no more lines
+    than the first, as soon as the time left is known: the caller has lines of its own.
     """
 
-    def __init__(self, total: int, desc: str, unit: str, main: bool = True, initial: int = 0):
+    def __init__(
+        self, total: int, desc: str, unit: str, main: bool = True, initial: int = 0, once: bool = False
+    ):
         super().__init__(total=total, desc=desc, unit=unit, initial=initial, disable=not main or None)
-        self.told = not (main and self.disable)
+        self.silent, self.once, self.told = not (main and self.disable), once, None
         self.text, self.noun, self.done, self.wanted = desc, unit, initial, total
         self.marks = [(time.monotonic(), initial)]  # the beginning, and the end of the first unit
 
     def update(self, n: int = 1) -> None:
         super().update(n)
         self.done += n
-        if self.told or self.done >= self.wanted:
-            return
         now = time.monotonic()
+        if self.silent:
+            return
+        if self.done >= self.wanted:
+            if self.told and not self.once:
+                log.info(
+                    "%s: all %d %ss in %s",
+                    self.text,
+                    self.wanted,
+                    self.noun,
+                    duration(now - self.marks[0][0]),
+                )
+            self.silent = True
+            return
+        if self.told:
+            (then, before), (least, most) = self.told, APART
+            if now - then > most or (now - then > least and self.done - before > SHARE * self.wanted):
+                self._tell(now, *self.marks[-1])
+            return
         for (then, before), enough in zip(reversed(self.marks), KNOWN[2 - len(self.marks) :], strict=True):
             if now - then > enough:
-                left = (now - then) / (self.done - before) * (self.wanted - self.done)
-                shown = f"{left / 60:.0f} min" if left > 100 else f"{left:.0f} s"
-                log.info(
-                    "%s: %d of %d %ss, about %s left", self.text, self.done, self.wanted, self.noun, shown
-                )
-                self.told = True
+                self._tell(now, then, before)
                 return
         if len(self.marks) == 1:
             self.marks.append((now, self.done))
+
+    def _tell(self, now: float, then: float, before: int) -> None:
+        left = (now - then) / (self.done - before) * (self.wanted - self.done)
+        log.info(
+            "%s: %d of %d %ss, about %s left", self.text, self.done, self.wanted, self.noun, duration(left)
+        )
+        self.told, self.silent = (now, self.done), self.once

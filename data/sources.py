@@ -10,21 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data import layouts, lists
+from data import layouts, lists, user_list
 from data.core.files import escaped, printable, unescaped, write_atomic
-from data.cut import cut_frames, frames_between
-from data.demo import DemoVideos
+from data.cut import TO_THE_END, cut_frames, frames_between
+from data.demo import EDGE, DemoVideos
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
-from data.table import Video, VideoTable
-from data.video import Frames
+from data.table import WHOLE, Video, VideoTable
+from data.video import VIDEO_SUFFIXES, Frames
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("ucf101", "sky_timelapse", "kinetics400", "webvid", "panda70m", "folder", "demo")
-_SPLITS = {"kinetics400": ("train", "val", "test")}
-_LISTS = ("ucf101", "kinetics400", "webvid", "panda70m")
+SOURCES = ("ucf101", "sky_timelapse", "kinetics400", "webvid", "panda70m", "folder", "csv", "demo")
+_SPLITS = {"kinetics400": ("train", "val", "test"), "csv": ("train", "val", "test", "all")}
+_LISTS = ("ucf101", "kinetics400", "webvid", "panda70m", "csv")
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Source:
     videos: Sequence[Video]
     class_names: list[str] = field(default_factory=list)
     damaged: list[ScanRecord] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # of a list, as it names them
     demo: DemoVideos | None = None
 
 
@@ -67,20 +68,22 @@ def open_source(
     num_classes: int = 4,
     size: int = 64,
     num_frames: int = 64,
+    edge: float = EDGE,
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
-    name: one of SOURCES; "folder" is any tree of videos, "demo" needs no files.
-    split: "train" or "test" (kinetics400: also "val"), a folder of sky_timelapse and kinetics400.
+    name: one of SOURCES; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
+    split: "train" or "test" (kinetics400, csv: also "val"; csv: "all"), a folder of sky_timelapse and kinetics400.
     list_file: the list as published: webvid needs its csv, panda70m cuts clips by its csv, kinetics400 takes labels
-    from its csv, ucf101 has lines `Class/v_x.avi [label]`. What it names and the disk lacks is left out and told.
+    from its csv, ucf101 has lines `Class/v_x.avi [label]`, csv is data/user_list.py's. What it names and the disk lacks is left out and told.
     labels: for folder, "none" or "folder" (class = first folder below the root).
     index_dir: where scans, `<name>-quarantine.tsv` and `<name>-missing.txt` are kept; not below root. None: no file
     is written.
     reader: "pyav", or "decord" for files on which the scan finds that it shows the same frames, PyAV for the others.
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
-    out, and whether to open that part or the rest. The choice depends on names only. Held out of sky_timelapse is
-    sky_test; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
+    out, and whether to open that part or the rest. The choice depends on names only, but for a part without an undamaged
+    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames,
+    edge: the demo's.
     Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
@@ -92,36 +95,50 @@ def open_source(
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
     if name == "demo":
-        return _demo(num_videos, num_classes, size, num_frames, 2 * seed + held_out)
-    if not root or not Path(root).is_dir():
+        return _demo(DemoVideos(num_videos, num_classes, size, num_frames, 2 * seed + held_out, edge))
+    own = name == "csv"
+    if not root and not own:
         raise ValueError(
-            f"{name}: root={str(root or '')!r} is not a folder; see docs/datasets.md for the layout"
+            f"{name}: root='' is not a folder; give that of the videos: --data DIR or source.root=DIR"
         )
-    root = Path(root).absolute()
-    if index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
+    if root and not Path(root).is_dir():
+        hint = (
+            f"; for a list say source.name=csv source.list_file={root}"
+            if str(root).endswith(user_list.SUFFIXES)
+            else ""
+        )
+        raise ValueError(
+            f"{name}: root={str(root)!r} is not a folder; see docs/datasets.md for the layout{hint}"
+        )
+    root = Path(root).absolute() if root else None
+    if root and index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"index_dir={index_dir}: lies inside the data; choose a folder outside {root}")
     if list_file and name not in _LISTS:
         raise ValueError(
             f"list_file={list_file}: {', '.join(_LISTS)} have list files; leave it empty for {name}"
         )
-    if name == "sky_timelapse":
+    list_file = Path(list_file) if list_file else None
+    if own:
+        found = user_list.find_csv(root, list_file, split, held_out)
+    elif name == "sky_timelapse":
         found = layouts.find_sky(root, "test" if held_out else split)
     else:
-        found = _find(name, root, split, Path(list_file) if list_file else None, labels)
+        found = _find(name, root, split, list_file, labels)
     _tell_missing(name, found, index_dir)
     if not found:
-        raise ValueError(f"{name}: no videos in {root}; see docs/datasets.md for the layout")
-    if name != "sky_timelapse":
-        found = _hold_out(found, val_fraction, held_out)
-    return _scanned(name, root, found, index_dir, workers, reader)
+        suffixes = " ".join(VIDEO_SUFFIXES)
+        raise ValueError(
+            f"{name}: no videos in {root or list_file} (files {suffixes}, or folders of frames); see docs/datasets.md for the layout"
+        )
+    share = None if found.parted else (val_fraction, held_out)
+    return _scanned(name, root or Path(found.base), found, share, index_dir, workers, reader)
 
 
-def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: int) -> Source:
-    demo = DemoVideos(num_videos, num_classes, size, num_frames, seed)
-    columns = {key: np.full(num_videos, size) for key in ("width", "height")}
-    columns |= {"num_frames": np.full(num_videos, num_frames), "fps": np.full(num_videos, 8.0)}
-    columns["label"] = np.array([demo.label(n) for n in range(num_videos)])
-    videos = VideoTable(f"demo:{seed}", [str(n) for n in range(num_videos)], columns)
+def _demo(demo: DemoVideos) -> Source:
+    columns = {key: np.full(len(demo), demo.size) for key in ("width", "height")}
+    columns |= {"num_frames": np.full(len(demo), demo.num_frames), "fps": np.full(len(demo), 8.0)}
+    columns["label"] = np.array([demo.label(n) for n in range(len(demo))])
+    videos = VideoTable(f"demo:{demo.seed}", [str(n) for n in range(len(demo))], columns)
     return Source("demo", "", videos, demo.class_names, demo=demo)
 
 
@@ -156,8 +173,11 @@ def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None
         )
 
 
-def _hold_out(found: Found, val_fraction: float, held_out: bool) -> Found:
-    """The held-out part or the rest: whole groups, at least one on each side, chosen by a hash of their names."""
+def _hold_out(found: Found, val_fraction: float, held_out: bool, damaged: set[str]) -> Found:
+    """The held-out part or the rest: whole groups, at least one on each side, chosen by a hash of their names.
+
+    As many groups more as it takes to hold out one video that is not damaged.
+    """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must lie in [0, 1)")
     if val_fraction == 0:
@@ -171,6 +191,9 @@ def _hold_out(found: Found, val_fraction: float, held_out: bool) -> Found:
             f"val_fraction={val_fraction}: {len(groups)} group of videos cannot be split; use val_fraction=0"
         )
     count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
+    good = {group for name, group in zip(found.names, of_video, strict=True) if name not in damaged}
+    while not good & set(groups[:count]) and count < len(groups) - 1:
+        count += 1
     chosen = set(groups[:count])
     return found.choose(n for n, group in enumerate(of_video) if (group in chosen) == held_out)
 
@@ -180,24 +203,35 @@ def _bytes(text: str) -> bytes:
 
 
 def _scanned(
-    name: str, root: Path, found: Found, index_dir: str | Path | None, workers: int, reader: str
+    name: str,
+    root: Path,
+    found: Found,
+    share: tuple[float, bool] | None,
+    index_dir: str | Path | None,
+    workers: int,
+    reader: str,
 ) -> Source:
+    """share: (val_fraction, held_out), unless the data set says itself what is held out."""
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
     scans = scan_paths(paths, cache_file, workers)
-    damaged = [ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()]
+    damaged = {n: ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()}
+    if index_dir is not None:
+        _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), list(damaged.values()))
+    if share is not None:
+        found = _hold_out(found, *share, {file for file, n in files.items() if n in damaged})
+    rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
+    opened = set(rows.tolist())
+    damaged = [record for n, record in damaged.items() if n in opened]
     for record in damaged:
         logger.warning("damaged, left out: %s: %s", printable(str(record.path)), record.damaged)
-    if index_dir is not None:
-        _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), damaged)
-    if len(damaged) == len(paths):
+    if len(damaged) == len(opened):
         raise ValueError(
-            f"{name}: all videos of {root} are damaged ({len(paths)} found, {len(damaged)} damaged); "
+            f"{name}: all videos of {root} are damaged ({len(opened)} found, {len(damaged)} damaged); "
             f"the first: {Path(damaged[0].path).name}: {damaged[0].damaged}"
         )
-    logger.info("%s: %d videos found, %d damaged", name, len(paths), len(damaged))
-    rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
+    logger.info("%s: %d videos found, %d damaged", name, len(opened), len(damaged))
     columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
     columns["file"] = rows.astype(np.int32)
     if reader == "decord":
@@ -208,7 +242,7 @@ def _scanned(
     if found.cuts:
         good &= _cut(name, found, scans, rows, columns)
     videos = VideoTable(found.base, found.names, columns, scans.times)
-    return Source(name, str(root), videos.select(good), found.class_names, damaged)
+    return Source(name, str(root), videos.select(good), found.class_names, damaged, found.missing)
 
 
 def _cut(
@@ -216,7 +250,11 @@ def _cut(
 ) -> np.ndarray:
     """Put first frame and number of frames of each clip into the columns; returns which clips have any."""
     spans = [
-        frames_between(scans.times[row], *cut) if scans.times[row] else (0, 0, 0)
+        (0, scans.num_frames[row], WHOLE)
+        if cut == (0, TO_THE_END)
+        else frames_between(scans.times[row], *cut)
+        if scans.times[row]
+        else (0, 0, 0)
         for row, cut in zip(rows, found.cuts, strict=True)
     ]
     first, stop, tick = np.array(spans, np.int64).T

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.cut import show_time
+from data.cut import TO_THE_END, show_time
 from data.scan import ScanRecord
+
+WHOLE = -(1 << 62)  # as a tick: the whole file, not a cut of it
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,10 @@ class VideoTable(Sequence):
         row = self._row(index)
         if "cut" not in self.columns:
             return self.files[row]
-        begin, end = (show_time(int(ms)) for ms in self.columns["cut"][row])
-        return f"{self.files[row]}[{begin}-{end}]"
+        begin, end = (int(ms) for ms in self.columns["cut"][row])
+        if (begin, end) == (0, TO_THE_END):
+            return self.files[row]
+        return f"{self.files[row]}[{show_time(begin)}-{'' if end == TO_THE_END else show_time(end)}]"
 
     def label(self, index: int) -> int:
         """Class, -1 when unconditional."""
@@ -112,6 +116,7 @@ class VideoTable(Sequence):
         fps = float(self.columns["fps"][row])
         record = ScanRecord(path, fps=fps, times=times, decord=decord, **numbers)
         where = [int(self.columns[key][row]) for key in ("first", "tick") if key in self.columns]
+        where = [] if where[1:] == [WHOLE] else where
         return Video(self.name(index), record, self.label(index), *where)
 
     def _row(self, index: int) -> int:

@@ -81,11 +81,12 @@ def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int,
 
     tick: the presentation time that the file gives the first of them; 0 if there is none.
 
-    packed: of pack_times; not b"". Whole numbers throughout: no rounding puts a frame on the wrong side.
+    packed: of pack_times; not b"". end_ms: below 0 means to the end. Whole numbers throughout: no rounding puts a frame on the wrong side.
     """
     numerator, denominator, _ = _HEADER.unpack_from(packed)
     ticks = unpack_times(packed).ticks
     limits = [-(-ms * denominator // (numerator * 1000)) for ms in (begin_ms, end_ms)]
     first, stop = np.searchsorted(ticks - ticks[0], limits)
+    stop = stop if end_ms >= 0 else len(ticks)
     tick = int(ticks[first]) if first < stop else 0
     return int(first), int(stop), tick

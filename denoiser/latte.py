@@ -68,11 +68,10 @@ def _modulation(hidden_size: int, num_chunks: int) -> nn.Sequential:
 
 
 class LatteBlock(nn.Module):
-    """One adaLN-zero transformer block; attends along time if `temporal`, within each frame otherwise."""
+    """One adaLN-zero transformer block; attends within each frame."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, temporal: bool):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.temporal = temporal
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -90,8 +89,16 @@ class LatteBlock(nn.Module):
         return torch.addcmul(x, gate_mlp, self.mlp(h))
 
     def _attend(self, h: Tensor) -> Tensor:
-        if not self.temporal:
-            return self.attn(h.flatten(0, 1)).view_as(h)
+        return self.attn(h.flatten(0, 1)).view_as(h)
+
+
+class TemporalLatteBlock(LatteBlock):
+    """The same, attending along time."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(x, c)  # torch.compile keeps one graph per function: each kind has its own
+
+    def _attend(self, h: Tensor) -> Tensor:
         rows = h.transpose(1, 2)  # (B, N, t, D)
         return self.attn(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
 
@@ -124,8 +131,10 @@ class Latte(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LatteBlock"]  # noqa: RUF012 (read by diffusers from the class)
-    _repeated_blocks = ["LatteBlock"]  # noqa: RUF012 (what compile_repeated_blocks() compiles)
+    # Read by diffusers from the class: what offloading keeps together, what compile_repeated_blocks() compiles, what
+    # layerwise casting leaves in full precision
+    _no_split_modules = _repeated_blocks = ["LatteBlock", "TemporalLatteBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -155,7 +164,8 @@ class Latte(ModelMixin, ConfigMixin):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            LatteBlock(hidden_size, num_heads, mlp_ratio, temporal=i % 2 == 1) for i in range(depth)
+            (TemporalLatteBlock if i % 2 else LatteBlock)(hidden_size, num_heads, mlp_ratio)
+            for i in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.gradient_checkpointing = False

@@ -128,46 +128,61 @@ def sample_latents(
     noise_shape: Sequence[int],
     y: Tensor | None,
     scheduler,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Callable[[], float] = 1.0,
     *,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator] | torch.Generator,
+    latents: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
+    on_step: Callable[[int, int, Tensor], Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Denoise from pure noise. Returns (B, C, t, h, w) float32 latents, scaled as in training.
 
     noise_shape: (B, C, t, h, w). y: (B,) int64 labels, None for an unconditional model. scheduler: from
-    `make_scheduler`. generators: B of them, one per sample (a CPU one gives the same noise on every device):
-    all noise of a sample comes from its own, so the others in its batch do not change it, to rounding.
-    progress: wraps the timesteps, e.g. tqdm. x_t and the scheduler's step are float32 whatever the model runs
-    in; for bf16 call this inside `torch.autocast`. The model is put in evaluation mode, then back.
+    `make_scheduler`. guidance_scale: a number, or a function that gives it before each step. generators: B of them,
+    one per sample (a CPU one gives the same noise on every device): all noise of a sample comes from its own, so the
+    others in its batch do not change it, to rounding; or one generator for the whole batch. latents: x_T, in place
+    of a draw. progress: wraps the timesteps, e.g. tqdm. on_step: takes (number of the step, timestep, x) after each
+    step and returns x. device: where to compute, when the model's weights lie elsewhere between calls.
+    x_t and the scheduler's step are float32 whatever the model runs in; for bf16 call this inside `torch.autocast`.
+    The model is put in evaluation mode, then back.
     Raises ValueError if the counts differ, or if ddpm (learned variance) meets a model without learn_sigma.
     """
     B, C = noise_shape[:2]
-    if len(generators) != B or (y is not None and len(y) != B):
+    one = isinstance(generators, torch.Generator)
+    if (not one and len(generators) != B) or (y is not None and len(y) != B):
         labels = "no" if y is None else len(y)
         raise ValueError(
-            f"{len(generators)} generators, {labels} labels: a batch of {B} needs one of each per sample"
+            f"{1 if one else len(generators)} generators, {labels} labels: a batch of {B} needs one of each per sample"
         )
+    generators = generators if one else list(generators)
+    if latents is not None and tuple(latents.shape) != tuple(noise_shape):
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: this model's are {tuple(noise_shape)}")
     learned_range = getattr(scheduler, "variance_type", None) == "learned_range"
-    device = model.device
+    device = device or model.device
     if y is not None:
         if y.device.type == "cpu" and isinstance(model, Latte):
             model.check_labels(y)
         y = y.to(device)
-    x = randn_tensor(tuple(noise_shape), generator=list(generators), device=device, dtype=torch.float32)
+    if latents is None:
+        x = randn_tensor(tuple(noise_shape), generator=generators, device=device, dtype=torch.float32)
+    else:
+        x = latents.to(device, torch.float32)
     was_training = model.training
     model.eval()
     try:
         # Ids as Python ints: the scheduler's tables stay on the CPU and no step waits for the GPU.
-        for t in (progress or iter)(scheduler.timesteps.tolist()):
+        for i, t in enumerate((progress or iter)(scheduler.timesteps.tolist())):
             ids = torch.full(
                 (B,), t, device=device
             )  # a tensor: a compiled model would recompile for each int
-            out = cfg_forward(model, x, ids, y, guidance_scale).float()
+            scale = guidance_scale() if callable(guidance_scale) else guidance_scale
+            out = cfg_forward(model, x, ids, y, scale).float()
             if learned_range and out.shape[1] != 2 * C:
                 raise ValueError(f"{out.shape[1]} output channels: ddpm here needs learn_sigma; use ddim")
             out = out if learned_range else out[:, :C]
-            x = scheduler.step(out, t, x, generator=list(generators)).prev_sample
+            x = scheduler.step(out, t, x, generator=generators).prev_sample
+            x = on_step(i, t, x) if on_step else x
     finally:
         model.train(was_training)
     return x

@@ -27,8 +27,17 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.files import remove_leftovers, write_atomic
-from eval.checksums import differing_tensors, from_tf_names, tensor_digest, tf_table
-from eval.weight_files import MEMBERS, TERMS, TRUNKS, WEIGHT_FILES, Member
+from eval.weight_files import (
+    MEMBERS,
+    TERMS,
+    TRUNKS,
+    WEIGHT_FILES,
+    Member,
+    differing_tensors,
+    from_tf_names,
+    tensor_digest,
+    tf_table,
+)
 from eval.weights import ROOT, accepted_names, open_weights, weights_folder
 
 PINS = ROOT / "configs" / "weights.txt"

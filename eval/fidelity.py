@@ -151,7 +151,7 @@ def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int 
 
 def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
     """Videos of two folders with one relative name (suffix aside). ValueError if one lacks a partner."""
-    from eval.manifest import list_folder
+    from eval.selection import list_folder
 
     def pair_name(video, root: Path) -> str:
         place = "" if root.is_file() else video.path.relative_to(root)

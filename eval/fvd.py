@@ -32,7 +32,7 @@ RELIABLE_VIDEOS = (
 
 def distances(real: np.ndarray, fake: np.ndarray, ddof: int = 1) -> dict[str, float]:
     """{"FVD": ..., "KVD": ...} of two feature arrays (N, 400) of equal N, else ValueError."""
-    from eval.frechet import frechet_distance, kernel_distance
+    from eval.measures import frechet_distance, kernel_distance
 
     if len(real) != len(fake):
         raise ValueError(
@@ -104,9 +104,8 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
     protocol = protocol_of(args)
     require_weights("i3d", args.weights)
-    from eval.extraction import judge_folder
+    from eval.extraction import joined_ranks, judge_folder
     from eval.features import default_device, i3d_extractor
-    from eval.ranks import joined_ranks
 
     with joined_ranks() as ranks:
         options = run_options(args, ranks, args.real, args.fake)
@@ -133,7 +132,7 @@ def score(real, fake, protocol: Protocol) -> dict[str, dict]:
 
     real may hold clips beyond the first num_videos: they are for the floor only.
     """
-    from eval.uncertainty import frechet_interval, kernel_interval, same_distribution_floor
+    from eval.measures import frechet_interval, kernel_interval, same_distribution_floor
 
     num = protocol.num_videos
     sides = (real.features[:num], fake.features, real.groups[:num], fake.groups)

@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
     protocols = protocols_of(args)
     require_weights("c3d", args.weights)
-    from eval.extraction import judge_folder
+    from eval.extraction import joined_ranks, judge_folder
     from eval.features import c3d_extractor, default_device
-    from eval.ranks import joined_ranks
 
     with joined_ranks() as ranks:
         options = run_options(args, ranks, args.fake)
@@ -77,9 +76,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def report(judged, protocol: InceptionProtocol, extractor, options, args: argparse.Namespace) -> None:
     """Score under one protocol, print it and append the record."""
-    from eval.inception import inception_score_from_logits
+    from eval.measures import inception_interval, inception_score_from_logits
     from eval.records import append_record, provenance_of_run
-    from eval.uncertainty import inception_interval
 
     order = np.argsort(judged.places)
     if protocol.shuffle_seed is not None:

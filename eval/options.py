@@ -5,10 +5,9 @@ import os
 from typing import Any
 
 from data.core.files import claim_file, is_json_object
-from eval.extraction import RunOptions
+from eval.extraction import Ranks, RunOptions
 from eval.feature_cache import cache_folder, scan_file
 from eval.protocol import parse_size
-from eval.ranks import Ranks
 
 
 def size_argument(text: str) -> tuple[int, int]:

@@ -22,6 +22,19 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def git_changes() -> bytes:
+    """What this source tree differs in from its commit, as a patch; b"" when it does not, or outside a repository.
+
+    Files that git does not track are not in it.
+    """
+    root = Path(__file__).resolve().parents[1]
+    try:
+        command = ["git", "-C", str(root), "diff", "--binary", "HEAD"]
+        return subprocess.run(command, capture_output=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
+
+
 def environment(device: str) -> dict:
     """Versions, device, command line, commit, time (UTC)."""
     packages = {}

@@ -1,6 +1,13 @@
-"""The weight files of the judging networks, the archives that carry them, and files mistaken for them. Data only."""
+"""The weight files of the judging networks, the archives that carry them, files mistaken for them, and checksums."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -8,7 +15,7 @@ class WeightFile:
     """An official file. sha256 may be a prefix; git_blob: what `git hash-object` prints; "": unpublished.
 
     fetched: the name under which scripts/fetch_weights.sh writes the same tensors, "" when it cannot get them.
-    tensors: `eval.checksums.tensor_digest` of what is used of the file (the trunks: without their classifier).
+    tensors: `eval.weight_files.tensor_digest` of what is used of the file (the trunks: without their classifier).
     """
 
     file: str
@@ -106,3 +113,70 @@ WRONG_NAMES = {
     "that compares with nothing",
 }
 WRONG_FILES = {"73a4fd1d87eb3dbd97f33a9779fa1caa3d28111a": WRONG_NAMES["rgb_imagenet"]}
+
+
+# ---- checksums ------------------------------------------------------------------------------------------
+
+TABLE_FILE = Path(__file__).with_name("i3d_tf_crc32c.json")
+MASK_DELTA = 0xA282EAD8  # TensorFlow stores checksums of checksummed data rotated and shifted by this
+
+
+def crc32c(data: bytes | np.ndarray) -> int:
+    """CRC32C (Castagnoli) of bytes, or of an array's bytes."""
+    return google_crc32c.value(data if isinstance(data, bytes) else data.tobytes())
+
+
+def masked(crc: int) -> int:
+    """A checksum as TensorFlow and LevelDB store it."""
+    return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
+
+
+@lru_cache(maxsize=1)
+def tf_table() -> dict[str, dict]:
+    """{our key: {"tf_name", "tf_shape", "nbytes", "crc32c_masked"}} of the 230 tensors."""
+    return json.loads(TABLE_FILE.read_text())
+
+
+def to_tf_layout(value: np.ndarray) -> np.ndarray:
+    """(out, in, t, h, w) -> (t, h, w, in, out); vectors as they are. Float32, contiguous."""
+    value = value.transpose(2, 3, 4, 1, 0) if value.ndim == 5 else value
+    return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def from_tf_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A dump of the TF-Hub checkpoint (names .../conv_3d/w, [t, h, w, in, out]) with our keys and layout.
+
+    Arrays under other names are returned as they are. Batch norms have no scale there: ones are put in.
+    """
+    ours = {entry["tf_name"]: key for key, entry in tf_table().items()}
+    if not any(name.split(":")[0] in ours for name in arrays):
+        return arrays
+    state = {}
+    for name, value in arrays.items():
+        key = ours.get(name.split(":")[0], name)
+        if key.endswith("conv3d.weight") and value.ndim == 5:
+            state[key] = np.ascontiguousarray(value.transpose(4, 3, 0, 1, 2))
+        else:
+            state[key] = value.reshape(-1) if key in tf_table() else value
+        if key.endswith("bn.bias"):
+            state[key.removesuffix("bias") + "weight"] = np.ones(state[key].shape, np.float32)
+    return state
+
+
+def tensor_digest(state: dict[str, np.ndarray]) -> str:
+    """sha256 over names, shapes and float32 values: the same in whatever file and order the tensors come."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value, np.float32))
+    return digest.hexdigest()
+
+
+def differing_tensors(state: dict[str, np.ndarray]) -> list[str]:
+    """Keys of I3D that are missing or not the TF-Hub checkpoint's bit for bit; batch-norm scales must be ones."""
+    wrong = []
+    for key, entry in tf_table().items():
+        raw = to_tf_layout(state[key]) if key in state else np.empty(0)
+        if raw.nbytes != entry["nbytes"] or masked(crc32c(raw)) != entry["crc32c_masked"]:
+            wrong.append(key)
+    return wrong + [key for key in state if key.endswith("bn.weight") and not np.all(state[key] == 1)]

@@ -113,7 +113,7 @@ def _arrays(state: dict) -> dict[str, np.ndarray]:
 
 def _compare_tensors(kind: str, state: dict[str, np.ndarray]) -> tuple[str, list[str]]:
     """(what was found, tensors that are not the official ones)."""
-    from eval.checksums import differing_tensors, tensor_digest, tf_table
+    from eval.weight_files import differing_tensors, tensor_digest, tf_table
 
     official, wrong = "TF-Hub deepmind/i3d-kinetics-400/1", []
     if kind != "i3d":
@@ -266,7 +266,7 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
     """
     import torch
 
-    from eval.checksums import from_tf_names
+    from eval.weight_files import from_tf_names
 
     _refuse_wrong(path, kind)
     state = read_state(path)

@@ -14,6 +14,9 @@ from pipelines.video_pipeline import LatentVideoPipeline
 
 demo = ("runs/demo/latte/pipeline", "runs/demo/samples/000000.mkv", "runs/demo/example")
 pipeline, video, out = sys.argv[1:] or demo
+for path in (pipeline, video):
+    if not Path(path).exists():
+        sys.exit(f"error: {path} is not there; run bash scripts/demo.sh first, or name PIPELINE VIDEO OUT")
 
 pipe = LatentVideoPipeline.from_pretrained(pipeline)  # a VAE and a Latte
 vae = pipe.vae.eval()
@@ -21,7 +24,7 @@ x = to_float(read_frames(video, range(9)))[None]  # (1, 3, 9, H, W) in [-1, 1]; 
 with torch.inference_mode():
     z = vae.encode(x).latent_dist.mode()  # (1, C, 3, H / 8, W / 8): OD-VAE makes 4k + 1 frames to k + 1
     decoded = vae.decode(z).sample  # (1, 3, 9, H, W)
-generated = pipe(num_videos=1, seeds=[0], num_steps=50).videos  # (1, 3, T, H, W)
+generated = pipe(num_inference_steps=50, seeds=[0], output_type="video").frames  # (1, 3, T, H, W) in [-1, 1]
 
 write_mp4(Path(out) / "decoded.mp4", to_uint8(decoded)[0], fps=8)
 write_mp4(Path(out) / "generated.mp4", to_uint8(generated)[0], fps=8)

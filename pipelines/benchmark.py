@@ -49,7 +49,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
 
     import torch
 
-    from eval.efficiency import encoder_speed
+    from pipelines.efficiency import encoder_speed
     from pipelines.training.distributed import matrix_products
     from vae import ODVAE
 

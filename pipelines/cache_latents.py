@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from data.progress import Progress
 from data.video import BadVideo
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 from pipelines.training.config import parse
-from pipelines.training.log import console
+from pipelines.training.log import box, command
 from pipelines.training.settings import Mode
 
 torch = lazy("torch")
@@ -217,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print(plan.plan_text("cache_latents", programs.cache, config, args.card))
         return 0
-    console()
     if args.dry_run:
         print(start.describe_latte_run(config))
     elif config.mode is Mode.online:
@@ -225,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.verify:
         return 1 if verify_cache(config) else 0
     else:
-        build_cache(config)
+        cache, words = build_cache(config), sys.argv[1:] if argv is None else argv
+        rows = {"latents": str(cache.folder), "check": command("cache_latents", *words, "--verify")}
+        box(f"finished: {len(cache)} clips", rows | {"next": command("train_latte", *words)})
     return 0
 
 

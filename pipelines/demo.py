@@ -45,15 +45,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def fetch_judges() -> None:
-    """Get the judges' weights on the first call; continues without them, and says so, when they cannot be had."""
+def fetch_judges(out: Path) -> None:
+    """Get the judges' weights on the first call; continues without them, and says so, when they cannot be had.
+
+    They go where every program looks for them; in a checkout that cannot be written to, into the demo's own folder.
+    """
     from eval.fetch_weights import fetch, missing
     from eval.weight_files import TERMS
     from eval.weights import weights_folder
 
+    if os.environ.get("OMNILATTE_WEIGHTS"):
+        return
     folder = weights_folder()
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK) and missing(folder):
+        folder = out / "weights"
+        os.environ["OMNILATTE_WEIGHTS"] = str(folder)
     try:
-        if not os.environ.get("OMNILATTE_WEIGHTS") and missing(folder):
+        if missing(folder):
             log.info("fetching the judging networks, 111 MB, into %s", folder)
             log.info("fetched %s, verified. %s", ", ".join(fetch(folder)), " ".join(TERMS))
     except (ValueError, OSError) as error:
@@ -147,12 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.cache_latents import build_cache
     from pipelines.demo_scores import judge
     from pipelines.sample import sample
-    from pipelines.training.log import console
 
-    console()
-    fetch_judges()
-    image, vae, latte, samples = stages(args)
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
+    fetch_judges(Path(args.out))
+    image, vae, latte, samples = stages(args)
     num = NUM_SHORT if args.short else NUM_VIDEOS
     parts = [
         ("an image VAE, in the place of SD2.1-VAE", lambda: train_vae.train(image)),

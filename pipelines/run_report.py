@@ -26,7 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a training run")
     add("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
     add("--samples", type=Path, metavar="DIR", help="folder of pipelines.sample (default: RUN_DIR/samples)")
-    add("--records", nargs="+", type=Path, default=[], metavar="JSONL", help="the judges' --out")
+    add(
+        "--records",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="the judges' --out, reconstruct's summary.json",
+    )
     add("--max-mb", type=float, default=24, help="largest page, in MB of videos (default 24)")
     args = parser.parse_args(argv)
     if args.out is None and len(args.runs) > 1:

@@ -9,6 +9,7 @@ number of processes (to rounding). The same command again makes only what is mis
 import argparse
 import json
 import logging
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from data.video import read_frames
 from pipelines.media import grid
 from pipelines.training.config import parse
 from pipelines.training.folder import summary, versions
-from pipelines.training.log import console
+from pipelines.training.log import box
 from pipelines.training.settings import Precision, check_groups
 
 torch = lazy("torch")
@@ -123,12 +124,23 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
         (config.transformer, "transformer", "config.json"),
     ):
         if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
-            raise ValueError(f"{kind}={folder}: no {marker} there; train one with scripts/stage2_latte.sh")
+            inner = [
+                path
+                for path in sorted(Path(folder).glob(f"*/{marker}"))
+                if kind == "pipeline" or "latte" in path.parent.name
+            ]
+            hint = (
+                f"did you mean {kind}={inner[0].parent}?"
+                if inner
+                else "train one with scripts/stage2_latte.sh"
+            )
+            raise ValueError(f"{kind}={folder}: no {marker} there; {hint}")
         wanted = {"pipeline": "LatentVideoPipeline", "transformer": "Latte"}[kind]
         if folder and read_json(Path(folder) / marker).get("_class_name") != wanted:
             raise ValueError(f"{kind}={folder}: {marker} is not that of a {wanted}")
     parts = {"transformer": latte.Latte.from_pretrained(config.transformer)} if config.transformer else {}
     pipe = video_pipeline.LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
+    pipe.set_progress_bar_config(disable=True)
     pipe.vae.eval()
     pipe.transformer.eval()
     return pipe
@@ -177,15 +189,16 @@ def sample(config: SampleConfig) -> Path:
                 distributed.autocast(accelerator, config),
                 distributed.matrix_products(config),
             ):
-                result = pipe(
-                    labels=labels,
+                videos = pipe(
+                    labels,
+                    config.num_steps,
+                    config.guidance_scale,
                     num_videos=len(batch),
                     seeds=[distributed.draw_seed(config.seed, i) for i in batch],
                     sampler=config.sampler,
-                    num_steps=config.num_steps,
-                    guidance_scale=config.guidance_scale,
-                )
-            for index, video in zip(batch, to_uint8(result.videos), strict=True):
+                    output_type="video",
+                ).frames
+            for index, video in zip(batch, to_uint8(videos), strict=True):
                 write_ffv1(config.folder / file_name(index), video, config.fps)
             bar.update(len(batch))
     accelerator.wait_for_everyone()
@@ -222,8 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(f"{summary(config)}\n\n{config.num_videos} videos to {config.folder}")
     else:
-        console()
-        sample(config)
+        folder = sample(config)
+        judge = f"python eval/fvd.py --real FOLDER_OF_REAL_VIDEOS --fake {shlex.quote(str(folder))}"
+        box(f"finished: {config.num_videos} videos", {"videos": str(folder), "next": judge})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Show the judges' records as a table, with the paper's numbers in a column of their own: md, csv or html.
 
-    python -m pipelines.scores scores.jsonl [more.jsonl] [--format md] [--out scores.html]
+    python -m pipelines.scores scores.jsonl [runs/reconstruct/summary.json] [--format md] [--out scores.html]
 
 The paper's number is shown only where a record's tag names a row of its tables, e.g. ucf101/OD-VAE or webvid-10m/OD-VAE,
 and where the network is the real one: a score of random weights has another name.
@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.core.cli import run
-from data.core.files import claim_file, write_atomic
+from data.core.files import claim_file, read_json, write_atomic
 from data.core.lazy import lazy
 from pipelines.results.markdown import markdown_table, plain
 
 pandas = lazy("pandas")
+reconstruct = lazy("pipelines.reconstruct")
 tables = lazy("pipelines.results.tables")
 
 FORMATS = ("md", "csv", "html")
@@ -39,9 +40,15 @@ def paper_value(tag: str, metric: str) -> float | None:
 
 
 def read_records(paths: Sequence[Path]) -> list[dict]:
-    """All records of JSONL files. Raises ValueError naming file and line for one that is not a record."""
+    """All records of JSONL files, and of summary.json files of pipelines.reconstruct.
+
+    Raises ValueError naming file and line for what is not a record.
+    """
     records = []
     for path in paths:
+        if path.suffix == ".json":
+            records += summary_records(path)
+            continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if not line.strip():
                 continue
@@ -55,6 +62,34 @@ def read_records(paths: Sequence[Path]) -> list[dict]:
     if not records:
         raise ValueError(f"{', '.join(map(str, paths))}: no records; the judges write them with --out FILE")
     return records
+
+
+def summary_records(path: Path) -> list[dict]:
+    """The scores in a summary.json as records of a judge. Raises ValueError if it is something else."""
+    summary = read_json(
+        path,
+        "weights_sha256",
+        "settings",
+        "psnr",
+        "ssim",
+        way_out="give the judges' JSONL or reconstruct's summary.json",
+    )
+    name, lpips = reconstruct.lpips_of(summary)
+    clip, tag = (
+        summary["settings"]["clip"],
+        f"{summary['settings']['source']['name']}/{summary.get('vae', '')}",
+    )
+    protocol = {
+        "name": "reconstruct",
+        "num_videos": summary["videos"],
+        "num_frames": clip["num_frames"],
+        "size": clip["size"],
+    }
+    values = {"PSNR": summary["psnr"], "SSIM": summary["ssim"], name: lpips}
+    shared = {"protocol": protocol, "tag": tag, "git": (summary.get("versions") or {}).get("git")}
+    return [
+        {"metric": metric, "value": value, **shared} for metric, value in values.items() if value is not None
+    ]
 
 
 def row_of(record: dict) -> dict[str, str]:

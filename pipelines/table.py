@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from pipelines.training.log import console
 
 if TYPE_CHECKING:
     from pipelines.results.run_table import Desk
@@ -90,13 +89,11 @@ def show(desk: "Desk", table: "Table") -> None:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["vaes"]:
-        console()
         return vaes.main(words[1:])
     args = parse(words)
     if args.list_vaes:
         list_vaes()
         return 0
-    console()
     folders = (
         args.data,
         args.weights_dir or weights.weights_folder(),

@@ -12,6 +12,7 @@ From top to bottom: settings, networks, loss, one step, the loop, preparation, c
 import argparse
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import console
+from pipelines.training.log import box, command
 from pipelines.training.settings import CacheType, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
 from pipelines.training.trainer import Trainer
 
@@ -110,6 +111,9 @@ class TrainLatteConfig:
         0, "step from which gradients are clipped (Latte: 100000 on UCF101, 20000 on SkyTimelapse)"
     )
     ema_decay: float = option(0.9999, "decay of the EMA weights used for sampling")
+    ema_warmup: bool = option(
+        False, "let the decay rise as (1 + step) / (10 + step) up to ema_decay; the paper's is constant"
+    )
     precision: Precision = option(
         Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
     )
@@ -126,6 +130,9 @@ class TrainLatteConfig:
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between log entries", free=True)
+    log_with: str = option(
+        "tensorboard", "tensorboard, and any tracker of accelerate's, e.g. tensorboard,wandb; none", free=True
+    )
     save_every: int = option(10_000, "steps between checkpoints", free=True)
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
@@ -328,20 +335,23 @@ def train(config: TrainLatteConfig) -> Path:
     """Train, or resume, to config.steps; returns the folder of the exported pipeline (EMA denoiser and VAE)."""
     accelerator = distributed.make_accelerator(config)
 
+    # What a wrong setting can spoil is checked before anything is opened or written.
+    inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
+    run_folder.check_new_run(config, "pipeline", inputs)
+
     # The frozen VAE, the stream of its latents, and how they are scaled.
     vae = openers.open_vae(config.vae)
     openers.check_clip(vae, config.clip)
     if config.mode is Mode.online:
         latents.scale_latents(vae, config)
-    stream, encode, class_names, counts = latents.open_data(config, accelerator, vae)
+    stream, encode, clips, counts = latents.open_data(config, accelerator, vae)
+    class_names = clips.source.class_names
     latents.scale_latents(vae, config, stream)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
-    # The denoiser. Everything that a wrong setting can spoil is checked before anything is written.
+    # The denoiser.
     torch.manual_seed(config.seed)
     latte = start.build_latte(config, vae, len(class_names) or None)
-    inputs = {"vae.path": config.vae.path, "denoiser.init_from": config.denoiser.init_from}
-    run_folder.check_new_run(config, "pipeline", inputs)
     if config.denoiser.init_from and not run_folder.will_resume(config):
         start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
@@ -350,13 +360,14 @@ def train(config: TrainLatteConfig) -> Path:
     fast_vae = encode.vae if encode else openers.for_inference(vae, accelerator.device, config.precision)
     averaged = {"transformer": trainer.ema.module, "class_names": class_names}
     pipeline = video_pipeline.LatentVideoPipeline(vae=fast_vae, **averaged)
+    pipeline.set_progress_bar_config(disable=True)
     exported = video_pipeline.LatentVideoPipeline(vae=vae, **averaged)
 
     def sample(steps: int) -> "Tensor":
         count, scale = config.samples.num_videos, config.samples.guidance_scale
         labels = [i % len(class_names) for i in range(count)] if class_names else None
         with distributed.autocast(accelerator, config):
-            return pipeline(labels=labels, num_videos=count, num_steps=steps, guidance_scale=scale).videos
+            return pipeline(labels, steps, scale, num_videos=count, output_type="video").frames
 
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
     info = {
@@ -368,6 +379,9 @@ def train(config: TrainLatteConfig) -> Path:
         "start_sha256": start.latte_start_digest(config),
     }
     with training_run.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
+        real = run.folder / "media" / "real.mp4"
+        if run.main and config.samples.every and not real.exists():
+            media.write_preview(real, media.grid(latents.real_clips(clips, config.samples.num_videos)))
         trainer.fit(run, sample, exported.save_pretrained)
     return run.folder / "pipeline"
 
@@ -387,9 +401,19 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_latte_run(config))
     else:
-        console()
-        train(config)
+        report(config, train(config))
     return 0
+
+
+def report(config: TrainLatteConfig, pipeline: Path) -> None:
+    """Say where things are, and how to go on."""
+    rows = {
+        "pipeline (EMA)": str(pipeline),
+        "curves": f"tensorboard --logdir {shlex.quote(config.run_dir)}",
+        "page": command("run_report", config.run_dir),
+        "next": command("sample", f"pipeline={pipeline}"),
+    }
+    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

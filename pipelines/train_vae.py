@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import console
+from pipelines.training.log import box, command
 from pipelines.training.settings import (
     GANSchedule,
     Init,
@@ -132,6 +133,9 @@ class TrainVAEConfig:
     adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 disables clipping")
     ema_decay: float = option(0.999, "decay of the EMA weights, which are exported")
+    ema_warmup: bool = option(
+        False, "let the decay rise as (1 + step) / (10 + step) up to ema_decay; the paper's is constant"
+    )
     precision: Precision = option(Precision.fp32, "of forward and backward: fp32|tf32|bf16")
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
@@ -144,6 +148,9 @@ class TrainVAEConfig:
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between log entries", free=True)
+    log_with: str = option(
+        "tensorboard", "tensorboard, and any tracker of accelerate's, e.g. tensorboard,wandb; none", free=True
+    )
     val_every: int = option(2000, "steps between validations", free=True)
     val_videos: int = option(16, "held-out clips of a validation", free=True)
     val_lpips: bool = option(
@@ -352,17 +359,17 @@ class VAETrainer(Trainer):
         run.export("vae", self.ema.module.save_pretrained)
 
     def validate(self, run: "TrainingRun", held_out: Any, lpips: "nn.Module | None") -> None:
-        """Log scores of the EMA weights on held-out clips, and write a preview."""
+        """Log scores of the EMA weights and of the raw ones (..._raw) on held-out clips, and write a preview of EMA."""
         run.meter.pause()
         if run.main and len(held_out):
             count, device = self.config.val_videos, self.accelerator.device
             scores, picture = evaluate(self.ema.module, held_out, count, device, lpips)
-            run.metrics.scalars(self.step, scores)
+            raw = scores if self.step == 0 else evaluate(self.vae, held_out, count, device, lpips)[0]
+            run.metrics.scalars(self.step, scores | {f"{name}_raw": value for name, value in raw.items()})
             run.metrics.video(self.step, "val/original_reconstruction_error", picture)
             media.write_preview(run.folder / "media" / f"val_{self.step:08d}.mp4", picture)
-            shown = f"PSNR {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.4f}"
-            shown += f", LPIPS {scores['val/lpips']:.4f}" if lpips is not None else ""
-            log.info("step %d: held-out %s", self.step, shown)
+            shown = [f"{name} {_scores_text(values)}" for name, values in (("EMA", scores), ("raw", raw))]
+            log.info("step %d: held-out %s", self.step, "; ".join(shown))
         self.accelerator.wait_for_everyone()
 
     # ---- what the machinery asks for ---------------------------------------------------------------------
@@ -434,6 +441,11 @@ class VAETrainer(Trainer):
         self.load_counters(state)
 
 
+def _scores_text(scores: dict[str, float]) -> str:
+    lpips = f", LPIPS {scores['val/lpips']:.4f}" if "val/lpips" in scores else ""
+    return f"PSNR {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.4f}{lpips}"
+
+
 def evaluate(
     vae: "ODVAE", clips: Any, count: int, device: Any, lpips: "nn.Module | None" = None
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -473,6 +485,9 @@ def train(config: TrainVAEConfig) -> Path:
             "stage one has two models and two optimizers: launch it with DDP, configs/accelerate/ddp8.yaml"
         )
 
+    # What a wrong setting can spoil is checked before anything is opened or written.
+    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
+
     # Networks. LPIPS draws random numbers when it is built, so it comes before the seed.
     perceptual, lpips, weights = start.lpips_networks(config, accelerator.device)
     torch.manual_seed(config.seed)
@@ -486,16 +501,9 @@ def train(config: TrainVAEConfig) -> Path:
         if config.source.val_fraction > 0:
             still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
             held_out = openers.open_clips(config.source, still, 0, held_out=True)
-    counts = {
-        "videos": len(clips),
-        "held_out": len(held_out),
-        "damaged": len(clips.source.damaged),
-        "short": len(clips.short),
-    }
+    counts = openers.video_counts(clips, held_out)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
-    # Everything that a wrong setting can spoil is checked before anything is written.
-    run_folder.check_new_run(config, "vae", {"model.init_from": config.model.init_from})
     if not run_folder.will_resume(config):
         start.initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)
@@ -530,9 +538,21 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_vae_run(config))
     else:
-        console()
-        train(config)
+        report(config, train(config))
     return 0
+
+
+def report(config: TrainVAEConfig, vae: Path) -> None:
+    """Say where things are, and how to go on."""
+    run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
+    rows = {
+        "EMA weights": str(vae),
+        "curves": f"tensorboard --logdir {shlex.quote(run)}",
+        "page": command("run_report", run),
+        "measure": command("reconstruct", f"vae.path={vae}", **same),
+        "next": command("cache_latents", f"vae.path={vae}", **same),
+    }
+    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ else
     python=${OMNILATTE_VENV:-$root/.venv}/bin/python
     PATH=$(dirname "$python"):$PATH
 fi
+export HOME=${HOME:-$(dirname "$(dirname "$(command -v "$python")")")} # packages ask for one, e.g. deepspeed
 
 program() { # program NAME ARGUMENTS...: LAUNCH is e.g. "accelerate launch --config_file FILE"
     local name=$1

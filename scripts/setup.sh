@@ -8,17 +8,25 @@ stamp=$venv/.requirements.txt
 
 if cmp -s "$root/requirements.txt" "$stamp"; then exit 0; fi
 
-python=${PYTHON:-}
-for candidate in python3 python3.13 python3.12 python3.11; do
-    [ -n "$python" ] && break
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; fi
+new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+python=
+for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    [ -z "$python" ] && "$candidate" -c "$new_enough" 2>/dev/null && python=$candidate
 done
-[ -n "$python" ] || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/python" >&2; exit 2; }
+if [ -z "$python" ]; then
+    there=$("${PYTHON:-python3}" --version 2>/dev/null || echo "no ${PYTHON:-python3}")
+    echo "error: Python >= 3.11 is needed, there is $there; set PYTHON=/path/to/python" >&2
+    exit 2
+fi
 
-free_gib=$(($(df -Pk "$root" | awk 'NR==2 {print $4}') / 1048576))
-[ "$free_gib" -ge 9 ] || { echo "error: $free_gib GiB free under $root; the environment needs 9 GiB" >&2; exit 2; }
+place=$(dirname "$venv")
+mkdir -p "$place" 2>/dev/null || true
+[ -w "$venv" ] || [ -w "$place" ] || { echo "error: $place cannot be written to; say where the environment goes: OMNILATTE_VENV=FOLDER" >&2; exit 2; }
+free_gib=$(($(df -Pk "$place" | awk 'NR==2 {print $4}') / 1048576))
+[ "$free_gib" -ge 9 ] || { echo "error: $free_gib GiB free under $place; the environment needs 9 GiB" >&2; exit 2; }
 
 echo "making $venv (torch with its CUDA libraries: about 3 GB to download, minutes)"
+export HOME=${HOME:-$venv} # building deepspeed asks for one
 "$python" -m venv "$venv" # on a half-made one: completes it
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$root/requirements.txt"
 cp "$root/requirements.txt" "$stamp"

@@ -164,7 +164,8 @@ class VideoVAE:
         return num_frames
 
     def _check_dtype(self, x: Tensor, what: str) -> None:
-        dtype = next(self.parameters()).dtype
+        # of a model of diffusers what it computes in, which may differ from what it stores
+        dtype = getattr(self, "dtype", None) or next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"{what} of dtype {x.dtype}, weights of {dtype}: they must agree, e.g. x.to({dtype}), "

@@ -28,6 +28,16 @@ class FrameConv2d(nn.Conv2d):
         return unfold_time(super().forward(fold_time(x)), x.shape[0])
 
 
+class FirstFrameConv3d(nn.Conv3d):
+    """A 3D convolution, or of a single frame, which stands at every tap, one 2D convolution with the taps summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size[0] == 1 or x.shape[2] > 1:
+            return super().forward(x)
+        kernel = self.weight.sum(2)  # a third of the work
+        return F.conv2d(x[:, :, 0], kernel, self.bias, self.stride[1:], self.padding[1:]).unsqueeze(2)
+
+
 class CausalConv3d(nn.Module):
     """3D convolution that sees no later frame: kernel - 1 copies of the first frame stand in front (paper 3.1).
 
@@ -38,18 +48,14 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel, stride=1, padding: int = 0):
         super().__init__()
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=(0, padding, padding))
+        padding = (0, padding, padding)
+        self.conv = FirstFrameConv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, kt = self.conv, self.conv.kernel_size[0]
-        if kt > 1 and x.shape[2] == 1:
-            # A single frame stands at every tap: one 2D convolution with the taps summed, a third of the work.
-            frame, kernel = x[:, :, 0], conv.weight.sum(2)
-            return F.conv2d(frame, kernel, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
-        if kt > 1:
-            copies = x[:, :, :1].expand(-1, -1, kt - 1, -1, -1)
-            x = torch.cat((copies, x), dim=2)
-        return conv(x)
+        copies = self.conv.kernel_size[0] - 1 if x.shape[2] > 1 else 0
+        if copies:
+            x = torch.cat((x[:, :, :1].expand(-1, -1, copies, -1, -1), x), dim=2)
+        return self.conv(x)
 
 
 class VideoGroupNorm(nn.GroupNorm):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vae import fast
 from vae.interface import VideoGaussian, VideoVAE
 from vae.layers import CausalConv3d, FrameAttention, FrameConv2d, ResBlock, VideoGroupNorm, conv3x3
-from vae.ops import channels_last, forget, fused, latents_per_step
+from vae.ops import channels_last, forget, fused, latents_per_step, making_a_graph
 from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, SpatialUpsample
 from vae.stream import StreamState, regroup
 from vae.tiling import over_groups, over_tiles
@@ -160,6 +160,7 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResBlock", "FrameAttention"]  # noqa: RUF012 (what a device map keeps together)
 
     temporal_compression_ratio = 4
     frame_rule = "4n+1"
@@ -300,8 +301,15 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             raise ValueError(f'path {name!r}: "auto", "plain" or "fast"')
         self._path = name
 
+    def _is_managed(self) -> bool:
+        """Whether accelerate or diffusers move or cast the weights of single layers, which only calling a layer does."""
+        marks = ("_hf_hook", "_diffusers_hook")
+        return any(hasattr(m, mark) for m in self.modules() if m is not self for mark in marks)
+
     def _is_fast(self) -> bool:
         fast_now = self._path == "fast" or (self._path == "auto" and not torch.is_grad_enabled())
+        if making_a_graph() or (fast_now and self._is_managed()):
+            return False  # a graph of a whole clip holds the network once, not each of its steps
         if not fast_now and torch.is_grad_enabled():
             forget(self)  # weights are about to change, and with them the kernels that are prepared of them
         return fast_now
@@ -401,14 +409,23 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
             for piece in frames.split(self.temporal_compression_ratio, dim=2):
                 yield piece.contiguous()
 
+    def _why_not_streamable(self) -> str | None:
+        if reason := self._why_not_causal():
+            return f"{reason}; use enable_tiling(), which is approximate"
+        if self.use_tiling:
+            return "a stream is not tiled; call disable_tiling() first"
+        if self._is_managed():
+            return "its layers are offloaded or cast one by one; offload it as a whole (enable_model_cpu_offload)"
+        return None
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether `stream_encode` and `stream_decode` can be used now."""
+        return self._why_not_streamable() is None
+
     def _check_streamable(self) -> None:
-        reason = self._why_not_causal()
-        if reason:
-            raise ValueError(
-                f"this model cannot be streamed: {reason}; use enable_tiling(), which is approximate"
-            )
-        if self._tiles:
-            raise ValueError("a stream is not tiled: call disable_tiling() first")
+        if reason := self._why_not_streamable():
+            raise ValueError(f"this model cannot be streamed: {reason}")
 
     # ---- tiling ------------------------------------------------------------------------------------------
 
@@ -417,8 +434,8 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     ) -> None:
         """Encode and decode in groups that share one frame (paper 3.3; groups of 33 frames in Table 4).
 
-        num_frames: 4k + 1; True or False switch it, as does use_tiling, like other VAEs of diffusers. num_latents: latents of a group when decoding; default k + 1, the encoder's own
-        boundaries. Deviation: Open-Sora-Plan v1.2 decodes groups of 16 latents (61 frames) of 33-frame groups.
+        num_frames: 4k + 1; True or False switch it, as does use_tiling, like other VAEs of diffusers. num_latents: latents
+        of a group when decoding; default k + 1, the encoder's own boundaries. Deviation: Open-Sora-Plan v1.2 decodes groups of 16 latents (61 frames) of 33-frame groups.
         """
         if num_frames is False or not use_tiling:
             self.tiling_groups = None
@@ -448,3 +465,13 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
     def disable_tiling(self) -> None:
         """Back to whole frames and whole clips."""
         self.tiling_groups = self._tiles = None
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether anything is tiled; setting it is `enable_tiling` or `disable_tiling`, as in other VAEs of diffusers."""
+        return bool(self.tiling_groups or self._tiles)
+
+    @use_tiling.setter
+    def use_tiling(self, on: bool) -> None:
+        if on != self.use_tiling:
+            self.enable_tiling() if on else self.disable_tiling()

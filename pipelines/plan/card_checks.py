@@ -434,9 +434,9 @@ def sampling(s: Session) -> Result:
     small = Latte(**kind, in_channels=4, num_frames=3, sample_size=4, num_classes=5)
     torch.nn.init.normal_(small.final_layer.linear.weight, std=0.1)
     pipe = LatentVideoPipeline(odvae(s, where="cpu", block_out_channels=(32, 32, 32, 32)), small)
-    call = {"labels": [0, 1], "seeds": [3, 4], "num_steps": 8, "guidance_scale": 4.0}
-    reference = pipe(**call).latents
-    found: Result = {"latents_from_cpu": relative(pipe.to(s.device)(**call).latents, reference)}
+    call = {"seeds": [3, 4], "num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "latent"}
+    reference = pipe([0, 1], **call).frames
+    found: Result = {"latents_from_cpu": relative(pipe.to(s.device)([0, 1], **call).frames, reference)}
     require(found["latents_from_cpu"] < 5e-2, f"{found}")
     with torch.device(s.device):
         full = {"in_channels": 4, "num_frames": 21, "sample_size": 32, "num_classes": 101}

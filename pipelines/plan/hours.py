@@ -14,6 +14,7 @@ from pipelines.results.markdown import markdown_table
 from pipelines.results.records import Command, config_of, judges_of, wanted
 from pipelines.results.tables import CARD, HOURS, ROOT, Places, load_table, names
 from pipelines.training.config import flatten
+from pipelines.training.open import imagined_vae
 
 PAGE = ROOT / "docs" / "reproduce.md"
 BEGIN, END = "<!-- python -m pipelines.plan --hours -->\n", "<!-- end -->\n"
@@ -121,7 +122,7 @@ def cost_of(
     if program == "cache_latents":
         videos = min(config.cache.num_videos or 10**9, VIDEOS[config.source.name])
         clips = videos * config.cache.crops * (2 if config.cache.flips else 1)
-        vae, side = programs.imagined_vae(config.vae), config.clip.size
+        vae, side = imagined_vae(config.vae), config.clip.size
         channels, s = vae.latent_channels, vae.spatial_compression_ratio
         numbers = 2 * channels * vae.latent_frames(config.clip.num_frames) * (side // s) ** 2
         width = 4 if config.cache.dtype == "float32" else 2

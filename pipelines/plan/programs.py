@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pipelines.plan.cost import Cost, Costs
 from pipelines.plan.pretend import DEVICE, Pretended, pretended_gpu
+from pipelines.training.open import imagined_vae
 
 
 @dataclass
@@ -182,21 +183,6 @@ def _endless(make: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 # ---- stage two -------------------------------------------------------------------------------------------
-
-
-def imagined_vae(settings: Any) -> Any:
-    """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
-    from pipelines.training.open import tile_time
-    from vae import build_vae
-
-    file, known = Path(settings.path) / "config.json", {}
-    if settings.path and file.is_file():
-        known = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
-    vae = build_vae(settings.name, **known)
-    if not vae.has_scaling_rule:
-        vae.register_to_config(scaling_factor=1.0)
-    tile_time(vae, settings.tiling_frames, "vae.tiling_frames")
-    return vae.eval().requires_grad_(False)
 
 
 def _frozen(vae: Any, device: Any, precision: Any) -> Any:

@@ -15,6 +15,59 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+USUAL_NAMES = {  # other projects' names -> ours, the first that a program has
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "epochs": "steps num_steps",
+    "num_epochs": "steps",
+    "max_steps": "steps",
+    "max_train_steps": "steps",
+    "num_steps": "steps",
+    "num_inference_steps": "num_steps",
+    "iters": "steps",
+    "iterations": "steps",
+    "bs": "global_batch batch",
+    "batch": "global_batch",
+    "batch_size": "global_batch batch",
+    "train_batch_size": "global_batch",
+    "gradient_accumulation_steps": "micro_batch",
+    "grad_accum": "micro_batch",
+    "ema": "ema_decay",
+    "betas": "adam_betas",
+    "num_workers": "workers",
+    "output_dir": "run_dir out",
+    "out_dir": "run_dir out",
+    "output": "run_dir out",
+    "out": "run_dir",
+    "data": "source.root",
+    "data_dir": "source.root",
+    "data_path": "source.root",
+    "root": "source.root",
+    "dataset": "source.name",
+    "csv": "source.list_file",
+    "frames": "clip.num_frames",
+    "num_frames": "clip.num_frames",
+    "resolution": "clip.size",
+    "image_size": "clip.size",
+    "size": "clip.size",
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "dtype": "precision",
+    "mixed_precision": "precision",
+    "grad_checkpointing": "gradient_checkpointing",
+    "max_grad_norm": "grad_clip",
+    "clip_grad": "grad_clip",
+    "cfg": "guidance_scale samples.guidance_scale",
+    "cfg_scale": "guidance_scale samples.guidance_scale",
+    "classes": "labels",
+    "checkpoint": "model.init_from denoiser.init_from pipeline",
+    "ckpt": "model.init_from denoiser.init_from pipeline",
+    "pretrained": "model.init_from denoiser.init_from",
+    "resume_from_checkpoint": "run_dir",
+    "wandb": "log_with",
+    "report_to": "log_with",
+}
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -157,7 +210,10 @@ def _explain(error: Exception, known: dict[str, Any]) -> str:
     key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "settings")
     first = str(error).splitlines()[0]
     if isinstance(error, ConfigKeyError) or "not in" in first:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        usual = [
+            name for name in USUAL_NAMES.get(key.rpartition(".")[2].lower(), "").split() if name in known
+        ]
+        close = usual or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"config: unknown key {key!r}{hint} (--help lists all keys)"
     if choice := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", first):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.training.folder import ROOT
 from pipelines.training.settings import Precision
+from pipelines.training.trackers import tracker_names
 
 PATIENCE = timedelta(hours=2)  # of processes that wait while the main one draws samples or saves
 
@@ -50,6 +51,8 @@ def make_accelerator(config: Any = None) -> Accelerator:
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=handlers,
         cpu=cpus and not deepspeed_launch,  # True would turn DeepSpeed off
+        log_with=tracker_names(config.log_with) or None if config else None,
+        project_dir=config.run_dir if config else None,
     )
     if accelerator.num_processes != world or (
         world > 1 and accelerator.distributed_type == DistributedType.NO

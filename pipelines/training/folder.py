@@ -1,11 +1,12 @@
 """A run's folder: settings, versions, and a clean stop on signals.
 
 runs/<name>/
-    config.yaml  env.json  metrics.jsonl  speed.jsonl  tb/  media/  quarantine.tsv
+    config.yaml  env.json  metrics.jsonl  speed.jsonl  tb/  media/  quarantine.tsv  code-*.patch
     checkpoints/step_00000500/   see checkpoints.py
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import platform
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.core.files import read_json, write_atomic, write_json
-from eval.records import git_commit
+from eval.records import git_changes, git_commit
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import dump, flatten, free_keys, parse_yaml, read_yaml
 from pipelines.training.settings import MAY_CHANGE
@@ -58,6 +59,8 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     the differing keys otherwise, and for a folder of other things.
     """
     folder = Path(run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_dir={folder}: a file; give the name of a folder")
     saved = folder / "config.yaml"
     if not saved.is_file():
         if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
@@ -89,6 +92,8 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
 def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, dict] | None = None) -> Path:
     """Create the folder, or re-enter it, under the rules of `check_run`; what resume.change changes is noted in env.json.
 
+    Changes of the source tree since its commit are kept as code-*.patch, named in env.json by the start.
+
     weights: provenance of the judging networks that take part, for env.json. Call it while the folder is this process's own.
     """
     folder = Path(run_dir)
@@ -101,6 +106,9 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     write_atomic(folder / "config.yaml", dump(config))
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
     start |= {"changed": changed} if changed else {}
+    if changes := git_changes():
+        start["patch"] = f"code-{hashlib.sha256(changes).hexdigest()[:8]}.patch"
+        write_atomic(folder / start["patch"], changes)
     starts.append(start | ({"weights": weights} if weights else {}))
     write_json(env_file, {"program": program, "versions": versions(), "starts": starts})
     return folder

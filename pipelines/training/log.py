@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: metrics.jsonl (exact), TensorBoard (to look at), one console line.
+"""Where numbers and pictures of a run go: metrics.jsonl (exact), TensorBoard and other trackers (to look at), console lines.
 
 Logging never stops a training: what cannot be written is reported once, counted and left out.
 """
@@ -8,26 +8,23 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import resource
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.core.console import console
 from data.core.files import append_line, fsync
 from data.encode import encode_webp
+from data.progress import duration
+from pipelines.training.config import flatten
 
+__all__ = ["MetricLog", "box", "command", "console", "read_metrics", "speed_line", "step_line"]
 log = logging.getLogger(__name__)
-
-
-def console() -> None:
-    """One line per event on stderr, for programs."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("PIL", "matplotlib", "torch.distributed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # diffusers 0.42 says this of every model that is cast, although its list of modules is empty
-    casts = logging.getLogger("diffusers.models.modeling_utils")
-    casts.addFilter(lambda record: "kept in float32: []" not in record.getMessage())
 
 
 class MetricLog:
@@ -37,9 +34,17 @@ class MetricLog:
     counted; the first one of each file is reported at once, the counts at the end.
     """
 
-    def __init__(self, run_dir: Path, step: int, enabled: bool = True):
-        """step: the last one whose records stay; -1: none do."""
-        self.enabled = enabled
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        enabled: bool = True,
+        tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
+        settings: dict[str, Any] | None = None,
+    ):
+        """step: the last one whose records stay; -1: none do. trackers: of accelerate, begun. settings: flat, for TensorBoard."""
+        self.enabled, self.trackers = enabled, trackers
         self.lost: dict[str, int] = {}  # records, by file
         self.file, self.speed_file = run_dir / "metrics.jsonl", run_dir / "speed.jsonl"
         self.writer: Any = None
@@ -47,10 +52,14 @@ class MetricLog:
             return
         for file in (self.file, self.speed_file):
             _cut(file, step)
+        if not tensorboard:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         with self._guard("tb"):
             self.writer = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None)
+        if settings:
+            self._tensorboard(lambda writer: _write_settings(writer, settings))
 
     def scalars(self, step: int, values: dict[str, float | None], timing: bool = False) -> None:
         """Values at a step; None is written as null and left out of TensorBoard.
@@ -67,6 +76,7 @@ class MetricLog:
         with self._guard(file.name):
             append_line(file, json.dumps(record))
         shown = {name: value for name, value in values.items() if value is not None}
+        self._track(lambda tracker: tracker.log(shown, step=step))
         self._tensorboard(lambda writer: [writer.add_scalar(n, v, step) for n, v in shown.items()])
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float = 8) -> None:
@@ -95,6 +105,8 @@ class MetricLog:
         """Says what was lost, if anything was."""
         if self.writer is not None:
             self._tensorboard(lambda writer: writer.close())
+        if self.enabled:
+            self._track(lambda tracker: tracker.finish())
         if self.lost:
             counts = ", ".join(f"{count} of {name}" for name, count in sorted(self.lost.items()))
             log.warning("records lost because they could not be written: %s", counts)
@@ -102,7 +114,8 @@ class MetricLog:
     def _tensorboard(self, write: Callable[[Any], None]) -> None:
         """Call write(writer). The writer's thread does not survive an error: from then on records are counted only."""
         if self.writer is None:
-            self.lost["tb"] = self.lost.get("tb", 0) + 1
+            if "tb" in self.lost:
+                self.lost["tb"] += 1
             return
         before = self.lost.get("tb", 0)
         with self._guard("tb"):
@@ -110,16 +123,85 @@ class MetricLog:
         if self.lost.get("tb", 0) > before:
             self.writer = None
 
+    def _track(self, write: Callable[[Any], None]) -> None:
+        """Call write(tracker) for each: whatever goes wrong at such a service costs its records only."""
+        for tracker in self.trackers:
+            with self._guard(tracker.name, Exception):
+                write(tracker)
+
     @contextlib.contextmanager
-    def _guard(self, name: str) -> Iterator[None]:
+    def _guard(self, name: str, kind: type[Exception] = OSError) -> Iterator[None]:
         """An OSError inside (a full disk) is reported once a file and counted; it does not end the training."""
         try:
             yield
-        except OSError as error:
+        except kind as error:
             if name not in self.lost:
                 place = self.file.with_name(name)
                 log.warning("cannot write to %s (%s); training continues without it", place, error)
             self.lost[name] = self.lost.get(name, 0) + 1
+
+
+def _write_settings(writer: Any, settings: dict[str, Any]) -> None:
+    """The settings as a text, and as hyperparameters beside the numbers that a run is judged by."""
+    from torch.utils.tensorboard.summary import hparams
+
+    writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in settings.items()))
+    for summary in hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
+        writer._get_file_writer().add_summary(summary)
+
+
+def step_line(
+    step: int, steps: int, values: dict[str, float], speed: dict[str, float], left_s: float | None
+) -> str:
+    """A log entry for people: `step 500/200000, loss 0.2134, lr 1e-04, 1.8 it/s, data wait 2 %, 12.3 GiB, about 30 h left`."""
+    parts = [f"step {step}/{steps}"]
+    parts += [
+        f"{n.rpartition('/')[2]} {values[n]:.4g}" for n in ("loss", "loss/rec", "skipped") if n in values
+    ]
+    parts += [f"lr {values['learning_rate']:.3g}"]
+    if rate := speed.get("eff/tspeed"):
+        parts += [f"{rate:.3g} it/s" if rate >= 0.1 else f"{1 / rate:.3g} s/it"]
+    if "eff/data_wait_share" in speed:
+        parts += [f"data wait {speed['eff/data_wait_share']:.0%}".replace("%", " %")]
+    parts += [f"{speed.get('eff/reserved_mib', process_mib()) / 1024:.2f} GiB"]
+    return ", ".join(parts + ([f"about {duration(left_s)} left"] if left_s else []))
+
+
+def process_mib() -> float:
+    """The most memory that this process has held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def speed_line(summary: dict[str, Any], mode: str) -> str:
+    """TSpeed and TMem of a run (pipelines.efficiency) for people."""
+    if not summary["tspeed"]:
+        return f"TSpeed ({mode}): not measured, the run had too few steps"
+    text = f"TSpeed ({mode}): {summary['tspeed']:.3g} it/s, the median of {summary['timed_steps']} steps, data wait "
+    text += f"{100 * summary['data_wait_share']:.0f} %"
+    memory = {k.removesuffix("_mib"): v for k, v in summary["tmem"].items() if v is not None}
+    return text + "".join(f", {kind} {mib / 1024:.2f} GiB" for kind, mib in memory.items())
+
+
+def box(title: str, rows: dict[str, str]) -> None:
+    """Log where things are and what comes next, at the end of a program."""
+    width = max(map(len, rows))
+    log.info("%s%s", title, "".join(f"\n    {name:<{width}}  {text}" for name, text in rows.items()))
+
+
+def command(program: str, *settings: str, config: Any = None, keys: Sequence[str] = ()) -> str:
+    """A command line to go on with: the settings, and those of `config` below `keys` that are not the defaults."""
+    words = list(settings)
+    if config is not None:
+        now, usual = flatten(config), flatten(type(config)())
+        words += [
+            f"{k}={_word(v)}" for k, v in now.items() if k.startswith(tuple(keys)) and v != usual.get(k)
+        ]
+    return f"python -m pipelines.{program} {shlex.join(words)}"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _cut(file: Path, step: int) -> None:

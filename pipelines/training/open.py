@@ -15,10 +15,10 @@ from data.clip import ClipSpec
 from data.core.files import read_json
 from data.dataset import VideoClips
 from data.mixture import MixedClips, part_seed
-from data.sources import open_source
+from data.sources import Source, open_source
 from pipelines.training.config import read_yaml
 from pipelines.training.settings import Precision, SourceConfig, VAEConfig
-from vae import load_vae
+from vae import build_vae, load_vae
 from vae.adapter import Adapted
 from vae.interface import makes_latents
 
@@ -37,7 +37,26 @@ def open_clips(
         raise ValueError(
             "source.split=test: its clips are those that validate; use split=train or source.val_fraction=0"
         )
-    source = open_source(
+    return VideoClips(open_videos(config, spec.size, held_out), spec, seed=seed, train=not held_out)
+
+
+def videos_line(config: Any, held_out: bool) -> str:
+    """What a program would read, opened, for --dry-run: "folder: 120 videos, 6 held_out, ..."."""
+    clips = open_clips(config.source, config.clip, config.seed)
+    held = open_clips(config.source, config.clip, 0, held_out=True) if held_out else ()
+    counts = video_counts(clips, held)
+    return f"{config.source.name}: {', '.join(f'{count} {what}' for what, count in counts.items())}"
+
+
+def video_counts(clips: Any, held_out: Any = None) -> dict[str, int]:
+    """How many videos a run has, for its log and its checkpoints."""
+    held = {} if held_out is None else {"held_out": len(held_out)}
+    return {"videos": len(clips), **held, "damaged": len(clips.source.damaged), "short": len(clips.short)}
+
+
+def open_videos(config: SourceConfig, size: int, held_out: bool = False) -> Source:
+    """The videos of a source that is no mixture. size: of the demo's pictures, pixels."""
+    return open_source(
         config.name,
         root=config.root or None,
         split=config.split,
@@ -51,9 +70,9 @@ def open_clips(
         seed=config.demo_seed if config.name == "demo" else 0,
         num_videos=config.demo_videos,
         num_classes=config.demo_classes,
-        size=spec.size,
+        size=size,
+        edge=config.demo_edge,
     )
-    return VideoClips(source, spec, seed=seed, train=not held_out)
 
 
 def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool) -> MixedClips:
@@ -115,6 +134,18 @@ def open_vae(config: VAEConfig) -> Any:
         )
     tile_time(vae, config.tiling_frames, "vae.tiling_frames")
     return vae.requires_grad_(False)
+
+
+def imagined_vae(settings: Any) -> Any:
+    """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
+    file, known = Path(settings.path) / "config.json", {}
+    if settings.path and file.is_file():
+        known = {k: v for k, v in read_json(file).items() if not k.startswith("_")}
+    vae = build_vae(settings.name, **known)
+    if not vae.has_scaling_rule:
+        vae.register_to_config(scaling_factor=1.0)
+    tile_time(vae, settings.tiling_frames, "vae.tiling_frames")
+    return vae.eval().requires_grad_(False)
 
 
 def run_of(export: Path) -> dict[str, Any]:

@@ -28,14 +28,15 @@ from filelock import FileLock, Timeout
 from data.core.files import write_json
 from data.loader import StepBatches, make_loader
 from data.progress import Progress
-from eval.efficiency import Meter
 from eval.records import git_commit
+from pipelines.efficiency import Meter
 from pipelines.training.checkpoints import Checkpoints, export_folder, recover
 from pipelines.training.config import flatten
 from pipelines.training.distributed import Later, any_process, largest_of, matrix_products, same_everywhere
 from pipelines.training.folder import Stopped, check_run, open_run, stop_on_signal
-from pipelines.training.log import MetricLog
+from pipelines.training.log import MetricLog, speed_line, step_line
 from pipelines.training.quarantine import Quarantine
+from pipelines.training.trackers import plain_settings, start_trackers
 
 log = logging.getLogger(__name__)
 SPIKE = 100.0  # a loss this many times the recent one is reported
@@ -83,7 +84,10 @@ class TrainingRun:
             self.untried = self._resume()
             # Records after the checkpoint belong to steps that are made again; without a checkpoint that is all of them.
             last = self.trainer.step if self.untried is not None else -1
-            self.metrics = MetricLog(self.folder, last, self.main)
+            with_tb = "tensorboard" in self.config.log_with
+            trackers = start_trackers(self.accelerator, self.config, self.folder)
+            settings = plain_settings(self.config)
+            self.metrics = MetricLog(self.folder, last, self.main, with_tb, trackers, settings)
             stack.callback(self.metrics.close)
             self.meter = Meter(self.accelerator.device, self.mode, self.config.global_batch)
             self.lost = Quarantine(
@@ -92,11 +96,15 @@ class TrainingRun:
             self.batches = self._batches()
             stack.callback(self.batches.close)
             steps, done = self.config.steps, self.trainer.step
-            self.bar = Progress(steps, self.details["program"], "step", self.main, done)
+            if done >= steps:
+                log.info(
+                    "finished before: step %d of %d; steps=%d makes the run longer", done, steps, 2 * done
+                )
+            self.bar = Progress(steps, self.details["program"], "step", self.main, done, once=True)
             stack.callback(self.bar.close)
             stack.enter_context(matrix_products(self.config))
             self.received_signal = stack.enter_context(stop_on_signal())
-            self.started = time.monotonic()
+            self.started, self.began_at = time.monotonic(), done
             self._stack = stack.pop_all()
         return self
 
@@ -219,6 +227,10 @@ class TrainingRun:
         self.metrics.scalars(step, values)
         timing = self.meter.scalars() | {"speed/wall_s": time.monotonic() - self.started}
         self.metrics.scalars(step, timing, timing=True)
+        if self.main and self.bar.disable:
+            passed, left = step - self.began_at, self.config.steps - step
+            left_s = timing["speed/wall_s"] / passed * left if passed else None
+            log.info("%s", step_line(step, self.config.steps, values, timing, left_s))
         shown = {n: f"{v:.4g}" for n, v in values.items() if n in ("loss", "loss/rec", "skipped")}
         self.bar.set_postfix(shown)
         self.lost.check()
@@ -292,4 +304,4 @@ class TrainingRun:
             write_json(file, record)
         except OSError as error:
             log.warning("%s; the training itself is complete", error)
-        log.info("TSpeed (%s): %s it/s; TMem: %s", self.mode, speed["tspeed"], speed["tmem"])
+        log.info("%s", speed_line(speed, self.mode))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from data.core.option import option
+from data.demo import EDGE
 
 
 class Precision(StrEnum):
@@ -77,17 +78,22 @@ class PartConfig:
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")
+    demo_edge: float = option(EDGE, "source demo: width of the shapes' soft edges, of the picture's side")
 
 
 @dataclass
 class SourceConfig:
     """Which videos. Damaged ones are found by one scan, listed and left out; the scan is cached in index_dir."""
 
-    name: str = option("folder", "ucf101|sky_timelapse|kinetics400|webvid|panda70m|folder|demo|mixture")
+    name: str = option("folder", "ucf101|sky_timelapse|kinetics400|webvid|panda70m|folder|csv|demo|mixture")
     root: str = option("", "folder of the data set", free=True)
-    split: str = option("train", "train|test, of kinetics400 also val, for sources that have splits")
+    split: str = option(
+        "train", "train|test, of kinetics400 and csv also val, of csv also all, for sources that have splits"
+    )
     list_file: str = option(
-        "", "the list as published: webvid, panda70m and kinetics400 csv, ucfTrainTestlist"
+        "",
+        "the list as published: webvid, panda70m and kinetics400 csv, ucfTrainTestlist; of csv: a .csv, .tsv or .jsonl with a "
+        "column path and, if there are any, label, start_s, end_s, split",
     )
     labels: str = option("none", "source folder: none, or folder (class = name of the first sub-folder)")
     parts: dict[str, PartConfig] = option(
@@ -103,6 +109,7 @@ class SourceConfig:
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")
+    demo_edge: float = option(EDGE, "source demo: width of the shapes' soft edges, of the picture's side")
 
     def __post_init__(self):
         if not 0 <= self.max_failed_share <= 1:

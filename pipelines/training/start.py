@@ -19,7 +19,15 @@ from eval.weights import weights_line
 from pipelines.training.distributed import accumulation_steps
 from pipelines.training.folder import summary
 from pipelines.training.latents import cache_fingerprint, cache_folder, cached_clips, draws
-from pipelines.training.open import check_clip, open_vae, run_of, warn_if_unfinished, weights_digest
+from pipelines.training.open import (
+    check_clip,
+    imagined_vae,
+    open_vae,
+    run_of,
+    videos_line,
+    warn_if_unfinished,
+    weights_digest,
+)
 from pipelines.training.settings import Init, PerceptualNet, Train
 from vae import load_vae
 from vae.adapter import Adapted
@@ -27,7 +35,7 @@ from vae.inflate import inflate
 from vae.interface import makes_latents
 from vae.losses import LPIPSLoss
 from vae.odvae import ODVAE
-from vae.registry import adapted_class
+from vae.registry import adapted_class, vae_folder
 
 log = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -156,7 +164,7 @@ def lpips_networks(config: Any, device: torch.device) -> tuple[LPIPSLoss | None,
 
 
 def describe_vae_run(config: Any) -> str:
-    """The resolved settings, sizes, schedule and missing weights, for --dry-run; nothing is allocated."""
+    """The resolved settings, sizes, schedule, videos and missing weights, for --dry-run; nothing is allocated."""
     with torch.device("meta"):
         vae = build_vae_model(config)
     check_clip(vae, config.clip)
@@ -171,7 +179,8 @@ def describe_vae_run(config: Any) -> str:
         f"{summary(config)}\n\n{name}: {count:,} parameters{f', {trained:,} of them trained' if trained < count else ''}; "
         f"clip 3 x {config.clip.num_frames} x {config.clip.size} x {config.clip.size} -> latent {vae.latent_channels}"
         f" x {' x '.join(map(str, latent))}\n{config.steps:,} steps of {config.global_batch} clips "
-        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation}){lpips_lines(config)}"
+        f"(1 process: micro-batch {config.micro_batch}, accumulation {accumulation})\n"
+        f"{videos_line(config, config.source.val_fraction > 0)}{lpips_lines(config)}"
     )
 
 
@@ -258,15 +267,22 @@ def latte_start_digest(config: Any) -> str | None:
 
 
 def describe_latte_run(config: Any) -> str:
-    """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written."""
-    vae = open_vae(config.vae)
+    """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written, and the VAE's weights may be missing."""
+    lacking = missing_weights(config.vae)
+    if lacking:
+        with torch.device("meta"):
+            vae = imagined_vae(config.vae)
+    else:
+        vae = open_vae(config.vae)
     check_clip(vae, config.clip)
     clips = cached_clips(config)
     classes = len(clips.source.class_names) or None
     with torch.device("meta"):
         latte = build_latte(config, vae, classes)
     count = sum(p.numel() for p in latte.parameters())
-    fingerprint = cache_fingerprint(config, vae, clips)
+    cache = config.cache.dir or "(its folder is named after the weights)"
+    if not lacking:
+        cache = str(cache_folder(config, cache_fingerprint(config, vae, clips)))
     latent = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
     entries = len(clips) * draws(config)
     size = entries * 2 * math.prod(latent) * (4 if config.cache.dtype == "float32" else 2)
@@ -275,6 +291,15 @@ def describe_latte_run(config: Any) -> str:
     return (
         f"{summary(config)}\n\nLatte {config.denoiser.size}: {count:,} parameters, latent {' x '.join(map(str, latent))}, "
         f"{classes or 'no'} classes\n{len(clips)} videos ({len(clips.short)} too short, {len(clips.source.damaged)} damaged); "
-        f"cache {cache_folder(config, fingerprint)}: {entries:,} clips, {size:,} bytes\n"
-        f"{config.steps:,} steps of {config.global_batch} clips, {epoch:,.1f} steps per pass over the videos, mode {config.mode.value}"
+        f"cache {cache}: {entries:,} clips, {size:,} bytes\n"
+        f"{config.steps:,} steps of {config.global_batch} clips, {epoch:,.1f} steps per pass over the videos, mode {config.mode.value}{lacking}"
     )
+
+
+def missing_weights(config: Any) -> str:
+    """A line that says which VAE's weights are missing and where they are to be had; "" when they are there."""
+    try:
+        vae_folder(config.name, config.path or None)
+    except ValueError as error:
+        return f"\n{error}"
+    return ""

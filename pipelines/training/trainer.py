@@ -146,10 +146,16 @@ class Trainer:
                 buffer.copy_(value)
 
     def update_ema(self, model: "nn.Module", where: "Tensor") -> None:
-        """Move the averaged weights towards the model's, if `where`, a bool tensor on the device, holds."""
+        """Move the averaged weights towards the model's, if `where`, a bool tensor on the device, holds.
+
+        ema_warmup: with the decay min(ema_decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage.
+        """
         mine, theirs = list(self.ema.module.parameters()), list(model.parameters())
+        decay = self.config.ema_decay
+        if self.config.ema_warmup:
+            decay = min(decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(mine, theirs, [where * (1.0 - self.ema.decay)] * len(mine))
+            torch._foreach_lerp_(mine, theirs, [where * (1.0 - decay)] * len(mine))
 
     def finish_step(self, finite: "Tensor") -> None:
         """Count the step. "skipped" is logged as 1 in a window with a skipped update, and not at all otherwise."""

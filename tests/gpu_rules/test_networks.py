@@ -122,8 +122,8 @@ def test_the_denoiser_and_its_pipeline(gpu, precision, monkeypatch):
     pipe = LatentVideoPipeline(vae=frozen, transformer=model)
     for sampler in ("ddpm", "ddim"):
         with torch.inference_mode(), autocast:
-            result = pipe(labels=[0, 1], num_steps=2, guidance_scale=4.0, sampler=sampler)
-        assert result.videos.shape == (2, 3, 9, 32, 32)
+            result = pipe([0, 1], 2, 4.0, sampler=sampler, output_type="video")
+        assert result.frames.shape == (2, 3, 9, 32, 32)
 
 
 @pytest.mark.parametrize("network", [lambda: I3D(), lambda: FastI3D(I3D()), lambda: C3D()])

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval.frechet import frechet_distance, kernel_distance
-from eval.inception import inception_score, inception_score_from_logits
+from eval.measures import frechet_distance, inception_score, inception_score_from_logits, kernel_distance
 
 
 @pytest.fixture

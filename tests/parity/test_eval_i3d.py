@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.checksums import tf_table
 from eval.i3d import EPS_TATS, EPS_TF, I3D, to_i3d_input
 from eval.i3d_fast import FastI3D
+from eval.weight_files import tf_table
 
 INPUTS = {"rand16": (0, (2, 16, 64, 64, 3)), "rand9": (1, (1, 9, 64, 64, 3))}
 TOLERANCE = 1e-5  # of the largest logit; the README's

@@ -39,6 +39,24 @@ def test_an_empty_folder(fails, tmp_path):
 
 def test_a_folder_that_is_not_there(fails, tmp_path):
     assert "is not a folder" in train(fails, tmp_path, f"source.root={tmp_path / 'nowhere'}")
+    assert "give that of the videos: --data DIR" in train(fails, tmp_path)
+    line = train(fails, tmp_path, f"source.root={tmp_path / 'mine.csv'}")
+    assert f"say source.name=csv source.list_file={tmp_path / 'mine.csv'}" in line
+
+
+def test_a_run_folder_that_is_a_file(fails, tmp_path):
+    (tmp_path / "file").write_text("notes")
+    line = fails(train_vae.main, "source.name=demo", f"run_dir={tmp_path / 'file'}")
+    assert line.endswith("file: a file; give the name of a folder")
+    assert (tmp_path / "file").read_text() == "notes"
+
+
+def test_a_changed_setting_is_told_before_the_videos_are_opened(fails, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("learning_rate: 7.0\n")
+    line = fails(train_vae.main, f"run_dir={run}", f"source.root={tmp_path / 'nowhere'}")
+    assert "holds a run with other settings" in line
 
 
 def test_a_folder_of_damaged_videos_only(fails, tmp_path):
@@ -67,7 +85,10 @@ def test_a_folder_of_damaged_videos_only(fails, tmp_path):
         ("clip.short=pad", "short='pad': choose one of skip, stretch, reflect, loop"),
         ("source.name=ucf", "choose one of ucf101"),
         ("clip.num_frames=129", "no usable video"),
-        ("lr=3", "unknown key 'lr'"),
+        ("lr=3", "unknown key 'lr'; did you mean 'learning_rate'"),
+        ("bs=3", "unknown key 'bs'; did you mean 'global_batch'"),
+        ("epochs=3", "unknown key 'epochs'; did you mean 'steps'"),
+        ("resolution=3", "unknown key 'resolution'; did you mean 'clip.size'"),
     ],
 )
 def test_settings_that_cannot_work(fails, tmp_path, setting, message):
@@ -90,6 +111,12 @@ def test_sampling_from_a_checkpoint_with_missing_weights(fails, tmp_path, own_va
     assert "no model_index.json" in fails(
         sample.main, f"pipeline={tmp_path / 'pipeline'}", f"out={tmp_path / 'out'}"
     )
+    line = fails(sample.main, f"pipeline={tmp_path / 'run'}", f"out={tmp_path / 'out'}")
+    assert "train one with scripts/stage2_latte.sh" in line
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
+    line = fails(sample.main, f"pipeline={tmp_path / 'run'}", f"out={tmp_path / 'out'}")
+    assert line.endswith(f"did you mean pipeline={tmp_path / 'run' / 'pipeline'}?")
     shutil.rmtree(own_vae)
     assert not (tmp_path / "out").exists()
 

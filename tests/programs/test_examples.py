@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from data.video import probe
@@ -30,6 +31,12 @@ def test_the_example_encodes_decodes_and_generates(trained_vae, tmp_path, monkey
     for name in ("decoded.mp4", "generated.mp4"):
         info = probe(tmp_path / "out" / name)
         assert (info.num_frames, info.width, info.height) == (9, 16, 16)
+
+
+def test_the_example_before_the_demo_says_so_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["example", str(tmp_path / "pipeline"), "x.mkv", "out"])
+    with pytest.raises(SystemExit, match="pipeline is not there; run bash scripts/demo.sh first"):
+        runpy.run_module("examples.encode_decode_generate", run_name="__main__")
 
 
 def test_the_example_stays_short():

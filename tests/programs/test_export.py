@@ -104,7 +104,7 @@ def test_the_code_in_both_cards_runs(run, pipeline, tmp_path):
         code = code_of(card(tmp_path / name)[1])
         assert "path/to/this/folder" in code
         code = code.replace("path/to/this/folder", str(tmp_path / name)).replace(
-            "num_steps=50", "num_steps=2"
+            "num_inference_steps=50", "num_inference_steps=2"
         )
         (tmp_path / "loading.py").write_text(code)
         assert runpy.run_path(str(tmp_path / "loading.py"))[name].shape == shape
@@ -115,7 +115,7 @@ def test_an_exported_pipeline_generates_what_the_original_does(pipeline, tmp_pat
         pipeline, "--out", tmp_path / "share", "--samples", write_samples_of(pipeline, tmp_path / "samples")
     )
     a, b = (
-        LatentVideoPipeline.from_pretrained(f)(labels=["b|"], seeds=[3], num_steps=2).videos
+        LatentVideoPipeline.from_pretrained(f)(["b|"], 2, seeds=[3], output_type="video").frames
         for f in (pipeline, tmp_path / "share")
     )
     assert torch.equal(a, b)

@@ -107,7 +107,7 @@ def test_a_missing_pipeline_is_one_clear_line(tmp_path):
 def test_pipeline_survives_saving_and_loading(pipeline):
     pipe = LatentVideoPipeline.from_pretrained(pipeline)
     again = LatentVideoPipeline.from_pretrained(pipeline)
-    videos = [p(labels=["b"], seeds=[7], num_steps=3).videos for p in (pipe, again)]
+    videos = [p(["b"], 3, seeds=[7], output_type="video").frames for p in (pipe, again)]
     assert torch.equal(*videos)
     assert videos[0].shape == (1, 3, 9, 16, 16)
     assert videos[0].abs().max() <= 1

@@ -72,6 +72,12 @@ def test_reconstruct_names_it_in_console_json_card_and_table(videos, trained_vae
     assert found.state == "done", found.note
     assert found.label == "random-feature LPIPS"
     assert found.values["lpips"] == lpips_of(summary)[1] > 0
+    records = read_records([out / "summary.json"])
+    assert [r["metric"] for r in records] == ["PSNR", "SSIM", lpips_of(summary)[0]]
+    assert "reconstruct" in render(records, "md")
+    (out / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="give the judges' JSONL or reconstruct's summary.json"):
+        read_records([out / "other.json"])
 
     old = {k: v for k, v in summary.items() if not k.startswith("random-feature")} | {"lpips": 0.1276}
     for content, value in ((summary, lpips_of(summary)[1]), (old, 0.1276)):  # as commit 397c5c1 wrote it
@@ -136,5 +142,5 @@ def test_the_demo_s_rule_tells_shapes_from_blobs():
     """FVD untrained, trained, VAE alone of two real runs: shapes that move, and coloured blobs."""
     from pipelines.demo_scores import FVD_WAY, reached
 
-    assert reached(1591.82, 1136.45, 845.0) > 1.4 * FVD_WAY
+    assert reached(617.75, 331.47, 301.69) > 1.5 * FVD_WAY
     assert reached(2482.29, 2243.03, 1204.9) < 0.5 * FVD_WAY

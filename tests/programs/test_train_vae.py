@@ -167,7 +167,10 @@ def test_dry_run_prints_the_paper_s_model_and_writes_nothing(capsys, tmp_path):
     assert "239,189,991 parameters" in text
     assert "3 x 25 x 256 x 256 -> latent 4 x 7 x 32 x 32" in text
     assert "learning_rate = 1e-05" in text
+    assert "demo: 256 videos, 256 held_out, 0 damaged, 0 short" in text
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="/nowhere' is not a folder"):
+        main(["--dry-run", "source.root=/nowhere"])
 
 
 def test_checkpointed_activations_change_the_memory_not_the_training(train):

@@ -126,12 +126,13 @@ class Codebook(nn.Module):
         self.register_buffer("N", torch.zeros(num_codes))
         self.register_buffer("z_avg", self.embeddings.clone())
 
-    def nearest(self, h: Tensor) -> Tensor:
-        """h (B, C, t, h, w) -> index of the entry at the least Euclidean distance, (B, t, h, w)."""
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, C, t, h, w) -> entries at the least Euclidean distance, (B, C, t, h, w), and their indices (B, t, h, w)."""
         rows, table = h.movedim(1, -1).float(), self.embeddings.float()
         half_norms = 0.5 * table.square().sum(1)
         codes = [(half_norms - part @ table.T).argmin(1) for part in rows.flatten(0, -2).split(_ROWS_AT_ONCE)]
-        return torch.cat(codes).view(rows.shape[:-1])
+        codes = torch.cat(codes).view(rows.shape[:-1])
+        return F.embedding(codes, self.embeddings).movedim(-1, 1), codes
 
 
 class TATSVQGAN(Baseline):
@@ -199,8 +200,7 @@ class TATSVQGAN(Baseline):
         surplus = -x.shape[2] % self.temporal_compression_ratio
         if surplus:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, surplus, -1, -1)], dim=2)
-        codes = self.codebook.nearest(self.pre_vq_conv(self.encoder(0.5 * x)))
-        latents = self.embed(codes)
+        latents, codes = self.codebook(self.pre_vq_conv(self.encoder(0.5 * x)))
         return VideoVQOutput(latents=latents, codes=codes) if return_dict else (latents, codes)
 
     def embed(self, codes: Tensor) -> Tensor:

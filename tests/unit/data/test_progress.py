@@ -1,4 +1,4 @@
-"""A long loop without a terminal says once how long it will take."""
+"""A long loop without a terminal says how long it will take, and then now and then how far it is."""
 
 import logging
 import re
@@ -32,7 +32,32 @@ def test_the_first_unit_which_is_slow_does_not_count(clock, caplog):
 def test_few_and_long_units_are_known_after_the_first(clock, caplog):
     caplog.set_level(logging.INFO)
     run(clock, [60, 60, 60], 5)
+    lines = ["train: 1 of 5 steps, about 4 min left", "train: 2 of 5 steps, about 3 min left"]
+    assert [r.getMessage() for r in caplog.records] == [*lines, "train: 3 of 5 steps, about 2 min left"]
+
+
+def test_a_line_each_twentieth_or_ten_minutes_and_one_at_the_end(clock, caplog):
+    caplog.set_level(logging.INFO)
+    run(clock, [40] * 100, 100)
+    done = [int(r.getMessage().split(" of ")[0].removeprefix("train: ")) for r in caplog.records[:-1]]
+    assert done == list(range(1, 100, 6))
+    assert caplog.records[-1].getMessage() == "train: all 100 steps in 67 min"
+    caplog.clear()
+    run(clock, [100] * 1000, 10**6)
+    assert len(caplog.records) == 1 + 999 * 100 // 700
+
+
+def test_a_caller_with_lines_of_its_own_gets_the_first_only(clock, caplog):
+    caplog.set_level(logging.INFO)
+    run(clock, [60] * 5, 5, once=True)
     assert [r.getMessage() for r in caplog.records] == ["train: 1 of 5 steps, about 4 min left"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(99.4, "99 s"), (101, "2 min"), (7300, "2 h"), (200_000, "2 d")]
+)
+def test_times_as_people_say_them(seconds, text):
+    assert progress.duration(seconds) == text
 
 
 def test_a_resumed_loop_counts_its_own_units_only(clock, caplog):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from denoiser import LATTE_SIZES, Latte, build_denoiser
+from denoiser.latte import TemporalLatteBlock
 
 TINY = {"depth": 4, "hidden_size": 32, "num_heads": 4, "num_frames": 3, "sample_size": (8, 4)}
 # Trainable parameters of Vchitect/Latte @ b27c24a, measured: (101 classes, unconditional).
@@ -69,7 +70,11 @@ def test_importing_the_room_does_not_import_torch():
 def plain_block(block, x, c):
     """A DiT block in the plainest words: conditioning repeated on every row, attention written out."""
     B, t, N, D = x.shape
-    rows = x.transpose(1, 2).reshape(B * N, t, D) if block.temporal else x.reshape(B * t, N, D)
+    rows = (
+        x.transpose(1, 2).reshape(B * N, t, D)
+        if isinstance(block, TemporalLatteBlock)
+        else x.reshape(B * t, N, D)
+    )
     m = block.adaLN_modulation(c.repeat_interleave(len(rows) // B, dim=0))[:, None].chunk(6, dim=-1)
     h = F.layer_norm(rows, (D,), eps=1e-6) * (1 + m[1]) + m[0]
     heads = block.attn.num_heads
@@ -78,7 +83,11 @@ def plain_block(block, x, c):
     rows = rows + m[2] * block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
     h = F.layer_norm(rows, (D,), eps=1e-6) * (1 + m[4]) + m[3]
     rows = rows + m[5] * block.mlp(h)
-    return rows.reshape(B, N, t, D).transpose(1, 2) if block.temporal else rows.reshape(B, t, N, D)
+    return (
+        rows.reshape(B, N, t, D).transpose(1, 2)
+        if isinstance(block, TemporalLatteBlock)
+        else rows.reshape(B, t, N, D)
+    )
 
 
 @pytest.mark.parametrize("i", [0, 1])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from data.video import BadVideo
-from eval.extraction import RunOptions, extract_selected, judge_folder
+from eval.extraction import Ranks, RunOptions, extract_selected, judge_folder
 from eval.feature_cache import FeatureCache, cache_folder
 from eval.features import Extractor
-from eval.ranks import Ranks
 from eval.selection import Selection
 from eval.weights import Provenance
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from eval import fetch_weights
-from eval.checksums import crc32c, masked, tensor_digest, tf_table, to_tf_layout
 from eval.fetch_weights import ArrayUnpickler, download, leaves, lpips_heads, main, take
-from eval.weight_files import MEMBERS, WEIGHT_FILES
+from eval.weight_files import MEMBERS, WEIGHT_FILES, crc32c, masked, tensor_digest, tf_table, to_tf_layout
 from eval.weights import load_i3d, read_state
 
 
@@ -94,7 +93,7 @@ def archives(tmp_path, monkeypatch):
     """What a download brings: archives of random tensors in the real layouts, with tables that call those the published ones."""
     state = {k: v.numpy() for k, v in load_i3d("random:3")[0].state_dict().items() if "num_batches" not in k}
     table = {k: {**e, "crc32c_masked": masked(crc32c(to_tf_layout(state[k])))} for k, e in tf_table().items()}
-    for module in ("eval.checksums", "eval.fetch_weights"):
+    for module in ("eval.weight_files", "eval.fetch_weights"):
         monkeypatch.setattr(f"{module}.tf_table", lambda: table)
     ours = {tf: flax for flax, tf in fetch_weights.TF_LEAVES.items()}
     trees = {"i3d": {}, "alexnet": {}, "vgg16": {}}

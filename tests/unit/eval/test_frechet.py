@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from eval.frechet import frechet_distance, kernel_distance
+from eval.measures import frechet_distance, kernel_distance
 
 sizes = st.tuples(st.integers(2, 60), st.integers(2, 60), st.integers(1, 40), st.integers(0, 2**32 - 1))
 

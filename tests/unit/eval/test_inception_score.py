@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.inception import inception_score, inception_score_from_logits
+from eval.measures import inception_score, inception_score_from_logits
 
 
 def test_one_video_of_each_class_scores_the_number_of_classes():

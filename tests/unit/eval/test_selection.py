@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from data.video import write_ffv1
-from eval.manifest import list_folder
-from eval.selection import Selection
+from eval.selection import Selection, list_folder
 
 
 def frames(seed: int, T=12, H=16, W=16) -> np.ndarray:

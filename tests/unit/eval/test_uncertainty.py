@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from eval.frechet import frechet_distance, kernel_distance
 from eval.fvd import distances
-from eval.inception import inception_score_from_logits
-from eval.uncertainty import (
+from eval.measures import (
     _counts,
     _frechet,
     _kernel,
+    frechet_distance,
     frechet_interval,
     inception_interval,
+    inception_score_from_logits,
+    kernel_distance,
     kernel_interval,
     same_distribution_floor,
 )

@@ -8,10 +8,9 @@ import torch
 
 from eval import weights
 from eval.check_weights import main as check_main
-from eval.checksums import crc32c, masked, tf_table, to_tf_layout
 from eval.features import extract_features, i3d_extractor
 from eval.i3d import I3D
-from eval.weight_files import WeightFile
+from eval.weight_files import WeightFile, crc32c, masked, tf_table, to_tf_layout
 from eval.weights import Provenance, find_weights, identify, load_i3d, random_seed, read_state
 
 
@@ -148,7 +147,7 @@ def save(state: dict, path) -> None:
 
 def test_converted_weights_with_the_checkpoints_checksums_are_known(checkpoint, tmp_path, monkeypatch):
     state, table = checkpoint
-    monkeypatch.setattr("eval.checksums.tf_table", lambda: table)
+    monkeypatch.setattr("eval.weight_files.tf_table", lambda: table)
     save(state, tmp_path / "converted.pt")
     provenance = load_i3d(tmp_path / "converted.pt")[1]
     assert provenance.known
@@ -217,7 +216,7 @@ def test_the_listing_names_every_file_and_verification_has_three_outcomes(
     save(checkpoint[0], tmp_path / "i3d_pretrained_400.pt")
     assert check_main([str(tmp_path / "i3d_pretrained_400.pt")]) == 1
     assert "not verified: 230 of 230 differ" in capsys.readouterr().out
-    monkeypatch.setattr("eval.checksums.tf_table", lambda: checkpoint[1])
+    monkeypatch.setattr("eval.weight_files.tf_table", lambda: checkpoint[1])
     assert check_main([str(tmp_path / "i3d_pretrained_400.pt")]) == 0
     (tmp_path / "rgb_imagenet.pt").write_bytes(b"x")
     for name, message in (
@@ -234,8 +233,8 @@ def test_lpips_trunks_are_known_by_their_tensors_in_any_file_and_never_read_by_a
 ):
     from dataclasses import replace
 
-    from eval.checksums import tensor_digest
     from eval.fidelity import load_lpips
+    from eval.weight_files import tensor_digest
 
     trunk = {
         f"features.{k.split('.', 1)[1]}": v for k, v in load_lpips("random:1")[0].net.state_dict().items()

@@ -1,6 +1,7 @@
 """What a launch brings along: accelerate's own accumulation, a cuDNN that is wrong, a main process that takes long."""
 
 import datetime
+import math
 import os
 import time
 from types import SimpleNamespace
@@ -12,8 +13,16 @@ from accelerate.state import AcceleratorState
 
 from pipelines.training import distributed as engine
 from pipelines.training.settings import Precision
+from pipelines.training.trainer import Trainer
 
-CONFIG = SimpleNamespace(global_batch=8, micro_batch=2, precision=Precision.fp32, grad_clip=0.0)
+CONFIG = SimpleNamespace(
+    global_batch=8,
+    micro_batch=2,
+    precision=Precision.fp32,
+    grad_clip=0.0,
+    log_with="tensorboard",
+    run_dir="x",
+)
 
 
 def test_accelerate_s_own_accumulation_is_refused_when_it_is_another(monkeypatch):
@@ -63,3 +72,19 @@ def test_a_first_scan_may_take_longer_than_the_patience_of_the_process_group(tmp
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     lines = (tmp_path / "order").read_text().splitlines()
     assert lines == ["0 begins", "0 ends", "1 begins", "1 ends"]
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_follows_its_decay_and_a_warm_up_raises_it(warmup):
+    settings = SimpleNamespace(ema_decay=0.5, ema_warmup=warmup)
+    trainer, model = Trainer(settings, None), torch.nn.Linear(1, 1, bias=False)
+    trainer.ema = SimpleNamespace(module=torch.nn.Linear(1, 1, bias=False))
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(trainer.ema.module.weight)
+    seen = []
+    for trainer.step in range(20):
+        trainer.update_ema(model, torch.tensor(True))
+        seen.append(trainer.ema.module.weight.item())
+    decays = [min(0.5, (1 + n) / (10 + n)) if warmup else 0.5 for n in range(20)]
+    assert seen == pytest.approx([1 - math.prod(decays[: n + 1]) for n in range(20)], abs=1e-6)
+    assert seen[0] == pytest.approx(0.9 if warmup else 0.5)

@@ -1,3 +1,4 @@
+import json
 import signal
 from types import SimpleNamespace
 
@@ -5,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.train_vae import TrainVAEConfig
+from pipelines.training import folder as run_folder
 from pipelines.training.checkpoints import Checkpoints, export_folder
 from pipelines.training.distributed import accumulation_steps, draw_seed, generators, normal
 from pipelines.training.folder import refuse_inside, stop_on_signal
@@ -173,3 +176,19 @@ def test_an_input_inside_the_export_is_refused(tmp_path):
     refuse_inside(tmp_path, "vae", str(tmp_path / "other"), "model.init_from")
     with pytest.raises(ValueError, match=r"model.init_from=.* would replace it"):
         refuse_inside(tmp_path, "vae", str(tmp_path / "vae"), "model.init_from")
+
+
+def test_what_the_code_differed_in_from_its_commit_is_kept_with_the_run(tmp_path, monkeypatch):
+    changes = [b""]
+    monkeypatch.setattr(run_folder, "git_changes", lambda: changes[0])
+    config, run = TrainVAEConfig(run_dir=str(tmp_path / "run")), tmp_path / "run"
+    for changes[0] in (b"", b"+ one line", b"+ one line", b"+ two lines"):
+        run_folder.open_run(run, config, "train_vae")
+    named = [start.get("patch") for start in json.loads((run / "env.json").read_text())["starts"]]
+    assert [None if n is None else (run / n).read_bytes() for n in named] == [
+        None,
+        b"+ one line",
+        b"+ one line",
+        b"+ two lines",
+    ]
+    assert len(list(run.glob("code-*.patch"))) == 2

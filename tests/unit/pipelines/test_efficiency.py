@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from eval.efficiency import Meter, encoder_speed, memory_peaks, quantile
+from pipelines.efficiency import Meter, encoder_speed, memory_peaks, quantile
 
 
 def run_steps(meter: Meter, seconds: list[float], wait: float = 0.0) -> None:
