@@ -13,7 +13,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from denoiser.diffusion import BETA_END, BETA_START, NUM_TRAIN_STEPS, linear_betas, respaced_timesteps
-from denoiser.latte import Latte
 
 _LINEAR = {
     "num_train_timesteps": NUM_TRAIN_STEPS,
@@ -161,7 +160,7 @@ def sample_latents(
     learned_range = getattr(scheduler, "variance_type", None) == "learned_range"
     device = device or model.device
     if y is not None:
-        if y.device.type == "cpu" and isinstance(model, Latte):
+        if y.device.type == "cpu" and hasattr(model, "check_labels"):
             model.check_labels(y)
         y = y.to(device)
     if latents is None:

@@ -98,6 +98,14 @@ def _class(name: str):
     return getattr(import_module(f"vae.{FAMILIES[name].module}"), FAMILIES[name].cls)
 
 
+def vae_class(class_name: str):
+    """The VAE class of that name, None if this project has none."""
+    name = next((name for name, row in FAMILIES.items() if row.cls == class_name), None)
+    if name is None and class_name in _adapter().ROWS:
+        return _adapter().adapted(class_name)
+    return None if name is None else _class(name)
+
+
 def build_vae(name: str, **config):
     """A model of that family with random weights, at the paper's (diffusers': the default) size unless `config` overrides it.
 
