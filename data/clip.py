@@ -5,9 +5,9 @@ Trainers and judges share the one path of this file, so that a metric never meas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -60,13 +60,24 @@ class ClipSpec:
         "videos with too few frames: skip them, stretch (all frames, uneven steps), reflect (back and forth) or loop",
     )
     position: Position = option(Position.random, "where a clip starts in a long video")
+    fps: float = option(
+        0.0, "frames a second, by the time stamps: for videos of several rates; 0: every interval-th frame"
+    )
+    repeat: bool = option(False, "with fps: take videos of a lower rate too and repeat their frames")
 
     def __post_init__(self):
         for name in ("num_frames", "interval", "size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: a clip needs a whole number of at least 1")
+        if not 0 <= self.fps < float("inf") or (self.fps and self.interval > 1):
+            raise ValueError(f"fps={self.fps}, interval={self.interval}: fps is above 0, and interval then 1")
         check_choices(self)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields for a fingerprint; those of fps only where it is used, so that older ones stay valid."""
+        kept = asdict(self)
+        return kept if self.fps else {k: v for k, v in kept.items() if k not in ("fps", "repeat")}
 
 
 def span(spec: ClipSpec) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from data import layouts, lists, user_list
 from data.core.files import escaped, printable, unescaped, write_atomic
 from data.cut import TO_THE_END, cut_frames, frames_between
-from data.demo import DemoVideos
+from data.demo import EDGE, DemoVideos
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
@@ -68,6 +68,7 @@ def open_source(
     num_classes: int = 4,
     size: int = 64,
     num_frames: int = 64,
+    edge: float = EDGE,
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
@@ -81,7 +82,8 @@ def open_source(
     reader: "pyav", or "decord" for files on which the scan finds that it shows the same frames, PyAV for the others.
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only, but for a part without an undamaged
-    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
+    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames,
+    edge: the demo's.
     Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
@@ -93,7 +95,7 @@ def open_source(
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
     if name == "demo":
-        return _demo(num_videos, num_classes, size, num_frames, 2 * seed + held_out)
+        return _demo(DemoVideos(num_videos, num_classes, size, num_frames, 2 * seed + held_out, edge))
     own = name == "csv"
     if not root and not own:
         raise ValueError(
@@ -132,12 +134,11 @@ def open_source(
     return _scanned(name, root or Path(found.base), found, share, index_dir, workers, reader)
 
 
-def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: int) -> Source:
-    demo = DemoVideos(num_videos, num_classes, size, num_frames, seed)
-    columns = {key: np.full(num_videos, size) for key in ("width", "height")}
-    columns |= {"num_frames": np.full(num_videos, num_frames), "fps": np.full(num_videos, 8.0)}
-    columns["label"] = np.array([demo.label(n) for n in range(num_videos)])
-    videos = VideoTable(f"demo:{seed}", [str(n) for n in range(num_videos)], columns)
+def _demo(demo: DemoVideos) -> Source:
+    columns = {key: np.full(len(demo), demo.size) for key in ("width", "height")}
+    columns |= {"num_frames": np.full(len(demo), demo.num_frames), "fps": np.full(len(demo), 8.0)}
+    columns["label"] = np.array([demo.label(n) for n in range(len(demo))])
+    videos = VideoTable(f"demo:{demo.seed}", [str(n) for n in range(len(demo))], columns)
     return Source("demo", "", videos, demo.class_names, demo=demo)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from pipelines.training.log import console
 
 hub = lazy("huggingface_hub.utils")
 shared = lazy("pipelines.results.shared")
@@ -36,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.public and not args.push:
         raise ValueError("--public: only with --push REPO")
-    console()
     if args.push:
         hub.validate_repo_id(args.push)
     request = shared.Request(args.model, args.out, args.samples, args.records, args.license, args.push)

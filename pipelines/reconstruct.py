@@ -30,7 +30,6 @@ from eval.weights import score_name, weights_line
 from pipelines.media import comparison
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary, versions
-from pipelines.training.log import console
 from pipelines.training.settings import SourceConfig, VAEConfig
 
 torch = lazy("torch")
@@ -231,7 +230,6 @@ def config_from(argv: list[str] | None) -> tuple[ReconstructConfig, argparse.Nam
 
 def main(argv: list[str] | None = None) -> int:
     config, args = config_from(argv)
-    console()
     if args.dry_run:
         print(summary(config))
         if config.lpips:

@@ -344,7 +344,8 @@ def train(config: TrainLatteConfig) -> Path:
     openers.check_clip(vae, config.clip)
     if config.mode is Mode.online:
         latents.scale_latents(vae, config)
-    stream, encode, class_names, counts = latents.open_data(config, accelerator, vae)
+    stream, encode, clips, counts = latents.open_data(config, accelerator, vae)
+    class_names = clips.source.class_names
     latents.scale_latents(vae, config, stream)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
@@ -378,6 +379,9 @@ def train(config: TrainLatteConfig) -> Path:
         "start_sha256": start.latte_start_digest(config),
     }
     with training_run.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
+        real = run.folder / "media" / "real.mp4"
+        if run.main and config.samples.every and not real.exists():
+            media.write_preview(real, media.grid(latents.real_clips(clips, config.samples.num_videos)))
         trainer.fit(run, sample, exported.save_pretrained)
     return run.folder / "pipeline"
 

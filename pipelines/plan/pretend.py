@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from pipelines.plan.backward import python_backward
 from pipelines.plan.cost import is_composite
 
 DEVICE = torch.device("cuda", 0)
+LOWEST_TORCH = "2.10"  # older ones ask the driver for the current device, or crash
 SMALL_COPY = 64 * 2**10  # bytes: the driver takes such a copy from ordinary memory without waiting
 aten = torch.ops.aten
 
@@ -169,15 +171,26 @@ class Pretended:
     syncs: Syncs
 
 
+def too_old() -> bool:
+    """Whether this torch cannot pretend a GPU."""
+    return Version(torch.__version__) < Version(LOWEST_TORCH)
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[Pretended]:
     """Inside, device "cuda" exists, tensors have no data, and CUDA's rules hold.
 
     Models are built and moved as always (`.to("cuda")`), autocast follows CUDA's lists, attention takes the kernels of a
     GPU, and an operation on tensors of two devices raises. Everything is put back at the end.
+    Raises ValueError for a torch before LOWEST_TORCH.
     """
     from torch.optim import optimizer as optim
 
+    if too_old():
+        raise ValueError(
+            f"the pretended GPU (--plan, python -m pipelines.plan) needs torch >= {LOWEST_TORCH}, here is "
+            f"{torch.__version__}; everything else works with it"
+        )
     mode, syncs = FakeTensorMode(allow_non_fake_inputs=True), Syncs()
 
     def tolist(self: FakeTensor) -> Any:

@@ -108,11 +108,16 @@ def _perceptual(config: Any) -> Any:
 
 
 def stage_one_parts(
-    make_trainer: Callable[..., Any], config: Any, accelerator: Any, where: torch.device
+    make_trainer: Callable[..., Any],
+    config: Any,
+    accelerator: Any,
+    where: torch.device,
+    sides: tuple[int, int] | None = None,
 ) -> tuple[Any, Iterator[Any], dict[str, tuple]]:
     """(trainer, endless batches, {phase: (a step of it, its share of all steps)}) of train_vae without data and weights.
 
-    where: the device on which the networks are made; the trainer moves them to the accelerator's.
+    where: the device on which the networks are made; the trainer moves them to the accelerator's. sides: height and width
+    of clips that are not square.
     """
     from pipelines.training.settings import GANSchedule
     from pipelines.training.start import build_vae_model
@@ -122,7 +127,7 @@ def stage_one_parts(
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
     trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
-    shape = (config.micro_batch, clip.num_frames, clip.size, clip.size, 3)
+    shape = (config.micro_batch, clip.num_frames, *(sides or (clip.size, clip.size)), 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
     if trainer.discriminator is None:
         return trainer, batches, {"VAE": (0, 1.0)}
@@ -138,16 +143,20 @@ def stage_one_parts(
     return trainer, batches, phases
 
 
-def stage_one(make_trainer: Callable[..., Any], config: Any) -> Simulation:
+def stage_one(
+    make_trainer: Callable[..., Any], config: Any, sides: tuple[int, int] | None = None
+) -> Simulation:
     """A step of train_vae in each of its phases, optimizer states present.
 
-    make_trainer: VAETrainer. config: TrainVAEConfig.
+    make_trainer: VAETrainer. config: TrainVAEConfig. sides: as of `stage_one_parts`.
     """
     from pipelines.training.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        trainer, batches, phases = stage_one_parts(make_trainer, config, accelerator, torch.device("cpu"))
+        trainer, batches, phases = stage_one_parts(
+            make_trainer, config, accelerator, torch.device("cpu"), sides
+        )
         for at, _ in phases.values():  # the optimizers' states come with the first updates
             trainer.step, accelerator.gradient_accumulation_steps = at, 1
             trainer.train_step(batches)
@@ -250,7 +259,8 @@ def encode_and_decode(
         vae = vae_of().to(DEVICE, dtype)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             x = _empty(batch, 3, frames, size, size, dtype=dtype)
-            z = vae.encode(x[:, :, :5]).latent_dist.mode().to(dtype)  # what is prepared once a model
+            short = min(frames, sum(vae.clip_lengths))
+            z = vae.encode(x[:, :, :short]).latent_dist.mode().to(dtype)  # what is prepared once a model
             if decode:
                 vae.decode(z)
             del z

@@ -1,7 +1,11 @@
-"""A self-contained page: texts, tables, curves, clips that play. Opens offline, in light and dark. Layout: page.html.j2."""
+"""A self-contained page: texts, tables, curves, clips that play. Opens offline, in light and dark.
+
+Layout: page.html.j2. page.js makes the curves interactive and gives videos one button; without it the page shows pictures.
+"""
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +24,11 @@ from data.video import probe
 MARK = '<meta name="generator" content="OmniLatte">'  # by which a program knows a page of its own
 BINS = 400  # points of a curve at most
 WIDTH = 720  # pixels to which small clips are enlarged
+LINES = {"-": "", "--": "7 4", ":": "2 4"}  # of matplotlib -> of SVG
 COLORS = ("#3b82d6", "#e2711d", "#2f9e62", "#b35cc9", "#c29a1f", "#d9495b", "#1fa3b0", "#8a7566")
 INK = "#0a0b0c"  # replaced by the page's own text colour, light or dark
 Series = dict[str, tuple[Sequence[float], ...]]  # name -> (x, y) or (x, y, low, high)
+Styles = dict[str, tuple[str, str]]  # name -> (colour, line)
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Figure:
     kind: str = "plot"
     alt: str = ""  # what a screen reader says; empty: the caption
     width: int | None = None  # in CSS pixels; None: the picture's own
+    chart: str = ""  # the curves of a plot as JSON, for page.js
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,19 @@ class Link:
     href: str
 
 
+@dataclass(frozen=True)
+class Key:
+    """A column's heading with the colour that its run has in all charts."""
+
+    text: str
+    color: str
+
+
 @dataclass
 class Section:
-    """A heading with, in this order: text, tiles (name, value, note), a table, figures of one kind.
+    """A heading with, in this order: text, tiles (name, value, note), a table, a grid, figures of one kind.
 
+    grid: rows of (name, figures or texts), below `header`.
     folded: the words to click on when the table is long and should begin closed. dim_from: columns from this one on
     are remarks, in a quieter colour.
     """
@@ -60,14 +76,16 @@ class Section:
     tiles: Sequence[tuple[str, str, str]] = ()
     folded: str = ""
     dim_from: int = 2
+    grid: Sequence[tuple[str, Sequence[Figure | str]]] = ()
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
     """Render the page; every text is escaped."""
     template = (Path(__file__).parent / "page.html.j2").read_text()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    script = (Path(__file__).parent / "page.js").read_text()
     page = environment.from_string(template).render(
-        mark=MARK, title=title, subtitle=subtitle, sections=sections, cell_class=_cell_class
+        mark=MARK, title=title, subtitle=subtitle, sections=sections, cell_class=_cell_class, script=script
     )
     write_atomic(path, page)
     return path
@@ -76,7 +94,9 @@ def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section
 def _cell_class(cell: Any, column: int, dim_from: int) -> str:
     if cell in ("pass", "fail"):
         return cell
-    return "note" if column >= dim_from else "number" if column else ""
+    length = len(getattr(cell, "text", str(cell)))
+    kind = "note" if column >= dim_from else "number" if column else ""
+    return f"{kind} {'short' if length <= 20 else 'long' if length > 40 else ''}".strip()
 
 
 def data_uri(kind: str, content: bytes) -> str:
@@ -131,48 +151,78 @@ def downsample(steps: Sequence[float], values: Sequence[float], bins: int = BINS
     return np.array([[p[0].mean(), p[1].mean(), p[1].min(), p[1].max()] for p in parts]).reshape(-1, 4).T
 
 
-def curve_figure(series: Series, caption: str, log_y: bool = False) -> Figure:
+def styles_of(names: Sequence[str]) -> Styles:
+    """A colour for each name, and another kind of line when the colours are used up."""
+    lines = list(LINES)
+    return {n: (COLORS[i % len(COLORS)], lines[i // len(COLORS) % 3]) for i, n in enumerate(names)}
+
+
+def curve_figure(series: Series, caption: str, log_y: bool = False, styles: Styles | None = None) -> Figure:
     """Draw curves against steps; a long one as its mean with a band from least to greatest value.
 
-    log_y: logarithmic axis, where all values are above 0 and far apart.
+    log_y: logarithmic axis, where all values are above 0 and far apart. styles: colour and line of each curve.
     """
+    styles = styles or styles_of(list(series))
     ends = []  # the curves in words, for those who cannot see them
     for name, (x, y, *_) in series.items():
         if len(x):
             ends.append(f"{name} from {y[0]:.4g} at step {x[0]:,.0f} to {y[-1]:.4g} at step {x[-1]:,.0f}")
-    return svg_figure(curve_svg(series, log_y=log_y), caption, f"{caption}. {'; '.join(ends[:8])}")
+    figure = svg_figure(
+        curve_svg(series, log_y=log_y, styles=styles), caption, f"{caption}. {'; '.join(ends[:8])}"
+    )
+    figure.chart = _chart(series, caption, log_y and _far_apart(series), styles)
+    return figure
+
+
+def _chart(series: Series, caption: str, log: bool, styles: Styles) -> str:
+    """The curves for page.js; "" without a point."""
+    curves = []
+    for name, (x, y, *_) in series.items():
+        if len(x):
+            columns = zip(("x", "y", "low", "high"), downsample(x, y), strict=True)
+            points = {key: [float(f"{v:.6g}") for v in column] for key, column in columns}
+            curves.append({"name": name, "color": styles[name][0], "dash": LINES[styles[name][1]], **points})
+    return json.dumps({"title": caption, "log": log, "series": curves}) if curves else ""
+
+
+def _far_apart(series: Series) -> bool:
+    values = [float(v) for _, ys, *_ in series.values() for v in ys]
+    return bool(values) and min(values) > 0 and max(values) > 3 * min(values)
 
 
 def svg_figure(svg: str, caption: str, alt: str) -> Figure:
     return Figure(caption, data_uri("image/svg+xml", svg.encode()), "plot", alt)
 
 
-def curve_svg(series: Series, xlabel: str = "step", ylabel: str = "", log_y: bool = False) -> str:
+def curve_svg(
+    series: Series, xlabel: str = "step", ylabel: str = "", log_y: bool = False, styles: Styles | None = None
+) -> str:
     """Draw series as SVG text in the colours of the page; without any point it says that nothing is measured."""
+    styles = styles or styles_of(list(series))
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     with matplotlib.rc_context(dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": ""}):
         canvas = Canvas(figsize=(6.4, 2.9), layout="constrained")
         axes = canvas.subplots()
-        for n, (name, (x, y, *band)) in enumerate(series.items()):
+        for name, (x, y, *band) in series.items():
             if not len(x):
                 continue  # its colour stays its own on a page with several charts
             x, y, low, high = (np.asarray(v) for v in ((x, y, *band) if band else downsample(x, y)))
-            style = {"color": COLORS[n % len(COLORS)], "linestyle": ("-", "--", ":")[n // len(COLORS) % 3]}
+            style = dict(zip(("color", "linestyle"), styles[name], strict=True))
             label = f" {name}" if name.startswith("_") else name  # matplotlib hides those with _
             axes.plot(x, y, label=label, marker="o" if len(x) < 12 else "", markersize=3, **style)
             if len(x) == 1:
                 axes.errorbar(x, y, yerr=[y - low, high - y], color=style["color"])
             elif (high > low).any():
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        values = [float(v) for _, ys, *_ in series.values() for v in ys]
-        if not values:
+        if not any(len(x) for x, *_ in series.values()):
             axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
-        elif log_y and min(values) > 0 and max(values) > 3 * min(values):
+        elif log_y and _far_apart(series):
             _log_axis(axes)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if xlabel == "step":
             axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_xlim(left=0)
         axes.grid(alpha=0.15)
         if len(series) > 1:
             legend = axes.legend(frameon=False, fontsize="small", ncols=1 + (len(series) > 5))

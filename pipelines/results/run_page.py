@@ -1,7 +1,6 @@
 """The sections of a page about runs: how far, curves, videos that play, samples by class, settings, versions."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -10,7 +9,10 @@ import numpy as np
 
 from data.video import probe, read_frames
 from pipelines.results.page import (
+    COLORS,
+    LINES,
     Figure,
+    Key,
     Link,
     Section,
     clip_figure,
@@ -24,9 +26,9 @@ from pipelines.results.runs import Run, read_manifest
 from pipelines.scores import read_records, row_of
 
 TITLES = {
-    "val/psnr": "PSNR on held-out clips, dB (EMA weights)",
-    "val/ssim": "SSIM on held-out clips (EMA weights)",
-    "val/lpips": "LPIPS on held-out clips (EMA weights)",
+    "val/psnr": "PSNR on held-out clips, dB (EMA, and raw: the weights that are trained)",
+    "val/ssim": "SSIM on held-out clips (EMA, and raw: the weights that are trained)",
+    "val/lpips": "LPIPS on held-out clips (EMA, and raw: the weights that are trained)",
     "loss/rec": "mean absolute error of the reconstruction",
     "loss/mse": "mean squared error of the predicted noise",
     "gan/weight": "adaptive weight of the adversarial term",
@@ -34,7 +36,17 @@ TITLES = {
     "eff/device_mib": "TMem, memory in use on the device, MiB",
     "skipped": "updates skipped: loss or gradient not finite",
 }
-TOGETHER = {"loss_at_t/": "error by timestep", "gan/logits_": "logits of the discriminator"}  # one chart each
+TOGETHER = {  # one chart each
+    "loss_at_t/": "error by timestep",
+    "gan/logits_": "logits of the discriminator",
+    **{name: TITLES[name] for name in ("val/psnr", "val/ssim", "val/lpips")},
+}
+WORDS = {
+    "val": "original | reconstruction | error x 4, held-out clips",
+    "real": "real clips",
+    "samples": "generated",
+}
+MADE_WITH = ("videos", "weights", "device", "time", "commit")  # of a score, in one column
 FIRST = ("val/", "loss", "gan/")
 TILES = (  # metric, title, format; the first three that a run has
     ("val/psnr", "PSNR, held out", "{:.2f} dB"),
@@ -112,34 +124,100 @@ def overview(runs: Sequence[Run]) -> Section:
     if len(runs) == 1:
         return Section("Overview", tiles=facts(runs[0]))
     columns = [{name: f"{value} ({note})" for name, value, note in facts(r)} for r in runs]
-    return Section("Overview", header=("", *labels(runs)), rows=side_by_side(columns), dim_from=99)
+    rows = differing(runs)
+    text = "" if rows else "All settings are equal."
+    return Section("Overview", text, header=keys(runs), rows=[*rows, *side_by_side(columns)], dim_from=99)
+
+
+def keys(runs: Sequence[Run]) -> list[str | Key]:
+    """The headings of a table with a column for each run, in the colour that it has in all charts."""
+    return ["", *(Key(label, COLORS[n % len(COLORS)]) for n, label in enumerate(labels(runs)))]
+
+
+def differing(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows (setting, value in each run) of what differs; where a run lies does not count."""
+    rows = side_by_side(
+        [{k: str(v) for k, v in r.settings.items() if k != "run_dir"} for r in runs], "no such key"
+    )
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def scores(paths: Sequence[Path]) -> Section:
     """The judges' records, each with its protocol and the paper's number where one belongs to it."""
     rows = [row_of(record) for record in read_records(paths)]
+    for row in rows:
+        row["made with"] = ", ".join(filter(None, (row.pop(key) for key in MADE_WITH)))
     kept = [key for key in rows[0] if any(row[key] for row in rows)]
     return Section("Scores", header=kept, rows=[[row[key] for key in kept] for row in rows])
 
 
 def media(run: Run, label: str, budget: Budget) -> Section:
     """The run's own previews: of each kind the newest, the first and some between."""
-    kinds: dict[str, list[Path]] = {}
-    for path in sorted((run.folder / "media").glob("*.mp4")):
-        kinds.setdefault(re.sub(r"_\d+$", "", path.stem), []).append(path)
-    words = {"val": "original | reconstruction | error x 4, held-out clips", "samples": "generated"}
-    figures, notes = [], []
+    kinds, figures, notes = previews(run), [], []
     for kind, paths in kinds.items():
-        count = min(PREVIEWS, len(paths))
-        shown = {round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)} | {len(paths) - 1}
-        for path in [paths[i] for i in sorted(shown, reverse=True)]:
-            step = re.search(r"_(\d+)$", path.stem)
-            when = f"step {int(step[1]):,}: " if step else ""
-            figures += _taken(lambda: video_figure(path, when + words.get(kind, kind)), path, budget, notes)  # noqa: B023
-        if len(paths) > count:
-            notes.append(f"{count} of {len(paths)} {kind} videos are shown; all are in media/.")
+        words = WORDS.get(kind, kind) + (tiles_in_words(run) if kind in ("real", "samples") else "")
+        for step in spread(sorted(paths)):
+            when = f"step {step:,}: " if step >= 0 else ""
+            figures += _taken(lambda: video_figure(paths[step], when + words), paths[step], budget, notes)  # noqa: B023
+        if len(paths) > PREVIEWS:
+            notes.append(f"{PREVIEWS} of {len(paths)} {kind} videos are shown; all are in media/.")
     text = " ".join(notes) if kinds else "The run has written no videos yet."
     return Section(f"Videos of {label}", text, figures=figures)
+
+
+def previews(run: Run) -> dict[str, dict[int, Path]]:
+    """The previews in a run's folder: kind -> step -> file; -1 is the step of a file without one."""
+    kinds: dict[str, dict[int, Path]] = {}
+    for path in sorted((run.folder / "media").glob("*.mp4")):
+        kind, _, step = path.stem.rpartition("_")
+        known = step.isdecimal() and bool(kind)
+        kinds.setdefault(kind if known else path.stem, {})[int(step) if known else -1] = path
+    return kinds
+
+
+def spread(steps: Sequence[int]) -> list[int]:
+    """At most PREVIEWS of the steps, newest first: the newest, the first and some between."""
+    count = min(PREVIEWS, len(steps))
+    chosen = {round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)} | {len(steps) - 1}
+    return [steps[i] for i in sorted(chosen, reverse=True)]
+
+
+def tiles_in_words(run: Run) -> str:
+    """The classes of the tiles of a training's grid, row by row; "" without classes."""
+    names, count = run.checkpoint.get("class_names") or [], int(run.settings.get("samples.num_videos", 0))
+    if not names or not count:
+        return ""
+    columns = int(np.ceil(np.sqrt(count)))
+    tiles = [str(names[i % len(names)]) for i in range(min(count, 36))]
+    rows = [", ".join(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    return f"; row by row: {' | '.join(rows)}"
+
+
+def compared(runs: Sequence[Run], budget: Budget) -> list[Section]:
+    """A table step x run for each kind of preview: what lies in one row is of one step, and the same clips."""
+    found, sections = [previews(run) for run in runs], []
+    for kind in dict.fromkeys(kind for kinds in found for kind in kinds if kind != "real"):
+        files = [kinds.get(kind, {}) for kinds in found]
+        shared = set.intersection(*map(set, files)) or set.union(*map(set, files))
+        rows: dict[str, list[Path | None]] = {}
+        if kind == "samples" and any("real" in kinds for kinds in found):
+            rows["real"] = [kinds.get("real", {}).get(-1) for kinds in found]
+        for step in spread(sorted(shared)):
+            rows[f"step {step:,}" if step >= 0 else kind] = [steps.get(step) for steps in files]
+        notes: list[str] = []
+        grid = [(name, [_cell(path, name, budget, notes) for path in paths]) for name, paths in rows.items()]
+        words = WORDS.get(kind, kind) + (tiles_in_words(runs[0]) if kind == "samples" else "")
+        text = " ".join([f"{words[0].upper()}{words[1:]}.", *notes])
+        sections.append(Section(f"Videos: {kind}", text, header=keys(runs), grid=grid))
+    return sections
+
+
+def _cell(path: Path | None, name: str, budget: Budget, notes: list[str]) -> Figure | str:
+    """A video of a table, or why there is none."""
+    if path is None:
+        return "none"
+    found = _taken(lambda: video_figure(path, f"{name}: {path.parent.parent.name}"), path, budget, notes)
+    return found[0] if found else "left out"
 
 
 def _taken(show: Callable[[], Figure], path: Path, budget: Budget, notes: list[str]) -> list[Figure]:
@@ -163,7 +241,7 @@ def gallery(folder: Path, budget: Budget) -> Section:
         figures += _taken(lambda: example(path, caption, settings["fps"]), path, budget, notes)  # noqa: B023
     kind = f"{len(classes)} classes" if classes else "no classes"
     how = f"{settings.get('sampler')}, {settings.get('num_steps')} steps, guidance {settings.get('guidance_scale')}"
-    text = f"{len(figures)} of {len(names)} generated videos, {kind}; {how}. Their first {FRAMES} frames."
+    text = f"{len(figures)} of {len(names)} generated videos, {kind}; {how}. At most their first {FRAMES} frames."
     return Section("Samples", " ".join([text, *notes[:3]]), figures=figures)
 
 
@@ -203,16 +281,23 @@ def curves(runs: Sequence[Run]) -> Section:
 
     figures = []
     for chart in sorted(charts, key=place):
-        lines = {}
-        for label, rows in zip(labels(runs), records, strict=True):
+        lines, styles = {}, {}
+        for n, (label, rows) in enumerate(zip(labels(runs), records, strict=True)):
             found = series_of(rows, *charts[chart])
-            for name in sorted(charts[chart]):
-                words = [label if len(runs) > 1 else "", name.removeprefix(chart)]
-                lines[" ".join(filter(None, words)) or name] = found.get(name, ((), ()))
+            for m, name in enumerate(sorted(charts[chart])):
+                part = name.removeprefix(chart)
+                if chart.startswith("val/") and len(charts[chart]) > 1:
+                    part = part.removeprefix("_") or "EMA"
+                words = [label if len(runs) > 1 else "", part]
+                line = " ".join(filter(None, words)) or name
+                lines[line] = found.get(name, ((), ()))
+                color, kind = (n, m) if len(runs) > 1 else (m, 0)  # a run has one colour in all charts
+                styles[line] = COLORS[color % len(COLORS)], list(LINES)[kind % len(LINES)]
         title = TOGETHER.get(chart) or TITLES.get(chart)
         if any(len(steps) for steps, _ in lines.values()):
             caption = f"{chart.rstrip('/_')}: {title}" if title else chart
-            figures.append(curve_figure(lines, caption, log_y=chart.startswith(("loss", "grad_norm"))))
+            log_y = chart.startswith(("loss", "grad_norm"))
+            figures.append(curve_figure(lines, caption, log_y, styles))
 
     # What the curves leave out
     texts = []
@@ -228,14 +313,10 @@ def curves(runs: Sequence[Run]) -> Section:
     )
 
 
-def settings(runs: Sequence[Run]) -> Section:
-    """All settings of one run, or what differs between several."""
-    rows = side_by_side([{k: str(v) for k, v in r.settings.items()} for r in runs], "no such key")
-    if len(runs) == 1:
-        return Section("Settings", header=("key", "value"), rows=rows, folded=f"all {len(rows)} settings")
-    rows = [row for row in rows if len(set(row[1:])) > 1]
-    text = "" if rows else "All settings are equal."
-    return Section("Settings that differ", text, header=("key", *labels(runs)), rows=rows, dim_from=99)
+def settings(run: Run) -> Section:
+    """All settings of a run."""
+    rows = [(key, str(value)) for key, value in run.settings.items()]
+    return Section("Settings", header=("key", "value"), rows=rows, folded=f"all {len(rows)} settings")
 
 
 def origin(runs: Sequence[Run]) -> Section:
@@ -253,7 +334,7 @@ def origin(runs: Sequence[Run]) -> Section:
             if name.endswith(".safetensors"):
                 found[f"sha256 of {name}"] = digest[:16]
         columns.append(found)
-    header, words = ("", *labels(runs)), "versions, starts, digests"
+    header, words = keys(runs), "versions, starts, digests"
     rows = side_by_side(columns)
     return Section("Where it comes from", header=header, rows=rows, dim_from=99, folded=words)
 
@@ -276,9 +357,11 @@ def write_run_page(
     budget = Budget(limit)
     parts = [overview(runs)]
     parts += [scores(records)] if records else []
-    parts += [media(run, label, budget) for run, label in zip(runs, labels(runs), strict=True)]
+    parts += [curves(runs)]
+    parts += compared(runs, budget) if len(runs) > 1 else [media(runs[0], labels(runs)[0], budget)]
     folders = [samples] if samples else [run.folder / "samples" for run in runs]
     parts += [gallery(f, budget) for f in folders if samples or (f / "manifest.json").is_file()]
-    parts += [curves(runs), settings(runs), origin(runs), files(runs, records, out)]
+    parts += [settings(runs[0])] if len(runs) == 1 else []
+    parts += [origin(runs), files(runs, records, out)]
     subtitle = f"Made from {', '.join(str(run.folder) for run in runs)}. {budget.note()}"
     write_page(out, ", ".join(labels(runs)), subtitle, parts)

@@ -9,16 +9,18 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.clip import to_float
 from data.dataset import VideoClips
 from data.latents import LatentCache, LatentStream, fingerprint_id, read_index
+from data.video import BadVideo
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.distributed import main_process_first
 from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts
-from pipelines.training.settings import Mode
+from pipelines.training.settings import Mode, SourceConfig
 
 
 def cached_clips(config: Any) -> VideoClips:
@@ -39,14 +41,27 @@ def cache_fingerprint(config: Any, vae: Any, clips: VideoClips) -> dict[str, Any
     names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
     return {
         "vae": vae_entry(config.vae, vae),
-        "clip": dataclasses.asdict(clips.spec),
+        "clip": clips.spec.settings(),
         "source": {
             "name": config.source.name,
             "videos": len(clips),
             "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
-        },
+        }
+        | _demo_world(config.source),
         "draws": {"crops": config.cache.crops, "flips": config.cache.flips, "seed": config.seed},
         "dtype": config.cache.dtype,
+    }
+
+
+def _demo_world(source: SourceConfig) -> dict[str, Any]:
+    """What decides the demo's videos beside their names, where it is not the default: older fingerprints stay valid."""
+    if source.name != "demo":
+        return {}
+    default = SourceConfig()
+    return {
+        key: value
+        for key in ("demo_seed", "demo_edge")
+        if (value := getattr(source, key)) != getattr(default, key)
     }
 
 
@@ -75,8 +90,8 @@ class OnlineLatents:
         return posterior.mean.float(), posterior.logvar.float()
 
 
-def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, list[str], dict[str, Any]]:
-    """(endless stream, encoder or None, class names, counts) for the mode; refuses a cache of anything else."""
+def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(endless stream, encoder or None, the clips behind it, counts) for the mode; refuses a cache of anything else."""
     with main_process_first(accelerator):
         if config.mode is Mode.online:
             clips = open_clips(config.source, config.clip, config.seed)
@@ -85,11 +100,31 @@ def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, list[s
     counts = video_counts(clips)
     if config.mode is Mode.online:
         encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
-        return clips, encode, clips.source.class_names, counts
+        return clips, encode, clips, counts
     fingerprint = cache_fingerprint(config, vae, clips)
     cache = LatentCache(cache_folder(config, fingerprint), expect=fingerprint)
     counts |= {"cached": len(cache), "cache": str(cache.folder), "failed": len(cache.index["failed"])}
-    return LatentStream(cache, config.seed), None, clips.source.class_names, counts
+    return LatentStream(cache, config.seed), None, clips, counts
+
+
+def real_clips(clips: Any, count: int) -> list[np.ndarray]:
+    """Real clips, uint8 (T, size, size, 3), in the order of the tiles of generated ones: tile i is of class i modulo their number.
+
+    A clip that cannot be read is black; without classes they are the first of the stream.
+    """
+    classes, found = len(clips.source.class_names), []
+    for tile in range(count):
+        if not classes:
+            found.append(np.asarray(clips[tile]["video"]))
+            continue
+        of_class = np.flatnonzero(clips.videos.column("label") == tile % classes)
+        try:
+            number = int(of_class[tile // classes % len(of_class)]) if len(of_class) else 0
+            clip = clips.clip_uint8(number, np.random.default_rng((0, tile)))
+            found.append(clip if len(of_class) else np.zeros_like(clip))
+        except BadVideo:
+            found.append(np.zeros((clips.spec.num_frames, clips.spec.size, clips.spec.size, 3), np.uint8))
+    return found
 
 
 def scale_latents(vae: Any, config: Any, stream: Any = None) -> None:

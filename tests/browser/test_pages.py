@@ -22,7 +22,8 @@ addEventListener("load", async () => {
   const ready = v => v.readyState >= 2 || v.error || new Promise(r => { v.onloadeddata = v.onerror = r; });
   await Promise.all(videos.map(ready));
   const wide = document.documentElement.scrollWidth > innerWidth;
-  const found = {pictures: pictures.filter(p => p.naturalWidth > 0).length, wide,
+  const charts = document.querySelectorAll(".chart svg path.curve").length;
+  const found = {charts, pictures: pictures.filter(p => p.naturalWidth > 0).length, wide,
     videos: videos.filter(v => v.videoWidth > 0 && !v.error).length, all: pictures.length + videos.length};
   document.body.dataset.found = JSON.stringify(found);
 });
@@ -65,7 +66,7 @@ def look(page, folder, *more):
 
 def test_a_browser_decodes_every_picture_and_video_without_a_complaint(page, tmp_path):
     found, console = look(page, tmp_path)
-    assert found == {"pictures": 2 + 8, "videos": 3, "all": 13, "wide": False}
+    assert found == {"charts": 2, "pictures": 8, "videos": 3, "all": 11, "wide": False}
     assert not console
 
 
@@ -100,3 +101,81 @@ def brightness(page, folder, scheme):
 def test_the_page_follows_the_reader_s_light_or_dark_screen(page, tmp_path):
     assert brightness(page, tmp_path, 1) > 240
     assert brightness(page, tmp_path, 0) < 40
+
+
+ACT = """<script>
+addEventListener("load", async () => {
+  const wait = () => new Promise(done => setTimeout(done, 300));
+  await wait();
+  const chart = document.querySelectorAll("figure[data-chart]")[1], box = chart.querySelector(".chart");
+  const curve = () => box.querySelector("path.curve").getAttribute("d"), found = {};
+  const hover = x => { const at = box.querySelector("svg").getBoundingClientRect();
+    box.querySelector("svg").dispatchEvent(new PointerEvent("pointermove", {clientX: at.left + x})); };
+  hover(56); found.first = box.querySelector(".tip").innerText;
+  hover(box.clientWidth - 12); found.last = box.querySelector(".tip").innerText;
+  const plain = curve();
+  chart.querySelector("input[type=checkbox]").click(); found.logged = curve() !== plain; const logged = curve();
+  const slider = document.querySelector("input[type=range]");
+  slider.value = 0.9; slider.dispatchEvent(new Event("input")); found.smoothed = curve() !== logged;
+  hover(box.clientWidth - 12); found.smooth = box.querySelector(".tip").innerText;
+  chart.querySelector(".legend button").click(); found.curves = box.querySelectorAll("path.curve").length;
+  const videos = [...document.querySelectorAll("video")], button = document.querySelector("button.play");
+  button.click(); found.paused = videos.every(v => v.paused); found.words = button.textContent;
+  button.click(); await wait(); found.playing = videos.every(v => !v.paused);
+  document.body.dataset.found = JSON.stringify(found);
+});
+</script>"""
+
+
+def test_curves_answer_to_the_pointer_and_one_button_plays_a_section(page, tmp_path):
+    copy = page.with_name("acted.html")
+    copy.write_text(page.read_text().replace("</body>", ACT + "</body>"))
+    dom, console = browse(copy, tmp_path, "--dump-dom", "--window-size=1280,900")
+    found = json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    assert not console
+    assert found["first"].split() == ["step", "0", "loss", "1"]
+    assert found["last"].split() == ["step", "99", "loss", "0.01"]
+    assert float(found["smooth"].split()[-1]) > 0.01
+    assert {k: found[k] for k in ("logged", "smoothed", "curves", "paused", "words", "playing")} == {
+        "logged": True,
+        "smoothed": True,
+        "curves": 0,
+        "paused": True,
+        "words": "play all",
+        "playing": True,
+    }
+
+
+def test_without_scripts_the_page_shows_its_curves_as_pictures(page, tmp_path):
+    page.write_text(re.sub("<script>.*?</script>", "", page.read_text(), flags=re.DOTALL))
+    found, _ = look(page, tmp_path)
+    assert found == {"charts": 0, "pictures": 2 + 8, "videos": 3, "all": 13, "wide": False}
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_comparison_with_scores_fits_the_screen(page, tmp_path, width):
+    record = {
+        "metric": "FVD",
+        "value": 1234.5,
+        "tag": "ucf101/OD-VAE",
+        "interval": {"low": 1111.1, "high": 2222.2},
+    }
+    record |= {
+        "protocol": {"name": "tats/fvd2048_16f", "num_videos": 2048},
+        "device": "NVIDIA H200",
+        "git": "0" * 40,
+    }
+    record |= {"time": "2026-11-27T10:00:00Z", "storage": {"real": ["h264"], "fake": ["ffv1"]}}
+    record |= {"weights": {"file": "i3d_torchscript.pt", "sha256": "a" * 64, "known": True, "seed": None}}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(record))
+    other = write_run(tmp_path / "other", metrics=[{"step": 1, "loss": 1}], settings={"learning_rate": 1})
+    out = tmp_path / "compare.html"
+    main([str(page.parent), str(other), "--out", str(out), "--records", str(tmp_path / "scores.jsonl")])
+    wide = "<script>addEventListener('load', () => { document.body.dataset.over = [...document.querySelectorAll('.wide')].filter(w => w.scrollWidth > w.clientWidth).length; });</script>"
+    out.write_text(out.read_text().replace("</body>", wide + "</body>"))
+    found, console = look(out, tmp_path, f"--window-size={width},900")
+    assert not found["wide"]
+    assert not console
+    if width == 1280:
+        dom, _ = browse(out, tmp_path, "--dump-dom", "--window-size=1280,900")
+        assert 'data-over="0"' in dom

@@ -3,17 +3,20 @@
 import base64
 import json
 import math
+import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.results.page import BINS, MARK, Link, Section, curve_figure, downsample, write_page
+from pipelines.results.page import BINS, COLORS, MARK, Link, Section, curve_figure, downsample, write_page
 from pipelines.results.run_page import chosen, thinned
 from pipelines.run_report import main
 from tests.programs.runs import noise, write_run, write_samples
 
+ROOT = Path(__file__).parents[2]
 CURVE = [{"step": s, "loss": 1 / (s + 1), "val/psnr": 20 + s / 10} for s in range(100)]
 
 
@@ -108,7 +111,9 @@ def test_names_and_values_of_a_run_are_text_never_markup(tmp_path):
     other = write_run(tmp_path / "_other", metrics=[{"step": s, evil: s} for s in (1, 2)])
     main([str(run), str(other), "--out", str(tmp_path / "page.html")])
     page = Page(tmp_path / "page.html")
-    assert not page.all("script")
+    scripts = re.findall("<script[^>]*>(.*?)</script>", (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert scripts == [(ROOT / "pipelines" / "results" / "page.js").read_text()]
+    assert page.all("script") == [{}]
     assert not page.all("b")
     assert evil in page.text
     drawn = [svg(a["src"]) for a in page.all("img")]
@@ -197,11 +202,72 @@ def test_several_runs_are_compared_by_what_differs(tmp_path):
     assert "learning_rate 0.1 0.2" in page.text
     assert "same" not in page.text
     drawn = svg(page.all("img")[0]["src"])
+    assert ">a EMA<" not in drawn  # there is one kind of weights in these logs
     assert ">a<" in drawn
     assert ">b<" in drawn
     assert all((tmp_path / "sub" / link["href"]).exists() for link in page.all("a"))
     with pytest.raises(ValueError, match="2 runs: say with --out FILE"):
         main([str(a), str(b)])
+
+
+def test_runs_stand_side_by_side_step_by_step_in_colours_of_their_own(tmp_path):
+    logs = [{"step": s, "loss": 2.0, "val/psnr": 20, "val/psnr_raw": 21} for s in (40, 50)]
+    logs[1] |= {"gan/logits_real": 1, "gan/logits_fake": 0}
+    videos = {"a": (0, 10, 20), "b": (0, 20, 30)}
+    runs = []
+    for name, steps in videos.items():
+        names = [f"val_{s:08d}.mp4" for s in steps]
+        runs.append(write_run(tmp_path / name, metrics=logs, settings={"note": name}, videos=names))
+    main([*map(str, runs), "--out", str(tmp_path / "both.html")])
+    page = Page(tmp_path / "both.html")
+    order = [
+        page.text.index(word)
+        for word in ("Overview", "note a b", "Curves", "Videos: val", "Where it comes from")
+    ]
+    assert order == sorted(order)
+    labels = [v["aria-label"] for v in page.all("video")]
+    assert [label.split(" (")[0] for label in labels] == [
+        "step 20: a",
+        "step 20: b",
+        "step 0: a",
+        "step 0: b",
+    ]
+    charts = {
+        c["title"].split(":")[0]: c
+        for c in (json.loads(f["data-chart"]) for f in page.all("figure") if "data-chart" in f)
+    }
+    assert {s["name"]: (s["color"], s["dash"]) for s in charts["val/psnr"]["series"]} == {
+        "a EMA": (COLORS[0], ""),
+        "a raw": (COLORS[0], "7 4"),
+        "b EMA": (COLORS[1], ""),
+        "b raw": (COLORS[1], "7 4"),
+    }
+    assert {s["color"] for s in charts["gan/logits"]["series"] if s["name"].startswith("b")} == {COLORS[1]}
+    assert [s["x"] for s in charts["loss"]["series"]] == [[40.0, 50.0]] * 2
+    drawn = svg(page.all("img")[0]["src"])
+    assert re.search(r">0</text>|<text[^>]*>0<", drawn)  # the axis begins there, not at step 40
+    shades = [tag["style"] for tag in page.all("i") if "background" in tag.get("style", "")]
+    assert shades[:2] == [f"background:{COLORS[0]}", f"background:{COLORS[1]}"]
+
+
+def test_tiles_of_a_training_s_grid_have_their_class_names_and_real_clips_beside_them(tmp_path, report):
+    videos = ["real.mp4", "samples_00000010.mp4"]
+    run = write_run(tmp_path / "run", videos=videos, settings={"samples": {"num_videos": 5}})
+    checkpoint = run / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 10, "class_names": ["cat", "dog"]}))
+    words = [v["aria-label"].split(" (")[0] for v in report(run).all("video")]
+    tiles = "row by row: cat, dog, cat | dog, cat"
+    assert words == [f"real clips; {tiles}", f"step 10: generated; {tiles}"]
+    other = write_run(tmp_path / "other", videos=["samples_00000010.mp4"])
+    main([str(run), str(other), "--out", str(tmp_path / "both.html")])
+    page = Page(tmp_path / "both.html")
+    assert [v["aria-label"].split(" (")[0] for v in page.all("video")] == [
+        "real: run",
+        "step 10: run",
+        "step 10: other",
+    ]
 
 
 def test_what_is_no_run_and_what_is_no_page_of_ours_is_refused(tmp_path):

@@ -1,15 +1,21 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.clip import ClipSpec
 from data.latents import LatentCache
+from data.video import probe
 from pipelines import cache_latents, train_latte
 from pipelines.train_latte import TrainLatteConfig
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import load
+from pipelines.training.latents import real_clips
+from pipelines.training.open import open_clips
+from pipelines.training.settings import SourceConfig
 
 
 @pytest.fixture
@@ -139,6 +145,13 @@ def test_a_cache_of_other_clips_is_refused_with_the_difference(stage_two):
         stage_two("other", "steps=1", "clip.num_frames=5", cache=False)
 
 
+@pytest.mark.parametrize("setting", ["source.demo_seed=1", "source.demo_edge=0.2"])
+def test_a_cache_of_another_demo_world_is_refused(stage_two, setting):
+    stage_two("run", "steps=1")
+    with pytest.raises(ValueError, match="the cache"):
+        stage_two("other", "steps=1", setting, cache=False)
+
+
 def test_a_cache_of_another_vae_is_refused(stage_two, own_vae):
     stage_two("run", "steps=1")
     from vae import ODVAE
@@ -212,6 +225,16 @@ def test_exported_pipeline_holds_the_ema_weights_and_the_class_names(stage_two):
     assert pipe.config.class_names == ["right", "left", "up", "down"]
     assert pipe.vae.has_scaling_rule
     assert (run / "media" / "samples_00000002.mp4").stat().st_size > 0
+    real, generated = (probe(run / "media" / name) for name in ("real.mp4", "samples_00000002.mp4"))
+    assert real == generated  # frames and size: tiles of the one stand where those of the other do
+
+
+def test_real_clips_stand_in_the_order_of_the_generated_ones():
+    clips = open_clips(SourceConfig(name="demo", demo_videos=8), ClipSpec(num_frames=9, size=16), 0)
+    tiles = real_clips(clips, 6)
+    for tile, video in enumerate((0, 1, 2, 3, 4, 5)):  # video n of the demo is of class n % 4
+        assert np.array_equal(tiles[tile], clips.clip_uint8(video, np.random.default_rng((0, tile))))
+    assert len(real_clips(clips, 20)) == 20
 
 
 def test_dry_run_prints_the_plan(capsys, own_vae, tmp_path):
