@@ -6,6 +6,7 @@ everything, and its name has a digest of its content: two exports of different c
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ LEFT_OUT = ("vae.kernels",)  # Triton's, for a GPU; torch's own operations give 
 
 
 def _file(module: str) -> Path:
-    return ROOT / (module.replace(".", "/") + ".py")
+    """The file of a module of this project, or of a class that a plugin has added."""
+    own = ROOT / (module.replace(".", "/") + ".py")
+    return own if module.partition(".")[0] in ROOMS else Path(sys.modules[module].__file__)
 
 
 def _own(node: ast.AST) -> dict[str, tuple[str, str]]:
@@ -33,13 +36,38 @@ def _own(node: ast.AST) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _needed(module: str, found: dict[str, ast.Module]) -> dict[str, ast.Module]:
-    """The module and all that it needs, those that others need first."""
+def _first(node: ast.stmt) -> int:
+    """The first line of a statement, with its decorators."""
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+
+
+def _tree(module: str, cls: str) -> ast.Module:
+    """A module of this project; of a plugin's only what its class needs, and the names it takes from elsewhere."""
     tree = ast.parse(_file(module).read_text())
+    if module.partition(".")[0] in ROOMS:
+        return tree
+    wanted, size = {cls}, 0
+    while size < len(wanted):
+        size = len(wanted)
+        kept = [node for node in tree.body if wanted & {*_defined(node), *_imported(node)}]
+        defining = [node for node in kept if not _imported(node)]
+        wanted |= {n.id for node in defining for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return ast.Module([node for node in tree.body if node in kept], [])
+
+
+def _imported(node: ast.stmt) -> list[str]:
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return []
+    return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+
+
+def _needed(module: str, cls: str, found: dict[str, ast.Module]) -> dict[str, ast.Module]:
+    """The module and all that it needs, those that others need first."""
+    tree = _tree(module, cls)
     for node in tree.body:
         for needed, _ in _own(node).values():
             if needed not in found:
-                _needed(needed, found)
+                _needed(needed, "", found)
     found[module] = tree
     return found
 
@@ -47,19 +75,23 @@ def _needed(module: str, found: dict[str, ast.Module]) -> dict[str, ast.Module]:
 def _names(tree: ast.Module) -> Iterator[str]:
     """The names that a module defines itself."""
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        yield from _defined(node)
 
 
-def source(module: str) -> str:
-    """One file with the code of a module of this project and of all its modules that it needs.
+def _defined(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+def source(module: str, cls: str = "") -> str:
+    """One file with the code of a module of this project, or of the class of a plugin's, and of all that it needs.
 
     Raises ValueError where two of them define the same name.
     """
-    trees, owner = _needed(module, {}), {}
+    trees, owner = _needed(module, cls, {}), {}
     for part, tree in trees.items():
         for name in _names(tree):
             if owner.setdefault(name, part) != part:
@@ -72,24 +104,25 @@ def source(module: str) -> str:
 
 
 def _section(module: str, tree: ast.Module, trees: dict[str, ast.Module]) -> str:
-    lines = _file(module).read_text().splitlines()
-    edits = {}  # first line -> (last line, text)
-    if ast.get_docstring(tree) is not None:
-        edits[1] = (tree.body[0].end_lineno, "")
+    whole, lines = ast.parse(text := _file(module).read_text()), text.splitlines()
+    edits, wanted = {}, {node.lineno for node in tree.body}  # first line -> (last line, text)
+    for node in whole.body:
+        if node.lineno not in wanted or (node is whole.body[0] and ast.get_docstring(whole) is not None):
+            edits[_first(node)] = (node.end_lineno, "")
     for node in ast.walk(tree):
         if not (own := _own(node)):
             continue
-        text = []
+        new = []
         for name, (place, there) in own.items():
             if place in LEFT_OUT or place not in trees:
-                text.append(f'raise ImportError("{place} is not part of an export")')
+                new.append(f'raise ImportError("{place} is not part of an export")')
             elif not there:
                 members = ", ".join(f"{n}={n}" for n in dict.fromkeys(_names(trees[place])))
-                text.append(f"{name} = SimpleNamespace({members})")
+                new.append(f"{name} = SimpleNamespace({members})")
             elif name != there:
-                text.append(f"{name} = {there}")
+                new.append(f"{name} = {there}")
         indent = " " * node.col_offset
-        edits[node.lineno] = (node.end_lineno, "\n".join(indent + line for line in text))
+        edits[node.lineno] = (node.end_lineno, "\n".join(indent + line for line in new))
     kept, number = [f"\n\n# ==== {module.replace('.', '/')}.py {'=' * 60}"], 1
     while number <= len(lines):
         last, text = edits.get(number, (number, lines[number - 1]))
@@ -100,7 +133,7 @@ def _section(module: str, tree: ast.Module, trees: dict[str, ast.Module]) -> str
 
 def _write(folder: Path, cls: type, module: str) -> str:
     """Write the file of a class beside its weights; returns the file's name without .py."""
-    text = source(module)
+    text = source(module, cls.__name__)
     name = f"omnilatte_{module.rpartition('.')[2]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     write_atomic(folder / f"{name}.py", text)
     config = folder / "config.json"
