@@ -12,6 +12,7 @@ import numpy as np
 
 from data import layouts, lists, user_list
 from data.core.files import escaped, printable, unescaped, write_atomic
+from data.core.registry import sources
 from data.cut import TO_THE_END, cut_frames, frames_between
 from data.demo import EDGE, DemoVideos
 from data.index import Scans, decord_agrees, scan_paths
@@ -72,7 +73,7 @@ def open_source(
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
-    name: one of SOURCES; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
+    name: one of SOURCES, or one added to data.core.registry.sources; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
     split: "train" or "test" (kinetics400, csv: also "val"; csv: "all"), a folder of sky_timelapse and kinetics400.
     list_file: the list as published: webvid needs its csv, panda70m cuts clips by its csv, kinetics400 takes labels
     from its csv, ucf101 has lines `Class/v_x.avi [label]`, csv is data/user_list.py's. What it names and the disk lacks is left out and told.
@@ -87,8 +88,8 @@ def open_source(
     Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
-    if name not in SOURCES:
-        raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
+    if name not in SOURCES and sources.find(name) is None:
+        raise ValueError(f"source {name!r}: choose one of {', '.join([*SOURCES, *sources])}")
     if reader not in ("pyav", "decord"):
         raise ValueError(f"reader={reader!r}: choose pyav or decord")
     splits = _SPLITS.get(name, ("train", "test"))
@@ -143,6 +144,8 @@ def _demo(demo: DemoVideos) -> Source:
 
 
 def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
+    if name in sources:
+        return sources[name](root, split)
     if name == "ucf101":
         found = layouts.find_ucf101(root, split)
         return lists.listed_ucf101(found, list_file) if list_file else found

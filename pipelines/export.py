@@ -4,8 +4,9 @@
     python -m pipelines.export runs/latte --out share/latte --samples runs/latte/samples --records scores.jsonl
     python -m pipelines.export runs/latte --out share/latte --push NAME/REPO          # private unless --public
 
-It loads with ODVAE.from_pretrained or LatentVideoPipeline.from_pretrained. Numbers come from the records that are given;
-what is not given is "not measured".
+Plain diffusers opens it: AutoModel (a VAE) or DiffusionPipeline, .from_pretrained(DIR, trust_remote_code=True); the code
+that this needs is written beside the weights (omnilatte_*.py), and this project never runs it from there. Numbers come
+from the records that are given; what is not given is "not measured".
 """
 
 import argparse
