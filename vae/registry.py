@@ -179,6 +179,11 @@ def _read_class_name(folder: Path) -> str:
     raise ValueError(f"{file}: _class_name {class_name!r} is none of {known}")
 
 
+def name_of(class_name: str) -> str:
+    """The name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
+    return _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
+
+
 def adapted_class(folder: str | Path):
     """The class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is no VAE's."""
     class_name = _read_class_name(Path(folder))
@@ -200,7 +205,7 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
     folder = vae_folder(name_or_folder, path)
     class_name = _read_class_name(folder)
     own = _added_name(class_name)
-    family = own or _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
+    family = own or name_of(class_name)
     if name is not None and family != name:
         raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
     if own:

@@ -104,7 +104,8 @@ def _perceptual(config: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchvision, about lpips' way to call it
-        return LPIPSLoss(lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False))
+        network = lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False)
+        return LPIPSLoss(network, config.gradient_checkpointing)
 
 
 def stage_one_parts(
@@ -126,6 +127,10 @@ def stage_one_parts(
     with where:
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
+        if isinstance(next(vae.parameters()), FakeTensor):
+            vae._apply(
+                torch.empty_like
+            )  # VidTok's mix factors are made from numbers: real, they cannot be copied
     trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
     shape = (config.micro_batch, clip.num_frames, *(sides or (clip.size, clip.size)), 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
@@ -364,12 +369,15 @@ def _pipeline_parts(folder: Path) -> tuple[dict[str, Any], bool, Any]:
     """(Latte's settings, has classes, VAE's settings) of a pipeline's folder; Latte-XL/2 on UCF101 with OD-VAE without one."""
     from denoiser.latte import LATTE_SIZES
     from pipelines.training.settings import VAEConfig
-    from vae.registry import FAMILIES
+    from vae.registry import name_of
 
     file = folder / "transformer" / "config.json"
     if not file.is_file():
         return {**LATTE_SIZES["XL/2"], "num_classes": 101}, True, VAEConfig()
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
-    kind = json.loads((folder / "vae" / "config.json").read_text()).get("_class_name")
-    name = next((n for n, family in FAMILIES.items() if family.cls == kind), "odvae")
-    return config, config.get("num_classes") is not None, VAEConfig(name=name, path=str(folder / "vae"))
+    kind = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    return (
+        config,
+        config.get("num_classes") is not None,
+        VAEConfig(name=name_of(kind), path=str(folder / "vae")),
+    )

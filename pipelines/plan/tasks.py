@@ -73,7 +73,7 @@ ROWS = (
 
 
 FINETUNE = "configs/stage1/finetune.yaml"
-FINETUNED = ("wan", "cogvideox", "hunyuanvideo", "ltx", "mochi")
+FINETUNED = ("wan", "cogvideox", "ltx", "hunyuanvideo", "mochi")
 CLIPS = (
     (17, (256, 256)),
     (33, (480, 832)),

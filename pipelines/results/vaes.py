@@ -37,6 +37,7 @@ from pipelines.training.folder import refuse_in_data
 from pipelines.training.open import open_clips, weights_digest
 from pipelines.training.settings import SourceConfig
 from vae import build_vae, load_vae
+from vae.registry import name_of
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -131,18 +132,11 @@ def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) 
         return measured["allocated_mib"], "measured"
 
     def same_size() -> Any:
-        cls = type(vae)
         config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-        return (cls(**config) if hasattr(cls, "row") else build_vae(_family(vae), **config)).eval()
+        return build_vae(name_of(type(vae).__name__), **config).eval()
 
     simulation = encode_and_decode(same_size, own_length(vae, T), size)
     return simulation.peak / 2**20, "modelled, one GPU, fp32"
-
-
-def _family(vae: Any) -> str:
-    from vae.registry import FAMILIES
-
-    return next(name for name, row in FAMILIES.items() if row.cls == type(vae).__name__)
 
 
 def measure(

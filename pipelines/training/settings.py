@@ -144,7 +144,8 @@ class VAEConfig:
     """A trained VAE for stage two."""
 
     name: str = option(
-        "odvae", "odvae|sd2_1|svd|cvvae|ops (discrete vqgan and tats cannot feed a diffusion model)"
+        "odvae",
+        "odvae|sd2_1|svd|cvvae|ops (not vqgan and tats: discrete), or of diffusers wan|cogvideox|ltx|... (docs/finetune.md)",
     )
     path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
     tiling_frames: int = option(

@@ -33,7 +33,7 @@ class Recorder(tracking.GeneralTracker):
 
     def log(self, values, step):
         if step in self.fails_at:
-            raise ConnectionError("service is away")
+            raise RuntimeError("service is away")
         self.got.append((step, values))
 
     def finish(self):

@@ -156,6 +156,10 @@ def test_validation_pictures_and_scores_are_written(train):
     run = train("run", "steps=2")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "val/psnr" in r] == [0, 2]
+    first, last = (r for r in records if "val/psnr" in r)
+    assert first["val/psnr_raw"] == first["val/psnr"]  # EMA begins where the weights do
+    assert last["val/psnr_raw"] != last["val/psnr"]
+    assert abs(last["val/psnr_raw"] - first["val/psnr"]) > abs(last["val/psnr"] - first["val/psnr"])
     assert (run / "media" / "val_00000002.mp4").stat().st_size > 0
     assert any(b"WEBP" in file.read_bytes() for file in (run / "tb").iterdir())
     assert {"config.yaml", "env.json", "efficiency.json"} <= {p.name for p in run.iterdir()}
