@@ -21,7 +21,9 @@ def build():
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
-        return Trainer(SimpleNamespace(global_batch=1), accelerator), *accelerator.prepare(model, optimizer)
+        return Trainer(SimpleNamespace(global_batch=1, ema_warmup=False), accelerator), *accelerator.prepare(
+            model, optimizer
+        )
 
     return go
 
