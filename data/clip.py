@@ -5,14 +5,15 @@ Trainers and judges share the one path of this file, so that a metric never meas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from data.core.option import check_choices, option
+from data.core.tensors import to_float, to_uint8  # noqa: F401 - the pixel scale of this file's clips
 from data.video import Frames
 
 if TYPE_CHECKING:
@@ -60,13 +61,24 @@ class ClipSpec:
         "videos with too few frames: skip them, stretch (all frames, uneven steps), reflect (back and forth) or loop",
     )
     position: Position = option(Position.random, "where a clip starts in a long video")
+    fps: float = option(
+        0.0, "frames a second, by the time stamps: for videos of several rates; 0: every interval-th frame"
+    )
+    repeat: bool = option(False, "with fps: take videos of a lower rate too and repeat their frames")
 
     def __post_init__(self):
         for name in ("num_frames", "interval", "size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: a clip needs a whole number of at least 1")
+        if not 0 <= self.fps < float("inf") or (self.fps and self.interval > 1):
+            raise ValueError(f"fps={self.fps}, interval={self.interval}: fps is above 0, and interval then 1")
         check_choices(self)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields for a fingerprint; those of fps only where it is used, so that older ones stay valid."""
+        kept = asdict(self)
+        return kept if self.fps else {k: v for k, v in kept.items() if k not in ("fps", "repeat")}
 
 
 def span(spec: ClipSpec) -> int:
@@ -161,33 +173,6 @@ def crop_resize_uint8(frames: np.ndarray | Frames, spec: ClipSpec, rng: np.rando
     return np.ascontiguousarray(clip)
 
 
-def to_float(clip: np.ndarray | Tensor) -> Tensor:
-    """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
-    import torch
-
-    clip = torch.as_tensor(clip)
-    if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
-        raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")
-    # a number would be a product with 1 / 127.5 on a GPU; filled there, so that nobody waits for a copy
-    divisor = torch.full((), 127.5, device=clip.device)
-    video = clip.movedim(-1, -4).to(torch.float32, memory_format=torch.contiguous_format)
-    return video.div_(divisor).sub_(1.0)
-
-
 def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
     """Decoded frames uint8 (T, H, W, 3) to the float32 clip (3, T, size, size) in [-1, 1] that models take."""
     return to_float(crop_resize_uint8(frames, spec, rng))
-
-
-def to_uint8(video: Tensor) -> np.ndarray:
-    """Float video (..., 3, T, H, W) in [-1, 1] to uint8 (..., T, H, W, 3): clamp, then round half to even.
-
-    The inverse of `to_float` on all 256 levels. Raises ValueError on NaN.
-    """
-    if video.ndim < 4 or video.shape[-4] != 3:
-        raise ValueError(f"video {tuple(video.shape)}: need (..., 3, T, H, W)")
-    video = video.detach().float()
-    if video.isnan().any():
-        raise ValueError("video holds NaN: no pixel has that value; look for the step that made it")
-    pixels = ((video.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte()
-    return pixels.movedim(-4, -1).contiguous().cpu().numpy()

@@ -13,6 +13,7 @@ from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span
 from data.demo import DemoVideos
 from data.sources import Source, video_frames
 from data.table import Video, VideoTable
+from data.timeline import frames_at_rate
 from data.video import BadVideo
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,23 @@ logger = logging.getLogger(__name__)
 Attempts = Generator[tuple, Any, dict]
 
 
+def clip_indices(video: Video, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
+    """The frames of a clip: `frame_indices` of the video, or of what it shows at spec.fps frames a second."""
+    record = video.record
+    if not spec.fps:
+        return frame_indices(record.num_frames, spec, rng)
+    shown = frames_at_rate(record.times, spec.fps, record.fps, video.first, record.num_frames)
+    try:
+        return shown[frame_indices(len(shown), spec, rng)]
+    except ValueError as error:  # its frames come less evenly than its mean rate says
+        raise BadVideo(f"{record.path}: at fps={spec.fps:g} {error}") from error
+
+
 def read_clip(
     video: Video, spec: ClipSpec, rng: np.random.Generator, demo: DemoVideos | None = None
 ) -> np.ndarray:
     """A clip of one video: uint8 (T, size, size, 3), resized as it is decoded. Raises BadVideo if it cannot be read."""
-    indices = frame_indices(video.record.num_frames, spec, rng)
+    indices = clip_indices(video, spec, rng)
     frames = video_frames(video, indices, spec.size, demo)
     try:
         return crop_resize_uint8(frames, spec, rng)
@@ -64,7 +77,7 @@ class VideoClips:
         """Videos shorter than a clip are left out under short="skip" and listed in `short`."""
         self.source, self.spec, self.seed, self.train = source, spec, seed, train
         least = span(spec) if spec.short == "skip" else 1
-        lengths = source.videos.column("num_frames")
+        lengths = self._lengths()
         self.videos: VideoTable = source.videos.select(lengths >= least)
         self.short: VideoTable = source.videos.select(lengths < least)
         self.failed: dict[str, str] = {}  # name -> reason, of this process
@@ -75,9 +88,26 @@ class VideoClips:
             raise ValueError(
                 f"{source.name}: no usable video ({len(source.videos) + len(source.damaged)} found, "
                 f"{len(source.damaged)} damaged, {len(self.short)} shorter than {least} frames, the longest "
-                f"{longest}); use fewer frames, a smaller interval, or short=stretch|reflect|loop"
+                f"{longest}{f', at fps={spec.fps:g}' if spec.fps else ''}); use fewer frames, a smaller interval, or short=stretch|reflect|loop"
             )
         self._order = (-1, np.arange(0))
+
+    def _lengths(self) -> np.ndarray:
+        """Frames of each video, at spec.fps if that is set; ValueError for videos of a lower rate without spec.repeat."""
+        videos, fps = self.source.videos, self.spec.fps
+        lengths = videos.column("num_frames")
+        if not fps:
+            return lengths
+        rates = videos.column("fps")
+        slow = np.flatnonzero(rates <= 0 if self.spec.repeat else rates < 0.999 * fps)
+        if len(slow):
+            known = f"{rates[slow[0]]:g} frames a second" if rates[slow[0]] > 0 else "no known rate"
+            way_out = "leave these out" if self.spec.repeat else "a lower fps, or repeat=true repeats frames"
+            raise ValueError(
+                f"clip.fps={fps:g}: {len(slow)} of {len(videos)} videos of {self.source.name} are slower, e.g. "
+                f"{videos.name(int(slow[0]))}: {known}; {way_out}"
+            )
+        return ((lengths - 1) / rates * fps + 1e-6).astype(np.int64) + 1
 
     def keep_first(self, count: int) -> None:
         """Leave out all usable videos but the first N."""

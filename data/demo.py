@@ -10,19 +10,26 @@ MOTIONS = ("right", "left", "up", "down", "clockwise", "counterclockwise", "outw
 _DIRECTION = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 _STEP = 1 / 32  # of the picture's side per frame: 17 frames cross half of it
 _TURN = 2 * np.pi / 48  # radians per frame
-_EDGE = 0.08  # of the picture's side
+EDGE = 0.08  # of the picture's side: the default width of a shape's soft edge
 _ZOOM = 1 / 40  # of the way from the centre to outside the picture, per frame
 
 
 class DemoVideos:
     """Moving scenes as a pure function of (seed, index); video n has class n % num_classes, named after its motion.
 
-    num_frames: frames each video offers. size: default side of the square picture, pixels.
+    num_frames: frames each video offers. size: default side of the square picture, pixels. edge: width of the shapes' soft
+    edges, of the side; a small VAE draws wide ones better.
     Every motion is steady, so any window of any video shows its class.
     """
 
     def __init__(
-        self, num_videos: int, num_classes: int = 4, size: int = 64, num_frames: int = 64, seed: int = 0
+        self,
+        num_videos: int,
+        num_classes: int = 4,
+        size: int = 64,
+        num_frames: int = 64,
+        seed: int = 0,
+        edge: float = EDGE,
     ):
         if not 1 <= num_classes <= len(MOTIONS):
             raise ValueError(f"num_classes={num_classes}: the demo knows 1 to {len(MOTIONS)} motions")
@@ -30,7 +37,9 @@ class DemoVideos:
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.num_videos, self.num_classes = num_videos, num_classes
-        self.size, self.num_frames, self.seed = size, num_frames, seed
+        if not 0 < edge <= 1:
+            raise ValueError(f"edge={edge}: above 0, at most 1 of the picture's side")
+        self.size, self.num_frames, self.seed, self.edge = size, num_frames, seed, edge
         self.class_names = list(MOTIONS[:num_classes])
 
     def __len__(self) -> int:
@@ -69,7 +78,7 @@ class DemoVideos:
                 "slot": (phase + n / num_shapes) % 1,
                 "cross": (n + rng.uniform(0.35, 0.65)) / num_shapes,
             }
-            _draw(picture, x, y, colour, *_place(motion, time, shape), shape["square"])
+            _draw(picture, x, y, colour, *_place(motion, time, shape), shape["square"], self.edge)
         return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
@@ -100,8 +109,8 @@ def _place(motion: str, time: np.ndarray, shape: dict) -> tuple[np.ndarray, np.n
     return 0.5 + way * np.cos(angle), 0.5 + way * np.sin(angle), 1.5 * radius * np.sqrt(way), False
 
 
-def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square: bool) -> None:
-    """Blend one shape into picture (T, size, size, 3), in place; its edge is `_EDGE` wide, at least one pixel."""
+def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square: bool, edge: float) -> None:
+    """Blend one shape into picture (T, size, size, 3), in place; its edge is at least one pixel wide."""
     dx, dy = x - centre_x, y - centre_y
     if wraps:
         dx, dy = (dx + 0.5) % 1 - 0.5, (dy + 0.5) % 1 - 0.5
@@ -109,6 +118,6 @@ def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.85 * radius
     else:
         distance = np.hypot(dx, dy) - radius
-    cover = np.clip(0.5 - distance / max(_EDGE, 1 / picture.shape[1]), 0, 1)[..., None]
+    cover = np.clip(0.5 - distance / max(edge, 1 / picture.shape[1]), 0, 1)[..., None]
     wave = 0.85 + 0.15 * np.cos(2.2 * (dx + dy) / np.maximum(radius, 1e-3))
     picture += cover * (wave[..., None] * colour - picture)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,22 +36,77 @@ def _check_frames(frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"fps={fps}: must be above 0")
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format: str, options: dict) -> None:
+@contextmanager
+def _writing(
+    path: Path,
+    height: int,
+    width: int,
+    fps: float,
+    codec: str,
+    pixel_format: str,
+    options: dict,
+    audio: Path | None = None,
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds frames uint8 (n, H, W, 3) to a new file, which is there when the block ends well."""
     import av
 
-    _check_frames(frames, fps)
-    try:
-        with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = pixel_format
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(path))
+        container = stack.enter_context(av.open(str(temporary), "w"))
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
+        source = stack.enter_context(av.open(str(audio))) if audio else None
+        sound = source.streams.best("audio") if source else None
+        copy = container.add_stream_from_template(sound) if sound else None
+
+        def add(frames: np.ndarray) -> None:
             for picture in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format=pixel_format)))
-            container.mux(stream.encode())
+
+        yield add
+        container.mux(stream.encode())
+        for packet in source.demux(sound) if copy else ():
+            if packet.dts is not None:
+                packet.stream = copy
+                container.mux(packet)
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format: str, options: dict) -> None:
+    _check_frames(frames, fps)
+    try:
+        with _writing(path, *frames.shape[1:3], fps, codec, pixel_format, options) as add:
+            add(frames)
     except OSError as error:
         most = f"at most {frames.nbytes:,} bytes"
         raise OSError(error.errno, f"cannot write {path} ({most}): {error.strerror}") from error
+
+
+@contextmanager
+def writing_video(
+    path: Path, height: int, width: int, fps: float, audio: Path | None = None
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
+
+    The size stays, also an odd one (4:4:4 then, which some players lack). audio: a file whose sound is copied as it is.
+    Raises ValueError for another suffix, and for sound that the container does not take.
+    """
+    import av
+
+    codec, pixel_format, options = _codec_of(path, height, width)
+    try:
+        with _writing(path, height, width, fps, codec, pixel_format, options, audio) as add:
+            yield add
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: {error}; a .mkv takes every kind of sound, --no-audio none") from error
+
+
+def _codec_of(path: Path, height: int, width: int) -> tuple[str, str, dict]:
+    if path.suffix == ".mp4":
+        return "libx264", "yuv444p" if height % 2 or width % 2 else "yuv420p", {"crf": "18"}
+    if path.suffix == ".mkv":
+        return "ffv1", "bgr0", {}
+    raise ValueError(f"{path}: .mp4 (H.264) or .mkv (FFV1, without loss)")
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:

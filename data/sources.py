@@ -12,8 +12,9 @@ import numpy as np
 
 from data import layouts, lists, user_list
 from data.core.files import escaped, printable, unescaped, write_atomic
+from data.core.registry import sources
 from data.cut import TO_THE_END, cut_frames, frames_between
-from data.demo import DemoVideos
+from data.demo import EDGE, DemoVideos
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
@@ -68,10 +69,11 @@ def open_source(
     num_classes: int = 4,
     size: int = 64,
     num_frames: int = 64,
+    edge: float = EDGE,
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
-    name: one of SOURCES; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
+    name: one of SOURCES, or one added to data.core.registry.sources; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
     split: "train" or "test" (kinetics400, csv: also "val"; csv: "all"), a folder of sky_timelapse and kinetics400.
     list_file: the list as published: webvid needs its csv, panda70m cuts clips by its csv, kinetics400 takes labels
     from its csv, ucf101 has lines `Class/v_x.avi [label]`, csv is data/user_list.py's. What it names and the disk lacks is left out and told.
@@ -81,19 +83,20 @@ def open_source(
     reader: "pyav", or "decord" for files on which the scan finds that it shows the same frames, PyAV for the others.
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only, but for a part without an undamaged
-    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames: the demo's.
+    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames,
+    edge: the demo's.
     Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
-    if name not in SOURCES:
-        raise ValueError(f"source {name!r}: choose one of {', '.join(SOURCES)}")
+    if name not in SOURCES and sources.find(name) is None:
+        raise ValueError(f"source {name!r}: choose one of {', '.join([*SOURCES, *sources])}")
     if reader not in ("pyav", "decord"):
         raise ValueError(f"reader={reader!r}: choose pyav or decord")
     splits = _SPLITS.get(name, ("train", "test"))
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
     if name == "demo":
-        return _demo(num_videos, num_classes, size, num_frames, 2 * seed + held_out)
+        return _demo(DemoVideos(num_videos, num_classes, size, num_frames, 2 * seed + held_out, edge))
     own = name == "csv"
     if not root and not own:
         raise ValueError(
@@ -132,16 +135,17 @@ def open_source(
     return _scanned(name, root or Path(found.base), found, share, index_dir, workers, reader)
 
 
-def _demo(num_videos: int, num_classes: int, size: int, num_frames: int, seed: int) -> Source:
-    demo = DemoVideos(num_videos, num_classes, size, num_frames, seed)
-    columns = {key: np.full(num_videos, size) for key in ("width", "height")}
-    columns |= {"num_frames": np.full(num_videos, num_frames), "fps": np.full(num_videos, 8.0)}
-    columns["label"] = np.array([demo.label(n) for n in range(num_videos)])
-    videos = VideoTable(f"demo:{seed}", [str(n) for n in range(num_videos)], columns)
+def _demo(demo: DemoVideos) -> Source:
+    columns = {key: np.full(len(demo), demo.size) for key in ("width", "height")}
+    columns |= {"num_frames": np.full(len(demo), demo.num_frames), "fps": np.full(len(demo), 8.0)}
+    columns["label"] = np.array([demo.label(n) for n in range(len(demo))])
+    videos = VideoTable(f"demo:{demo.seed}", [str(n) for n in range(len(demo))], columns)
     return Source("demo", "", videos, demo.class_names, demo=demo)
 
 
 def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
+    if name in sources:
+        return sources[name](root, split)
     if name == "ucf101":
         found = layouts.find_ucf101(root, split)
         return lists.listed_ucf101(found, list_file) if list_file else found

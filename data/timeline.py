@@ -61,6 +61,21 @@ def unpack_times(packed: bytes) -> Timeline:
     return Timeline(ticks, np.flatnonzero(np.frombuffer(body, np.uint8, count, 8 * count)))
 
 
+def frames_at_rate(packed: bytes, fps: float, source_fps: float, first: int, count: int) -> np.ndarray:
+    """Which of `count` frames from `first` on is shown at 0, 1/fps, 2/fps ... seconds after the first: int64 (n,).
+
+    The last one whose time has come, so none is shown before its time. packed: of pack_times; b"": frames source_fps apart.
+    """
+    if packed:
+        numerator, denominator, _ = _HEADER.unpack_from(packed)
+        ticks = unpack_times(packed).ticks[first : first + count]
+        seconds = (ticks - ticks[0]) * (numerator / denominator)
+    else:
+        seconds = np.arange(count) / source_fps
+    wanted = np.arange(int(seconds[-1] * fps + 1e-6) + 1) / fps
+    return np.searchsorted(seconds, wanted + 1e-6, side="right") - 1
+
+
 def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int, int]:
     """(first, stop, tick): frames first <= n < stop have begin <= time < end, times counted from frame 0.
 

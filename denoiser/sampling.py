@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from data.core.registry import samplers
 from denoiser.diffusion import BETA_END, BETA_START, NUM_TRAIN_STEPS, linear_betas, respaced_timesteps
-from denoiser.latte import Latte
 
 _LINEAR = {
     "num_train_timesteps": NUM_TRAIN_STEPS,
@@ -23,6 +23,8 @@ _LINEAR = {
     "prediction_type": "epsilon",
     "clip_sample": False,  # latents are not bounded by 1
 }
+
+KINDS = ("ddpm", "ddim", "ddim_upstream")
 
 
 class RespacedDDIMScheduler(DDIMScheduler):
@@ -59,8 +61,13 @@ def make_scheduler(kind: str = "ddpm", num_steps: int = 250) -> DDPMScheduler | 
     kind "ddpm": ancestral sampling with the learned variance, Latte's default at 250 steps, 999 to 0.
     kind "ddim": diffusers' deterministic DDIM, equal strides from 0; num_steps must divide 1000.
     kind "ddim_upstream": deterministic DDIM on the steps of "ddpm", what Latte's `sample_method: ddim` runs.
+    Any other kind is one that was added to data.core.registry.samplers, and stays as it is.
     Raises ValueError for another kind or number of steps.
     """
+    if kind not in KINDS:
+        if (make := samplers.find(kind)) is None:
+            raise ValueError(f"sampler {kind!r}: use {', '.join([*KINDS, *samplers])}")
+        return make(num_steps)
     kept = respaced_timesteps(num_steps)
     if kind == "ddpm":
         scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", **_LINEAR)
@@ -75,11 +82,9 @@ def make_scheduler(kind: str = "ddpm", num_steps: int = 250) -> DDPMScheduler | 
             set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading", **_LINEAR
         )
         scheduler.set_timesteps(num_steps)
-    elif kind == "ddim_upstream":
+    else:
         scheduler = RespacedDDIMScheduler(timestep_spacing="linspace", **_LINEAR)
         scheduler.set_timesteps(num_steps)
-    else:
-        raise ValueError(f"kind={kind!r}: use ddpm, ddim or ddim_upstream")
     return with_float64_tables(scheduler)
 
 
@@ -161,7 +166,7 @@ def sample_latents(
     learned_range = getattr(scheduler, "variance_type", None) == "learned_range"
     device = device or model.device
     if y is not None:
-        if y.device.type == "cpu" and isinstance(model, Latte):
+        if y.device.type == "cpu" and hasattr(model, "check_labels"):
             model.check_labels(y)
         y = y.to(device)
     if latents is None:

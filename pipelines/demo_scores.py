@@ -33,9 +33,9 @@ from vae import load_vae
 NUM_FRAMES = 16  # of a clip that is scored: one window of I3D
 PSNR_GAIN = 6.0  # dB that training must add on held-out clips
 ERROR_RATIO = 0.4  # of the noise's error in the first log window, at most
-# Of the way from the untrained generator's FVD to that of the VAE alone, the best one on its latents. 32 clips of 32
-# pixels did not show it for each of two seeds, so a miss is said and is no failure.
-FVD_WAY = 0.4
+FVD_WAY = (
+    0.5  # of the way from the untrained generator's FVD to that of the VAE alone, the best on its latents
+)
 FVD_RATIO = 0.5  # of the untrained generator's random-feature distance, at most
 Rows = list[tuple[str, ...]]
 
@@ -172,8 +172,8 @@ def judge(stage_one: Any, latte: Any, samples: Any, num: int, short: bool) -> Ou
     sets["untrained"] = untrained_samples(samples, latte.seed, num)
     found, protocol, i3d = score(sets, numbers)
 
-    def check(name: str, before: float, after: float, rule: str, good: bool, missed: str = "fail") -> tuple:
-        verdict = "not judged (--short)" if short else "pass" if good else missed
+    def check(name: str, before: float, after: float, rule: str, good: bool) -> tuple:
+        verdict = "not judged (--short)" if short else "pass" if good else "fail"
         return name, f"{before:.2f} -> {after:.2f}", rule, verdict
 
     psnr, fvd = after["val/psnr"], found["FVD"]
@@ -183,12 +183,12 @@ def judge(stage_one: Any, latte: Any, samples: Any, num: int, short: bool) -> Ou
     last, rule = float(np.mean(error[-5:])), f"at most {ERROR_RATIO:g} x the first"
     checks += [check("error of the predicted noise", error[0], last, rule, last <= ERROR_RATIO * error[0])]
     if weights_of("i3d"):
-        rule, missed = f"{FVD_WAY:.0%} of the way to the VAE alone", f"not shown by {num} videos"
+        rule = f"{FVD_WAY:.0%} of the way to the VAE alone"
         good = reached(fvd["untrained"], fvd["value"], fvd["decoded"]) >= FVD_WAY
     else:
-        rule, missed = f"at most {FVD_RATIO:g} x untrained", "fail"
+        rule = f"at most {FVD_RATIO:g} x untrained"
         good = fvd["value"] <= FVD_RATIO * fvd["untrained"]
-    checks += [check(i3d.metric_name("FVD"), fvd["untrained"], fvd["value"], rule, good, missed)]
+    checks += [check(i3d.metric_name("FVD"), fvd["untrained"], fvd["value"], rule, good)]
     how = f"{min(stage_one.val_videos, len(held_out))} held-out clips, posterior mean, in memory on uint8"
     scores = score_rows(found, protocol, i3d)
     scores += [("PSNR at tail initialization", f"{tail:.2f} dB", "the same held-out clips, before stage one")]

@@ -4,8 +4,9 @@
     python -m pipelines.export runs/latte --out share/latte --samples runs/latte/samples --records scores.jsonl
     python -m pipelines.export runs/latte --out share/latte --push NAME/REPO          # private unless --public
 
-It loads with ODVAE.from_pretrained or LatentVideoPipeline.from_pretrained. Numbers come from the records that are given;
-what is not given is "not measured".
+Plain diffusers opens it: AutoModel (a VAE) or DiffusionPipeline, .from_pretrained(DIR, trust_remote_code=True); the code
+that this needs is written beside the weights (omnilatte_*.py), and this project never runs it from there. Numbers come
+from the records that are given; what is not given is "not measured".
 """
 
 import argparse
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from pipelines.training.log import console
 
 hub = lazy("huggingface_hub.utils")
 shared = lazy("pipelines.results.shared")
@@ -35,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.public and not args.push:
         raise ValueError("--public: only with --push REPO")
-    console()
     if args.push:
         hub.validate_repo_id(args.push)
     request = shared.Request(args.model, args.out, args.samples, args.records, args.license, args.push)

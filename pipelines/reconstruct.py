@@ -2,8 +2,9 @@
 
     python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /videos --num-frames 25
     python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films --stream
+    python -m pipelines.reconstruct in.mp4 out.mp4 --vae-path runs/odvae/vae        # or .mkv, or two folders
 
-Posterior means, no codec in between, rounded to uint8. --stream takes whole videos of any length in constant memory.
+IN OUT writes the video itself: its own size, rate, length and sound; `in.mp4 out.mp4 --help` has its options. Posterior means, no codec in between, rounded to uint8. --stream takes whole videos of any length in constant memory.
 """
 
 import argparse
@@ -27,10 +28,10 @@ from data.encode import write_mp4
 from data.progress import Progress
 from data.video import iterate_frames
 from eval.weights import score_name, weights_line
+from pipelines import video_files
 from pipelines.media import comparison
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary, versions
-from pipelines.training.log import console
 from pipelines.training.settings import SourceConfig, VAEConfig
 
 torch = lazy("torch")
@@ -229,9 +230,18 @@ def config_from(argv: list[str] | None) -> tuple[ReconstructConfig, argparse.Nam
     return parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
 
 
+def names_files(words: list[str]) -> bool:
+    """Whether a command line gives files, IN OUT, in place of a source."""
+    taken = ("-", *FLAGS, "--config")
+    after = zip(["", *words], words, strict=False)
+    return any(not w.startswith("-") and "=" not in w and before not in taken for before, w in after)
+
+
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if names_files(words):
+        return video_files.reconstruct_main(words, __doc__)
     config, args = config_from(argv)
-    console()
     if args.dry_run:
         print(summary(config))
         if config.lpips:

@@ -4,12 +4,14 @@
     python -m pipelines.table table2 --dataset ucf101 --data DIR --weights-dir DIR          # the state of each row
     python -m pipelines.table table2 --dataset ucf101 --data DIR --weights-dir DIR --run    # run what is missing
     python -m pipelines.table all --preset tiny --run                                       # every command, in minutes
+    python -m pipelines.table vaes --data DIR name=FOLDER ...                               # VAEs of your choice; --help
 
 Each command is a process of its own with a log in OUT/steps; run the same command again to resume. Every call writes
 OUT/NAME/NAME.md, .html, .csv and .tex with what there is. docs/reproduce.md has what each table needs.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ rendering = lazy("pipelines.results.render")
 running = lazy("pipelines.results.run_table")
 tables = lazy("pipelines.results.tables")
 vae = lazy("vae")
+vaes = lazy("pipelines.results.vaes")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -84,7 +87,10 @@ def show(desk: "Desk", table: "Table") -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["vaes"]:
+        return vaes.main(words[1:])
+    args = parse(words)
     if args.list_vaes:
         list_vaes()
         return 0

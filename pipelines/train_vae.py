@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.clip import ClipSpec, to_float, to_uint8
+from data.core import registry
 from data.core.cli import run as run_program
 from data.core.lazy import lazy
 from data.core.option import option
@@ -93,6 +94,13 @@ class ODVAEConfig:
 
 
 @dataclass
+class TermConfig:
+    """A loss that was added to data.core.registry.losses."""
+
+    weight: float = option(1.0, "its factor in the sum")
+
+
+@dataclass
 class LossConfig:
     type: LossType = option(LossType.l1, "of the reconstruction")
     kl_weight: float = option(1e-6, "weight of the KL term")
@@ -117,6 +125,9 @@ class LossConfig:
     )
     discriminator_layers: int = option(3, "layers of the 3D PatchGAN")
     discriminator_width: int = option(64, "channels of its first layer")
+    extra: dict[str, TermConfig] = option(
+        dict, "losses of your own by their names (docs/extending.md)", of=TermConfig
+    )
 
 
 @dataclass
@@ -188,6 +199,11 @@ class TrainVAEConfig:
             )
         if self.val_lpips and self.source.val_fraction == 0:
             raise ValueError("val_lpips=true: source.val_fraction=0 holds no clips out; use e.g. 0.05")
+        for name in self.loss.extra:
+            if registry.losses.find(name) is None:
+                raise ValueError(
+                    f"loss.extra.{name}: no such loss; added are: {', '.join(registry.losses) or 'none'}"
+                )
         if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
             raise ValueError(f"adam_betas={list(self.adam_betas)}: two numbers in [0, 1), e.g. [0.9, 0.999]")
         if not (0 < self.learning_rate < math.inf):
@@ -279,6 +295,12 @@ class VAETrainer(Trainer):
             logged["loss/kl"] = terms.kl
         if self.perceptual is not None:
             logged["loss/lpips"] = terms.perceptual
+
+        # Terms of plugins (docs/extending.md).
+        for name, term in loss.extra.items():
+            value = registry.losses[name](x, xhat)
+            total = total + term.weight * value
+            logged[f"loss/{name}"] = value
 
         # The adversarial term, with the weight that balances its gradient against that of the other terms.
         if self.gan_is_on and self.step >= loss.gan_start + loss.gan_warmup:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage two: cache latents, then train Latte.
-#   bash scripts/stage2_latte.sh --vae odvae [--vae-path DIR] [--dataset ucf101|sky_timelapse] --data DIR [key=value ...]
+#   bash scripts/stage2_latte.sh --vae odvae|wan|ltx|... [--vae-path DIR] [--dataset ucf101|sky_timelapse] --data DIR [key=value ...]
 # mode=online trains without a cache. LAUNCH="accelerate launch --config_file FILE" for several GPUs or DeepSpeed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

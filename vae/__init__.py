@@ -4,6 +4,10 @@ from vae import load_vae
 vae = load_vae("checkpoints/odvae")            # folder: class chosen by its config.json
 z = vae.encode(x).latent_dist.mode()           # x (B, 3, T, H, W) in [-1, 1]
 x = vae.decode(z).sample
+
+from vae import decode_video, encode_video
+video = encode_video(vae, frames)              # uint8 (T, H, W, 3) of any length and size, see vae/clips.py
+frames = decode_video(vae, video)
 """
 
 from importlib import import_module
@@ -12,6 +16,9 @@ from vae.registry import build_vae, describe_vaes, list_vaes, load_vae
 
 _LAZY = {
     "ODVAE": "odvae",
+    "encode_video": "clips",
+    "decode_video": "clips",
+    "VideoLatents": "clips",
     "VideoVAE": "interface",
     "VideoGaussian": "interface",
     "SDVAE": "baselines.sd",

@@ -5,6 +5,7 @@ diffusers, and what diffusers saves opens here. It refuses clips that diffusers 
 are those of diffusers bit for bit.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,12 +53,15 @@ class Chunks:
     """How a network with features carried from piece to piece takes a clip; for gradients only.
 
     `step` runs one piece: the carried features go in and come out as values, so that a checkpoint can compute it again.
-    `split` cuts a clip (encoder) or latents (decoder); `prepare` and `finish` are what stands around the loop.
+    `split` cuts a clip (encoder) or latents (decoder); `prepare` and `finish` are what stands around the loop. The
+    decoder's last convolution, `last`, runs outside of the checkpoint: the balance of the adversarial term asks for its
+    gradient alone, and must not bring back the activations of the whole clip.
     """
 
     def __init__(self, vae: Any, stage: str):
         self.vae, self.stage = vae, stage
         self.network = getattr(vae, stage)
+        self.last = self.network.conv_out if stage == "decoder" else None
 
     def start(self) -> list[Any]:
         raise NotImplementedError
@@ -75,21 +79,45 @@ class Chunks:
     def finish(self, x: Tensor) -> Tensor:
         return self.vae.quant_conv(x) if self.stage == "encoder" else x
 
+    def head(self, features: Tensor, carried: list[Any]) -> Tensor:
+        """`last` of a piece; carried: what went into the piece's `step`."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _headless(self) -> Iterator[None]:
+        """Inside, the decoder returns what its last convolution would get."""
+        if self.last is None:
+            yield
+            return
+        self.network._modules["conv_out"] = _First()
+        try:
+            yield
+        finally:
+            self.network._modules["conv_out"] = self.last
+
     def __call__(self, x: Tensor, recompute: bool) -> Tensor:
         """The whole stage. recompute: keep only the inputs of each piece for the backward pass."""
         x, carried, outputs = self.prepare(x), self.start(), []
         for i, piece in enumerate(x.split(self.split(x), dim=2)):
+            call, before = functools.partial(self._flat, i == 0), carried
             if recompute:
-                call = functools.partial(self._flat, i == 0)
                 output, *carried = checkpoint(call, piece, *carried, use_reentrant=False)
             else:
-                output, carried = self.step(i == 0, piece, carried)
-            outputs.append(output)
+                output, *carried = call(piece, *carried)
+            outputs.append(output if self.last is None else self.head(output, before))
         return self.finish(torch.cat(outputs, dim=2))
 
     def _flat(self, first: bool, piece: Tensor, *carried: Any) -> tuple[Any, ...]:
-        output, after = self.step(first, piece, list(carried))
+        with self._headless():
+            output, after = self.step(first, piece, list(carried))
         return output, *after
+
+
+class _First(nn.Module):
+    """Stands for a convolution that is left out: its input comes out."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
 
 
 class WanChunks(Chunks):
@@ -100,8 +128,13 @@ class WanChunks(Chunks):
 
     def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
         marked = {"first_chunk": True} if first and self.stage == "decoder" and self._wan else {}
-        carried = list(carried)
-        return self.network(piece, feat_cache=carried, feat_idx=[0], **marked), carried
+        count = [0]
+        output = self.network(piece, feat_cache=carried, feat_idx=count, **marked)
+        self.place = count[0] - 1  # of the last convolution; the list is longer
+        return output, carried
+
+    def head(self, features: Tensor, carried: list[Any]) -> Tensor:
+        return self.last(features, carried[self.place])
 
     @property
     def _wan(self) -> bool:
@@ -125,7 +158,8 @@ class MagvitChunks(Chunks):
     """Magvit: each convolution keeps its last features in an attribute."""
 
     def _keepers(self) -> list[nn.Module]:
-        return [module for module in self.network.modules() if hasattr(module, "prev_features")]
+        found = (module for module in self.network.modules() if hasattr(module, "prev_features"))
+        return [module for module in found if module is not self.last]
 
     def start(self) -> list[Any]:
         return [None] * len(self._keepers())
@@ -140,6 +174,9 @@ class MagvitChunks(Chunks):
             for module in keepers:
                 module.prev_features = None
 
+    def head(self, features: Tensor, carried: list[Any]) -> Tensor:
+        return self.last(features)
+
 
 class KVAEChunks(Chunks):
     """KVAE: a tree of dicts, filled in place, for segments of 16 frames after the first."""
@@ -147,12 +184,16 @@ class KVAEChunks(Chunks):
     def start(self) -> list[Any]:
         tree = getattr(self.vae, f"_make_{self.stage}_cache")()
         carried, self.layout = tree_flatten(tree, is_leaf=lambda node: node is None)
+        self.kept = {"padding": None}
         return carried
 
     def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
         tree = tree_unflatten(carried, self.layout)
         output = self.network(piece, tree)
         return output, tree_flatten(tree, is_leaf=lambda node: node is None)[0]
+
+    def head(self, features: Tensor, carried: list[Any]) -> Tensor:
+        return self.last(features, cache=self.kept)
 
     def split(self, x: Tensor) -> list[int]:
         size = 16 if self.stage == "encoder" else 16 // self.vae.config.temporal_compress_times

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vae.interface import VideoGaussian
 
@@ -81,12 +82,19 @@ def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Te
     return weight.clamp(0.0, 1e4).detach()
 
 
-class LPIPSLoss(nn.Module):
-    """LPIPS distance per frame by a frozen network (PyPI package `lpips`); gradients flow to the frames only."""
+AT_ONCE = 25 * 256 * 256  # pixels whose activations are kept: a clip of the paper
 
-    def __init__(self, network: nn.Module):
+
+class LPIPSLoss(nn.Module):
+    """LPIPS distance per frame by a frozen network (PyPI package `lpips`); gradients flow to the frames only.
+
+    recompute: take larger clips a few frames at a time, and compute their activations again in backward.
+    """
+
+    def __init__(self, network: nn.Module, recompute: bool = False):
         super().__init__()
         self.lpips = network.requires_grad_(False).eval()
+        self.recompute = recompute
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
         """Stays in eval mode: its heads have dropout."""
@@ -94,4 +102,8 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, x: Tensor, xhat: Tensor) -> Tensor:
         """x, xhat: (N, 3, H, W) in [-1, 1] -> (N,)."""
-        return self.lpips(x, xhat).flatten()
+        frames = max(1, AT_ONCE // x[0, 0].numel())
+        if not (self.recompute and xhat.requires_grad and len(x) > frames):
+            return self.lpips(x, xhat).flatten()
+        pairs = zip(x.split(frames), xhat.split(frames), strict=True)
+        return torch.cat([checkpoint(self.lpips, *pair, use_reentrant=False).flatten() for pair in pairs])

@@ -139,13 +139,6 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Any = 1, pa
 
 # ---- passes fused on a GPU -------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("omnilatte", "FRAGMENT")
-_LIBRARY.define(
-    "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, bool by_frame, bool silu,"
-    " Tensor(a!) out) -> ()"
-)
-_LIBRARY.define("add_residual(Tensor(a!) x, Tensor residual, Tensor shift) -> ()")
-
 
 def _power_of_2(n: int) -> bool:
     return n & (n - 1) == 0
@@ -208,9 +201,18 @@ def _add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> None:
         x.add_(residual).add_(shift.to(x.dtype).view(1, -1, 1, 1, 1))
 
 
-for _name, _function in (("group_norm", _group_norm), ("add_residual", _add_residual)):
-    _LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"omnilatte::{_name}", lambda *args: None, lib=_LIBRARY)
+if not hasattr(
+    torch.ops.omnilatte, "group_norm"
+):  # a copy of this module beside exported weights may have been first
+    _LIBRARY = torch.library.Library("omnilatte", "FRAGMENT")
+    _LIBRARY.define(
+        "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, bool by_frame, bool silu,"
+        " Tensor(a!) out) -> ()"
+    )
+    _LIBRARY.define("add_residual(Tensor(a!) x, Tensor residual, Tensor shift) -> ()")
+    for _name, _function in (("group_norm", _group_norm), ("add_residual", _add_residual)):
+        _LIBRARY.impl(_name, _function, "CUDA")
+        torch.library.register_fake(f"omnilatte::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from data.core.registry import vaes as added
+
 
 @dataclass(frozen=True)
 class Family:
@@ -94,8 +96,23 @@ def _class(name: str):
     if not _is_name(name):
         raise ValueError(f"VAE {name!r}: known names are {known_names()}")
     if name not in FAMILIES:
-        return _adapter().adapted(_adapter().NAMES[name])
+        return added.get(name) or _adapter().adapted(_adapter().NAMES[name])
     return getattr(import_module(f"vae.{FAMILIES[name].module}"), FAMILIES[name].cls)
+
+
+def vae_class(class_name: str):
+    """The VAE class of that name, None if neither this project nor a plugin has one."""
+    name = next((name for name, row in FAMILIES.items() if row.cls == class_name), _added_name(class_name))
+    if name is None and class_name in _adapter().ROWS:
+        return _adapter().adapted(class_name)
+    return None if name is None else _class(name)
+
+
+def _added_name(class_name: str) -> str | None:
+    """The name under which a plugin has added a class."""
+    if class_name not in _BY_CLASS_NAME:
+        added.find("")  # imports the plugins
+    return next((name for name, cls in added.items() if cls.__name__ == class_name), None)
 
 
 def build_vae(name: str, **config):
@@ -107,12 +124,12 @@ def build_vae(name: str, **config):
 
 
 def _weights_folder(name: str) -> Path:
-    row = FAMILIES.get(name) or _adapter().ROWS[_adapter().NAMES[name]]
+    row = FAMILIES.get(name) or _adapter().ROWS.get(_adapter().NAMES.get(name))
     root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
     folder = root.expanduser() / name
     if folder.is_dir():
         return folder
-    get = f"get {row.source}"
+    get = f"get {row.source}" if row else f"make some: build_vae({name!r}).save_pretrained(DIR)"
     if getattr(row, "convert", ""):
         get += f", run `python scripts/convert.py {row.convert} --src FILE --dst DIR`"
     raise ValueError(
@@ -130,12 +147,12 @@ def vae_folder(name_or_folder: str | Path, path: str | Path | None = None) -> Pa
 
 def _is_name(name_or_folder: str | Path) -> bool:
     name = str(name_or_folder)
-    return name in FAMILIES or (os.sep not in name and name in _adapter().NAMES)
+    return name in FAMILIES or (os.sep not in name and (name in _adapter().NAMES or bool(added.find(name))))
 
 
 def known_names() -> str:
     """All names of load_vae, for messages: the paper's VAEs, and diffusers' classes."""
-    return ", ".join([*FAMILIES, *_adapter().NAMES])
+    return ", ".join([*FAMILIES, *_adapter().NAMES, *added])
 
 
 def _read_class_name(folder: Path) -> str:
@@ -150,7 +167,7 @@ def _read_class_name(folder: Path) -> str:
         class_name = json.loads(file.read_text()).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if class_name in _BY_CLASS_NAME or class_name in _adapter().ROWS:
+    if class_name in _BY_CLASS_NAME or class_name in _adapter().ROWS or _added_name(class_name):
         return class_name
     if class_name in _UPSTREAM:
         family = _UPSTREAM[class_name]
@@ -160,6 +177,11 @@ def _read_class_name(folder: Path) -> str:
         )
     known = ", ".join([*_BY_CLASS_NAME, *_adapter().ROWS])
     raise ValueError(f"{file}: _class_name {class_name!r} is none of {known}")
+
+
+def name_of(class_name: str) -> str:
+    """The name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
+    return _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
 
 
 def adapted_class(folder: str | Path):
@@ -182,9 +204,12 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
         raise ValueError(f"VAE {str(name_or_folder)!r} with a path: the name must be one of {known_names()}")
     folder = vae_folder(name_or_folder, path)
     class_name = _read_class_name(folder)
-    family = _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
+    own = _added_name(class_name)
+    family = own or name_of(class_name)
     if name is not None and family != name:
         raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
+    if own:
+        return _load_folder(added[own], folder, dtype)
     if class_name not in _BY_CLASS_NAME:
         adapter = _adapter()
         return adapter.check_loaded(_load_folder(adapter.adapted(class_name), folder, dtype), folder)

@@ -12,7 +12,7 @@ from data.core.files import write_atomic
 from pipelines.plan.cards import CARDS, seconds
 from pipelines.plan.hours import write_hours
 from pipelines.plan.report import METHOD, needed_gib
-from pipelines.plan.tasks import ROWS, Row, simulate
+from pipelines.plan.tasks import CLIPS, FINETUNED, ROWS, Row, finetune, simulate
 
 INTRODUCTION = """# Hardware
 
@@ -21,6 +21,10 @@ What each task needs and takes on one card, from a simulation: the program's own
 `python -m pipelines.plan --out docs/hardware.md`; the same for settings of your own: `--plan card=NAME` on
 train_vae, train_latte, cache_latents, sample and benchmark.
 
+"""
+FINETUNING = """
+Fine-tuning a video VAE of diffusers (configs/stage1/finetune.yaml: bf16, gradient checkpointing, LPIPS), one clip a step,
+modelled, without the adversarial term; [finetune.md](finetune.md) has the commands.
 """
 
 
@@ -32,6 +36,22 @@ def rows() -> list[str]:
     ]
     for row in ROWS:
         lines.append(_line(row))
+    return lines
+
+
+def finetune_rows() -> list[str]:
+    """Fine-tuning VAEs of diffusers: memory and time of a step of one clip on cards of 24, 48 and 80 GB."""
+    cards = [CARDS[name] for name in ("rtx4090", "l40s", "h100")]
+    names = " | ".join(f"{card.name} ({card.gib:.0f} GiB), s a step" for card in cards)
+    lines = [f"| VAE, clip | trained | GiB needed | {names} |", "| --- | --- | --- |" + " --- |" * len(cards)]
+    for name in FINETUNED:
+        for least, sides in CLIPS:
+            for train in ("decoder", "all"):
+                frames, simulation = finetune(name, least, sides, train)
+                need, cost = needed_gib(simulation), simulation.tasks[0].cost
+                cells = [f"{seconds(cost, c):.3g}" if need <= c.gib else "does not fit" for c in cards]
+                clip = f"{name}, {frames} x {sides[0]} x {sides[1]}"
+                lines.append(f"| {clip} | {train} | {need:.1f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -57,7 +77,18 @@ def main(argv: list[str] | None = None) -> int:
         for c in CARDS.values()
     ]
     text = INTRODUCTION + "\n".join(
-        [*rows(), "", METHOD.replace("\n", " "), "", "Cards, by their makers:", "", *card_lines, ""]
+        [
+            *rows(),
+            FINETUNING,
+            *finetune_rows(),
+            "",
+            METHOD.replace("\n", " "),
+            "",
+            "Cards, by their makers:",
+            "",
+            *card_lines,
+            "",
+        ]
     )
     if args.out:
         write_atomic(Path(args.out), text)

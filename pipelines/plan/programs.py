@@ -104,15 +104,21 @@ def _perceptual(config: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchvision, about lpips' way to call it
-        return LPIPSLoss(lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False))
+        network = lpips.LPIPS(net=config.loss.perceptual_net.value, pnet_rand=True, verbose=False)
+        return LPIPSLoss(network, config.gradient_checkpointing)
 
 
 def stage_one_parts(
-    make_trainer: Callable[..., Any], config: Any, accelerator: Any, where: torch.device
+    make_trainer: Callable[..., Any],
+    config: Any,
+    accelerator: Any,
+    where: torch.device,
+    sides: tuple[int, int] | None = None,
 ) -> tuple[Any, Iterator[Any], dict[str, tuple]]:
     """(trainer, endless batches, {phase: (a step of it, its share of all steps)}) of train_vae without data and weights.
 
-    where: the device on which the networks are made; the trainer moves them to the accelerator's.
+    where: the device on which the networks are made; the trainer moves them to the accelerator's. sides: height and width
+    of clips that are not square.
     """
     from pipelines.training.settings import GANSchedule
     from pipelines.training.start import build_vae_model
@@ -121,8 +127,10 @@ def stage_one_parts(
     with where:
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
+        if isinstance(next(vae.parameters()), FakeTensor):
+            vae._apply(torch.empty_like)  # VidTok's mix factors are made from numbers: real, they cannot be copied
     trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
-    shape = (config.micro_batch, clip.num_frames, clip.size, clip.size, 3)
+    shape = (config.micro_batch, clip.num_frames, *(sides or (clip.size, clip.size)), 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
     if trainer.discriminator is None:
         return trainer, batches, {"VAE": (0, 1.0)}
@@ -138,16 +146,20 @@ def stage_one_parts(
     return trainer, batches, phases
 
 
-def stage_one(make_trainer: Callable[..., Any], config: Any) -> Simulation:
+def stage_one(
+    make_trainer: Callable[..., Any], config: Any, sides: tuple[int, int] | None = None
+) -> Simulation:
     """A step of train_vae in each of its phases, optimizer states present.
 
-    make_trainer: VAETrainer. config: TrainVAEConfig.
+    make_trainer: VAETrainer. config: TrainVAEConfig. sides: as of `stage_one_parts`.
     """
     from pipelines.training.distributed import make_accelerator
 
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
-        trainer, batches, phases = stage_one_parts(make_trainer, config, accelerator, torch.device("cpu"))
+        trainer, batches, phases = stage_one_parts(
+            make_trainer, config, accelerator, torch.device("cpu"), sides
+        )
         for at, _ in phases.values():  # the optimizers' states come with the first updates
             trainer.step, accelerator.gradient_accumulation_steps = at, 1
             trainer.train_step(batches)
@@ -250,7 +262,8 @@ def encode_and_decode(
         vae = vae_of().to(DEVICE, dtype)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             x = _empty(batch, 3, frames, size, size, dtype=dtype)
-            z = vae.encode(x[:, :, :5]).latent_dist.mode().to(dtype)  # what is prepared once a model
+            short = min(frames, sum(vae.clip_lengths))
+            z = vae.encode(x[:, :, :short]).latent_dist.mode().to(dtype)  # what is prepared once a model
             if decode:
                 vae.decode(z)
             del z
@@ -354,12 +367,15 @@ def _pipeline_parts(folder: Path) -> tuple[dict[str, Any], bool, Any]:
     """(Latte's settings, has classes, VAE's settings) of a pipeline's folder; Latte-XL/2 on UCF101 with OD-VAE without one."""
     from denoiser.latte import LATTE_SIZES
     from pipelines.training.settings import VAEConfig
-    from vae.registry import FAMILIES
+    from vae.registry import name_of
 
     file = folder / "transformer" / "config.json"
     if not file.is_file():
         return {**LATTE_SIZES["XL/2"], "num_classes": 101}, True, VAEConfig()
     config = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
-    kind = json.loads((folder / "vae" / "config.json").read_text()).get("_class_name")
-    name = next((n for n, family in FAMILIES.items() if family.cls == kind), "odvae")
-    return config, config.get("num_classes") is not None, VAEConfig(name=name, path=str(folder / "vae"))
+    kind = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    return (
+        config,
+        config.get("num_classes") is not None,
+        VAEConfig(name=name_of(kind), path=str(folder / "vae")),
+    )

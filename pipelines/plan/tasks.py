@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from pipelines.plan import programs
 from pipelines.sample import SampleConfig
 from pipelines.train_latte import LatteTrainer, TrainLatteConfig
 from pipelines.train_vae import TrainVAEConfig, VAETrainer
 from pipelines.training.config import load
+from vae import build_vae
 
 STAGE1, STAGE2, SAMPLE = (
     "configs/stage1/odvae.yaml",
@@ -66,6 +70,31 @@ ROWS = (
     Row("caching latents, 81 x 256 x 256, bf16", "cache_latents", ()),
     Row("sampling 81 x 256 x 256, DDPM-250, guidance, bf16", "sample", ("batch=4",)),
 )
+
+
+FINETUNE = "configs/stage1/finetune.yaml"
+FINETUNED = ("wan", "cogvideox", "ltx", "hunyuanvideo", "mochi")
+CLIPS = (
+    (17, (256, 256)),
+    (33, (480, 832)),
+)  # frames, or the next length that the VAE takes; height and width
+
+
+def finetune(name: str, frames: int, sides: tuple[int, int], train: str) -> tuple[int, programs.Simulation]:
+    """(clip length, costs of a step of one clip) of fine-tuning that VAE of diffusers at its default size, without GAN."""
+    with TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            vae = build_vae(name)
+        vae.save_config(folder)
+        while True:
+            try:
+                vae.check_frames(frames)
+                break
+            except ValueError:
+                frames += 1
+        words = (f"model.init_from={folder}", f"model.train={train}", f"clip.num_frames={frames}")
+        config = load(TrainVAEConfig, FINETUNE, [*words, *_one(1), "loss.gan_weight=0"])
+        return frames, programs.stage_one(VAETrainer, config, sides)
 
 
 def simulate(program: str, config: Any) -> programs.Simulation:

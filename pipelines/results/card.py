@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipelines.reconstruct import lpips_of
+from pipelines.results.bundle import needs_code
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import is_number
 from pipelines.results.runs import Run
@@ -153,8 +154,10 @@ def render(card: Card) -> str:
         "latte": latte,
         "params": sum(p.numel() for p in (latte or vae).parameters()),
         "numbers": markdown_table(["score", "value", "protocol", "record"], rows).rstrip(),
-        "where": f'snapshot_download("{card.repo}")' if card.repo else '"path/to/this/folder"',
-        "download": "from huggingface_hub import snapshot_download\n" if card.repo else "",
+        "where": card.repo or "path/to/this/folder",
+        "code": latte is not None or needs_code(vae),
+        "frames": sum(vae.clip_lengths) if vae.clip_lengths != (1, 0) else 9,
+        "side": 8 * vae.spatial_compression_ratio,
     }
     if latte:
         words |= {

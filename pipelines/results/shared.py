@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError
 from data.core.files import read_json, sha256_of, write_atomic, write_json
 from data.encode import write_mp4
 from data.video import list_videos, probe, read_frames
+from pipelines.results.bundle import add_code
 from pipelines.results.card import Card, public, read_scores, render, training_score
 from pipelines.results.runs import is_run, read_manifest, read_run
 from pipelines.training.checkpoints import replace_folder
@@ -57,9 +58,6 @@ def load(kind: str, folder: Path) -> Any:
     """The pipeline or the VAE. Raises ValueError when it is neither."""
     if kind == "vae":
         return load_vae(folder)
-    name = read_json(folder / "model_index.json").get("_class_name")
-    if name != "LatentVideoPipeline":
-        raise ValueError(f"{folder}: a {name}, not a LatentVideoPipeline")
     return LatentVideoPipeline.from_pretrained(folder)
 
 
@@ -165,6 +163,7 @@ def export(request: Request) -> Path:
         ):  # diffusers writes from which folder of this machine each config came
             content = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
             write_json(file, content)
+        add_code(target, model, kind)
         write_videos(found, target / "samples")
         for path in request.records:  # without the folders of this machine
             text = path.read_text()

@@ -20,7 +20,7 @@ from data.video import BadVideo
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.distributed import main_process_first
 from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts
-from pipelines.training.settings import Mode
+from pipelines.training.settings import Mode, SourceConfig
 
 
 def cached_clips(config: Any) -> VideoClips:
@@ -41,14 +41,27 @@ def cache_fingerprint(config: Any, vae: Any, clips: VideoClips) -> dict[str, Any
     names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
     return {
         "vae": vae_entry(config.vae, vae),
-        "clip": dataclasses.asdict(clips.spec),
+        "clip": clips.spec.settings(),
         "source": {
             "name": config.source.name,
             "videos": len(clips),
             "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
-        },
+        }
+        | _demo_world(config.source),
         "draws": {"crops": config.cache.crops, "flips": config.cache.flips, "seed": config.seed},
         "dtype": config.cache.dtype,
+    }
+
+
+def _demo_world(source: SourceConfig) -> dict[str, Any]:
+    """What decides the demo's videos beside their names, where it is not the default: older fingerprints stay valid."""
+    if source.name != "demo":
+        return {}
+    default = SourceConfig()
+    return {
+        key: value
+        for key in ("demo_seed", "demo_edge")
+        if (value := getattr(source, key)) != getattr(default, key)
     }
 
 

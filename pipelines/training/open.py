@@ -71,6 +71,7 @@ def open_videos(config: SourceConfig, size: int, held_out: bool = False) -> Sour
         num_videos=config.demo_videos,
         num_classes=config.demo_classes,
         size=size,
+        edge=config.demo_edge,
     )
 
 

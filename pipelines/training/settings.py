@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from data.core.option import option
+from data.demo import EDGE
 
 
 class Precision(StrEnum):
@@ -77,6 +78,7 @@ class PartConfig:
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")
+    demo_edge: float = option(EDGE, "source demo: width of the shapes' soft edges, of the picture's side")
 
 
 @dataclass
@@ -107,6 +109,7 @@ class SourceConfig:
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")
     demo_seed: int = option(0, "source demo: seed")
+    demo_edge: float = option(EDGE, "source demo: width of the shapes' soft edges, of the picture's side")
 
     def __post_init__(self):
         if not 0 <= self.max_failed_share <= 1:
@@ -141,7 +144,8 @@ class VAEConfig:
     """A trained VAE for stage two."""
 
     name: str = option(
-        "odvae", "odvae|sd2_1|svd|cvvae|ops (discrete vqgan and tats cannot feed a diffusion model)"
+        "odvae",
+        "odvae|sd2_1|svd|cvvae|ops (not vqgan and tats: discrete), or of diffusers wan|cogvideox|ltx|... (docs/finetune.md)",
     )
     path: str = option("", "its diffusers folder; empty: $OMNILATTE_WEIGHTS/<name>", free=True)
     tiling_frames: int = option(

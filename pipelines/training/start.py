@@ -156,7 +156,7 @@ def lpips_networks(config: Any, device: torch.device) -> tuple[LPIPSLoss | None,
         check_lpips_size(config.clip.size, config.clip.size)
     if loss.perceptual_weight > 0:
         network, found = load_lpips(loss.perceptual_weights or None, device, loss.perceptual_net.value)
-        perceptual, weights["loss"] = LPIPSLoss(network), found.as_dict()
+        perceptual, weights["loss"] = LPIPSLoss(network, config.gradient_checkpointing), found.as_dict()
     if config.val_lpips:
         judge, found = load_lpips(None, device)
         weights["val_lpips"] = found.as_dict()

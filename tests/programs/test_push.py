@@ -45,7 +45,7 @@ def test_a_push_creates_a_private_repository_and_uploads_the_folder(run, hub, tm
     assert then == "upload"
     assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= set(files)
     assert (
-        'ODVAE.from_pretrained(snapshot_download("me/odvae"))'
+        'AutoModel.from_pretrained("me/odvae", trust_remote_code=True)'
         in (tmp_path / "share" / "README.md").read_text()
     )
     assert "pushed to hub/me/odvae" in capsys.readouterr().out

@@ -145,6 +145,13 @@ def test_a_cache_of_other_clips_is_refused_with_the_difference(stage_two):
         stage_two("other", "steps=1", "clip.num_frames=5", cache=False)
 
 
+@pytest.mark.parametrize("setting", ["source.demo_seed=1", "source.demo_edge=0.2"])
+def test_a_cache_of_another_demo_world_is_refused(stage_two, setting):
+    stage_two("run", "steps=1")
+    with pytest.raises(ValueError, match="the cache"):
+        stage_two("other", "steps=1", setting, cache=False)
+
+
 def test_a_cache_of_another_vae_is_refused(stage_two, own_vae):
     stage_two("run", "steps=1")
     from vae import ODVAE

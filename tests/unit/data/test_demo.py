@@ -80,3 +80,12 @@ def test_wrong_requests_say_what_exists():
         DemoVideos(4).frames(4, [0])
     with pytest.raises(ValueError, match=r"frames 0\.\.63"):
         DemoVideos(4).frames(0, [64])
+
+
+def test_soft_edges_blur_the_shapes_and_leave_the_rest():
+    sharp, soft = (DemoVideos(1, size=32, edge=edge).frames(0, [0])[0].astype(int) for edge in (0.08, 0.25))
+    steps = [np.abs(np.diff(picture, axis=1)).max() for picture in (sharp, soft)]
+    assert steps[1] < 0.7 * steps[0]
+    assert (sharp == soft).mean() > 0.1
+    with pytest.raises(ValueError, match="edge=0"):
+        DemoVideos(1, edge=0)

@@ -18,12 +18,11 @@ def build():
 
     def go():
         accelerator = make_accelerator()
+        config = SimpleNamespace(global_batch=1, ema_decay=0.5, ema_warmup=False)
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
-        return Trainer(SimpleNamespace(global_batch=1, ema_warmup=False), accelerator), *accelerator.prepare(
-            model, optimizer
-        )
+        return Trainer(config, accelerator), *accelerator.prepare(model, optimizer)
 
     return go
 
@@ -57,7 +56,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_t
 def test_the_average_is_timm_s_to_the_bit(build):
     trainer, model, _ = build()
     mine, theirs = ModelEmaV3(model, decay=0.999), ModelEmaV3(model, decay=0.999)
-    trainer.ema = mine
+    trainer.ema, trainer.config.ema_decay = mine, 0.999
     torch.nn.init.normal_(model.weight)
     trainer.update_ema(model, torch.tensor(True))
     theirs.update(model)

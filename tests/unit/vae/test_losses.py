@@ -78,3 +78,21 @@ def test_lpips_passes_gradients_to_frames_only_and_stays_in_eval_mode():
     distance.sum().backward()
     assert y.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in lpips.parameters())
+
+
+def test_lpips_of_a_large_clip_is_computed_in_parts_and_again_in_backward(monkeypatch):
+    from eval.fidelity import load_lpips
+
+    monkeypatch.setattr("vae.losses.AT_ONCE", 2 * 32 * 32)
+    network = load_lpips("random:0")[0]
+    seen = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    x, y = torch.rand(2, 5, 3, 32, 32) * 2 - 1
+    found = []
+    for recompute in (False, True):
+        xhat = y.clone().requires_grad_()
+        distance = LPIPSLoss(network, recompute)(x, xhat)
+        distance.sum().backward()
+        found.append((distance.detach(), xhat.grad))
+    assert seen == [5, 2, 2, 1, 1, 2, 2]  # in backward the last part comes first
+    torch.testing.assert_close(found[0], found[1])

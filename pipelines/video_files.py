@@ -1,0 +1,253 @@
+"""Video files through a VAE: what pipelines.reconstruct (IN OUT), pipelines.encode and pipelines.decode have in common."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.core.files import claim_folder, read_json, write_json
+from data.core.lazy import lazy
+from data.encode import writing_video
+from data.progress import Progress
+from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, video_names
+from eval.weights import score_name
+
+torch = lazy("torch")
+clips = lazy("vae.clips")
+fidelity = lazy("eval.fidelity")
+openers = lazy("pipelines.training.open")
+safetensors = lazy("safetensors")
+safetensors_torch = lazy("safetensors.torch")
+vaes = lazy("vae")
+
+log = logging.getLogger(__name__)
+FALLBACK_FPS = 8.0  # of a folder of frames, which has no rate
+
+
+def parser(program: str, doc: str, given: str, made: str) -> argparse.ArgumentParser:
+    """The arguments that all three programs take."""
+    made_by = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{program}", description=doc, formatter_class=made_by
+    )
+    add = found.add_argument
+    add("given", type=Path, metavar="IN", help=given)
+    add("out", type=Path, metavar="OUT", help=made)
+    add("--vae", default="odvae", help="name of the VAE, for its folder in $OMNILATTE_WEIGHTS")
+    add("--vae-path", type=Path, metavar="DIR", help="folder of the VAE, in place of the name")
+    add("--device", default="", help="cuda, cuda:1, cpu; empty: a GPU if there is one")
+    add("--bf16", action="store_true", help="compute in bfloat16")
+    return found
+
+
+def open_vae(args: argparse.Namespace) -> tuple[Any, str]:
+    """The VAE, frozen, on its device, and the digest of its weights."""
+    vae = vaes.load_vae(args.vae_path or args.vae).requires_grad_(False)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    digest = openers.weights_digest(vae)  # of the weights as they are stored
+    return (vae.bfloat16() if args.bf16 else vae).to(torch.device(device)), digest
+
+
+def pairs(
+    given: Path, out: Path, suffix: str, kinds: tuple[str, ...], program: str, settings: dict
+) -> list[tuple]:
+    """(input, output) of one file, or of every file of a folder that is not done yet.
+
+    A folder OUT belongs to the program and to its settings (the VAE's digest); what is complete in it stays.
+    Raises ValueError for a file that is there already, and where there is nothing to do it with.
+    """
+    if given.is_file() or (given.is_dir() and out.suffix in VIDEO_SUFFIXES):  # a folder of frames
+        if out.exists():
+            raise ValueError(f"{out}: there already; choose another name")
+        return [(given, out)]
+    if not given.is_dir():
+        raise ValueError(f"{given}: no such file or folder")
+    if out.resolve() == given.resolve() or out.resolve().is_relative_to(given.resolve()):
+        raise ValueError(f"{out}: lies in {given}; choose a folder of its own")
+    if suffix_of_files := {".safetensors"} & set(kinds):
+        names = sorted(p.relative_to(given).as_posix() for p in given.rglob(f"*{min(suffix_of_files)}"))
+    else:
+        names = video_names(given)
+    if not names:
+        raise ValueError(f"{given}: no {', '.join(kinds)} files in it")
+    targets = [out / Path(name).with_suffix(suffix) for name in names]
+    if twice := [name for name, target in zip(names, targets, strict=True) if targets.count(target) > 1]:
+        raise ValueError(f"{given}: {', '.join(twice[:4])} would be one file in {out}; rename them")
+    claim_folder(out, program)
+    file = out / "settings.json"
+    if file.is_file() and read_json(file) != settings:
+        raise ValueError(f"{out}: made with other settings ({file}); choose another folder")
+    write_json(file, settings)
+    wanted = [(given / name, target) for name, target in zip(names, targets, strict=True)]
+    todo = [pair for pair in wanted if not pair[1].exists()]
+    if len(todo) < len(wanted):
+        log.info("%s: %d of %d are there already", out, len(wanted) - len(todo), len(wanted))
+    return todo
+
+
+def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> list[tuple[Path, str]]:
+    """Work on every pair; returns those that cannot be read, with the reason. One alone raises it."""
+    bad: list[tuple[Path, str]] = []
+    bar = Progress(len(todo), program, "video", len(todo) > 1)
+    for given, out in todo:
+        try:
+            print(work(given, out), flush=True)
+        except ValueError as error:
+            if len(todo) == 1:
+                raise
+            bad.append((given, str(error)))
+            log.warning("left out: %s: %s", given, error)
+        bar.update()
+    bar.close()
+    if bad:
+        print(f"{len(bad)} of {len(todo)} could not be done: {', '.join(given.name for given, _ in bad)}")
+    return bad
+
+
+# ---- reconstruct -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """Sums of per-frame scores of one video. network: of LPIPS, None: not run, for this reason."""
+
+    network: Any = None
+    name: str = "LPIPS"
+    why_not: str = ""
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, original: np.ndarray, decoded: np.ndarray) -> None:
+        """Two uint8 pieces (n, H, W, 3)."""
+        for a, b in zip(original, decoded, strict=True):
+            scores = {"PSNR": fidelity.psnr(a[None], b[None]), "SSIM": fidelity.ssim(a[None], b[None])}
+            if self.network is not None:
+                scores[self.name] = fidelity.lpips_distance(a[None], b[None], self.network)
+            for name, value in scores.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+
+    def words(self) -> str:
+        means = {name: total / self.count for name, total in self.sums.items()}
+        text = ", ".join(f"{n} {v:.2f}" if n == "PSNR" else f"{n} {v:.4f}" for n, v in means.items())
+        return text if self.network is not None else f"{text}, LPIPS not run ({self.why_not})"
+
+
+def load_judge(weights: str, device: Any) -> Judge:
+    """With LPIPS where its weights are."""
+    try:
+        network, found = fidelity.load_lpips(weights or None, device)
+    except ValueError:
+        if weights:
+            raise
+        return Judge(why_not="no AlexNet weights here: bash scripts/fetch_weights.sh")
+    return Judge(network, score_name("LPIPS", found.as_dict()))
+
+
+def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool, window: int) -> str:
+    """Write the reconstruction of a video at its own size, rate and length; returns a line with the scores."""
+    info = probe(given)
+    judge = Judge(judge.network, judge.name, judge.why_not)
+    try:
+        fidelity.check_lpips_size(info.height, info.width)
+    except ValueError:
+        judge.network, judge.why_not = None, "frames too small"
+    window, waiting = clips.window_of(vae, window), []
+    sound = given if audio and given.is_file() else None
+
+    def incoming() -> Iterator[np.ndarray]:
+        for frame in iterate_frames(given):
+            waiting.append(frame)
+            yield frame
+
+    latents = clips.encode_frames(vae, incoming(), window)
+    with (
+        torch.inference_mode(),
+        writing_video(out, info.height, info.width, info.fps or FALLBACK_FPS, sound) as write,
+    ):
+        for decoded in clips.decode_frames(vae, latents, window):
+            count = min(len(decoded), len(waiting))  # what is more is padding of the last piece
+            original = np.stack(waiting[:count]) if count else decoded[:0]
+            del waiting[:count]
+            if count:
+                decoded = decoded[:count, : info.height, : info.width]
+                judge.add(original, decoded)
+                write(decoded)
+        if waiting or judge.count != info.num_frames:
+            raise ValueError(f"{given}: {judge.count} of {info.num_frames} frames came back")
+    pieces = f" in pieces of {window} frames" if window and info.num_frames > window else ""
+    return f"{given} -> {out}: {frames_line(info)}{pieces}; {judge.words()}"
+
+
+def frames_line(info: VideoInfo) -> str:
+    rate = f"{info.fps:.4g} frames/s" if info.fps else f"no rate, written at {FALLBACK_FPS:g} frames/s"
+    return f"all {info.num_frames} frames of {info.width} x {info.height}, {rate}"
+
+
+def reconstruct_main(words: list[str], doc: str) -> int:
+    """`pipelines.reconstruct IN OUT`."""
+    found = parser(
+        "reconstruct", doc, "video file, folder of frames, or folder of videos", ".mp4, .mkv or folder"
+    )
+    found.add_argument("--lossless", action="store_true", help="in a folder OUT: .mkv (FFV1) instead of .mp4")
+    found.add_argument("--no-audio", action="store_true", help="leave the sound out instead of copying it")
+    found.add_argument(
+        "--window",
+        type=int,
+        default=33,
+        metavar="N",
+        help="frames at once, for a VAE that cannot be streamed",
+    )
+    found.add_argument("--lpips-weights", default="", help="AlexNet file or folder")
+    args = found.parse_args(words)
+    vae, digest = open_vae(args)
+    judge = load_judge(args.lpips_weights, vae.device)
+    settings = {"vae_sha256": digest, "window": args.window, "bf16": args.bf16}
+    suffix = ".mkv" if args.lossless else ".mp4"
+    todo = pairs(args.given, args.out, suffix, VIDEO_SUFFIXES, "reconstruct of videos", settings)
+
+    def work(given: Path, out: Path) -> str:
+        return reconstruct_file(vae, given, out, judge, not args.no_audio, args.window)
+
+    return 1 if each(todo, "reconstruct", work) else 0
+
+
+# ---- latents as files ------------------------------------------------------------------------------------
+
+
+def save_latents(file: Path, video: Any, about: dict[str, Any]) -> None:
+    """latents (C, t, h, w) float32 and, as text in the header, what else another project needs to know."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    geometry = {name: getattr(video, name) for name in ("num_frames", "height", "width", "window")}
+    header = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in (about | geometry).items()
+    }
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_latents(file: Path) -> tuple[Any, dict[str, str]]:
+    """VideoLatents and the header. ValueError for a file that pipelines.encode has not written."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            header, latents = opened.metadata() or {}, opened.get_tensor("latents")
+        numbers = [int(header[name]) for name in ("num_frames", "height", "width", "window")]
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file}: not latents of pipelines.encode ({type(error).__name__}: {error})"
+        ) from error
+    if latents.ndim != 4 or min(numbers[:3]) < 1 or numbers[3] < 0:
+        raise ValueError(
+            f"{file}: latents {tuple(latents.shape)} of {numbers}; (C, t, h, w) of a video is needed"
+        )
+    return clips.VideoLatents(latents.float(), *numbers), header

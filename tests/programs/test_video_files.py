@@ -1,0 +1,174 @@
+"""Video in, video out: reconstruct IN OUT, encode and decode, at the video's own size, rate, length and sound."""
+
+import json
+import re
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from data.encode import write_mp4
+from data.video import probe, read_frames
+from eval.fidelity import psnr, ssim
+from pipelines import decode, encode, reconstruct
+from tests.unit.vae.test_baselines import TINY
+from vae import build_vae, decode_video, encode_video, load_vae
+
+OD = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+VAES = {
+    "stream": ("odvae", OD),
+    "released": ("odvae", OD | {"norm_scope": "clip", "spatial_up": "trilinear", "temporal_up": "linear"}),
+    "images": ("sd2_1", TINY["sd2_1"]),
+    "4n": ("ops", TINY["ops"]),
+    "discrete": ("tats", TINY["tats"]),
+}
+FPS = Fraction(30000, 1001)
+
+
+def film(path, frames=11, height=35, width=50, sound=True):
+    """A moving gradient with a tone, written as a phone does: H.264 and AAC."""
+    t, y, x = np.mgrid[:frames, :height, :width]
+    pixels = np.stack([(x * 4 + t * 9) % 256, (y * 6 + t * 5) % 256, (x + y + t * 3) % 256], axis=-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
+        tone = container.add_stream("aac", rate=16000) if sound else None
+        for picture in pixels.astype(np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+        if sound:
+            wave = (8000 * np.sin(np.arange(4096) / 9)).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(tone.encode(frame))
+            container.mux(tone.encode())
+    return path
+
+
+def packets(path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+
+
+@pytest.fixture(params=list(VAES))
+def vae_folder(request, tmp_path):
+    kind, config = VAES[request.param]
+    torch.manual_seed(0)
+    build_vae(kind, **config).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def od_folder(tmp_path):
+    torch.manual_seed(0)
+    build_vae("odvae", **OD).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def frames_of(path) -> np.ndarray:
+    return np.asarray(read_frames(path, range(probe(path).num_frames)))
+
+
+def run(program, *words) -> int:
+    return program.main([str(word) for word in words])
+
+
+def test_a_reconstruction_has_the_size_rate_length_and_sound_of_its_video(vae_folder, tmp_path, capsys):
+    given = film(tmp_path / "in.mp4")
+    for suffix in (".mp4", ".mkv"):
+        out = tmp_path / f"out{suffix}"
+        assert run(reconstruct, given, out, "--vae-path", vae_folder, "--window", 4) == 0
+        assert probe(out) == probe(given)
+        assert packets(out) == packets(given) != []
+        line = capsys.readouterr().out
+        assert "all 11 frames of 50 x 35, 29.97 frames/s" in line
+        assert "LPIPS not run (no AlexNet weights here" in line
+    original, decoded = frames_of(given), frames_of(tmp_path / "out.mkv")  # without loss: what was measured
+    scores = re.search(r"PSNR (\S+), SSIM (\S+), LPIPS", line)
+    pairs = [(a[None], b[None]) for a, b in zip(original, decoded, strict=True)]
+    assert float(scores[1]) == round(np.mean([psnr(*p) for p in pairs]), 2)
+    assert float(scores[2]) == round(np.mean([ssim(*p) for p in pairs]), 4)
+
+
+def test_latents_are_decoded_to_what_reconstruct_writes_and_are_read_without_this_project(
+    vae_folder, tmp_path, capsys
+):
+    given = film(tmp_path / "in" / "deep" / "a.mp4")
+    write_mp4(tmp_path / "in" / "b.mp4", np.full((1, 16, 24, 3), 90, np.uint8), 12)  # one frame
+    flags = ("--vae-path", vae_folder)
+    assert run(encode, tmp_path / "in", tmp_path / "latents", *flags, "--window", 4) == 0
+    assert run(decode, tmp_path / "latents", tmp_path / "out", *flags, "--lossless") == 0
+    assert run(reconstruct, *flags, "--window", 4, tmp_path / "in", tmp_path / "direct", "--lossless") == 0
+    for name in ("deep/a.mkv", "b.mkv"):
+        np.testing.assert_array_equal(
+            frames_of(tmp_path / "out" / name), frames_of(tmp_path / "direct" / name)
+        )
+        assert probe(tmp_path / "out" / name).fps == pytest.approx(probe(tmp_path / "direct" / name).fps)
+    with safe_open(tmp_path / "latents" / "deep" / "a.safetensors", "pt") as file:
+        z, header = file.get_tensor("latents"), file.metadata()
+    vae = load_vae(vae_folder)
+    assert header["source"] == "a.mp4"
+    assert [json.loads(header[k]) for k in ("num_frames", "height", "width")] == [11, 35, 50]
+    assert json.loads(header["fps"]) == pytest.approx(float(FPS))
+    assert json.loads(header["scaling_factor"]) == vae.latent_rule()["scaling_factor"]
+    assert z.dtype == torch.float32
+    assert (z.shape[0], z.shape[2]) == (vae.latent_channels, -(-35 // vae.spatial_compression_ratio))
+    video = encode_video(vae, frames_of(given), 4)
+    assert torch.equal(video.latents, z)
+    np.testing.assert_array_equal(decode_video(vae, video), frames_of(tmp_path / "out" / "deep" / "a.mkv"))
+
+
+def test_a_streamed_video_has_the_latents_of_the_whole_clip(od_folder):
+    vae = load_vae(od_folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
+    video = encode_video(vae, pixels)
+    with torch.no_grad():
+        x = torch.from_numpy(pixels).movedim(-1, 0)[None] / 127.5 - 1
+        assert torch.equal(video.latents, vae.encode(x).latent_dist.mode()[0])
+    assert video.window == 0
+    assert decode_video(vae, video).shape == pixels.shape
+
+
+def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder, tmp_path, capsys):
+    film(tmp_path / "in" / "a.mp4", sound=False)
+    film(tmp_path / "in" / "b.mp4")
+    (tmp_path / "in" / "c.mp4").write_bytes(b"no video")
+    words = (tmp_path / "in", tmp_path / "out", "--vae-path", od_folder)
+    assert run(reconstruct, *words) == 1
+    assert "1 of 3 could not be done: c.mp4" in capsys.readouterr().out
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
+    assert sorted(p.name for p in times) == ["a.mp4", "b.mp4"]
+    film(tmp_path / "in" / "d.mp4", frames=2)
+    assert run(reconstruct, *words) == 1
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert probe(tmp_path / "out" / "d.mp4").num_frames == 2
+    with pytest.raises(ValueError, match=r"out: made with other settings \(.*settings.json\)"):
+        run(reconstruct, *words, "--bf16")
+
+
+def test_what_cannot_be_done_is_one_clear_line_and_leaves_nothing(od_folder, tmp_path):
+    given, flags = film(tmp_path / "in.mp4"), ("--vae-path", od_folder)
+    (tmp_path / "there.mp4").write_bytes(b"mine")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for words, message in (
+        ((given, tmp_path / "there.mp4"), "there.mp4: there already; choose another name"),
+        ((given, tmp_path / "out.webm"), r"out.webm: .mp4 \(H.264\) or .mkv"),
+        ((tmp_path / "none.mp4", tmp_path / "out.mp4"), "none.mp4: no such file or folder"),
+        ((tmp_path / "bad.mp4", tmp_path / "out.mp4"), "bad.mp4: not a readable video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(reconstruct, *words, *flags)
+    assert run(encode, given, tmp_path / "z.safetensors", *flags) == 0
+    torch.manual_seed(1)
+    build_vae("odvae", **OD).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="z.safetensors: encoded by another VAE"):
+        run(decode, tmp_path / "z.safetensors", tmp_path / "out.mp4", "--vae-path", tmp_path / "other")
+    with pytest.raises(ValueError, match="vae.*: not latents of pipelines.encode"):
+        run(decode, next(od_folder.glob("*.safetensors")), tmp_path / "out.mp4", *flags)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "other", "z.safetensors"])
+    assert (tmp_path / "there.mp4").read_bytes() == b"mine"
