@@ -21,7 +21,9 @@ from pipelines.plan.backward import python_backward
 from pipelines.plan.cost import is_composite
 
 DEVICE = torch.device("cuda", 0)
-LOWEST_TORCH = "2.11"  # older ones ask the driver for the current device, crash, or let tensors of two devices mix
+LOWEST_TORCH = (
+    "2.11"  # older ones ask the driver for the current device, crash, or let tensors of two devices mix
+)
 SMALL_COPY = 64 * 2**10  # bytes: the driver takes such a copy from ordinary memory without waiting
 aten = torch.ops.aten
 

@@ -128,7 +128,9 @@ def stage_one_parts(
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
         if isinstance(next(vae.parameters()), FakeTensor):
-            vae._apply(torch.empty_like)  # VidTok's mix factors are made from numbers: real, they cannot be copied
+            vae._apply(
+                torch.empty_like
+            )  # VidTok's mix factors are made from numbers: real, they cannot be copied
     trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
     shape = (config.micro_batch, clip.num_frames, *(sides or (clip.size, clip.size)), 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
