@@ -151,7 +151,7 @@ class Trainer:
         ema_warmup: with the decay min(ema_decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage.
         """
         mine, theirs = list(self.ema.module.parameters()), list(model.parameters())
-        decay = self.config.ema_decay
+        decay = self.ema.decay
         if self.config.ema_warmup:
             decay = min(decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

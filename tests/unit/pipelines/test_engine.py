@@ -76,9 +76,9 @@ def test_a_first_scan_may_take_longer_than_the_patience_of_the_process_group(tmp
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_follows_its_decay_and_a_warm_up_raises_it(warmup):
-    settings = SimpleNamespace(ema_decay=0.5, ema_warmup=warmup)
+    settings = SimpleNamespace(ema_warmup=warmup)
     trainer, model = Trainer(settings, None), torch.nn.Linear(1, 1, bias=False)
-    trainer.ema = SimpleNamespace(module=torch.nn.Linear(1, 1, bias=False))
+    trainer.ema = SimpleNamespace(module=torch.nn.Linear(1, 1, bias=False), decay=0.5)
     torch.nn.init.ones_(model.weight)
     torch.nn.init.zeros_(trainer.ema.module.weight)
     seen = []
