@@ -139,8 +139,9 @@ def test_the_card_says_which_weights_taught_a_model(trained_vae):
 
 
 def test_the_demo_s_rule_tells_shapes_from_blobs():
-    """FVD untrained, trained, VAE alone of two real runs: shapes that move, and coloured blobs."""
+    """FVD untrained, trained, VAE alone of three real runs: shapes that move twice, and coloured blobs."""
     from pipelines.demo_scores import FVD_WAY, reached
 
-    assert reached(617.75, 331.47, 301.69) > 1.5 * FVD_WAY
+    assert reached(617.75, 331.47, 301.69) > 2 * FVD_WAY
+    assert reached(612.35, 436.52, 311.8) > 1.4 * FVD_WAY
     assert reached(2482.29, 2243.03, 1204.9) < 0.5 * FVD_WAY
