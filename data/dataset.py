@@ -13,7 +13,7 @@ from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span
 from data.demo import DemoVideos
 from data.sources import Source, video_frames
 from data.table import Video, VideoTable
-from data.timeline import frames_at_rate
+from data.timeline import SAME_RATE, frames_at_rate
 from data.video import BadVideo
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class VideoClips:
         if not fps:
             return lengths
         rates = videos.column("fps")
-        slow = np.flatnonzero(rates <= 0 if self.spec.repeat else rates < 0.999 * fps)
+        slow = np.flatnonzero(rates <= 0 if self.spec.repeat else rates < SAME_RATE * fps)
         if len(slow):
             known = f"{rates[slow[0]]:g} frames a second" if rates[slow[0]] > 0 else "no known rate"
             way_out = "leave these out" if self.spec.repeat else "a lower fps, or repeat=true repeats frames"
@@ -107,7 +107,8 @@ class VideoClips:
                 f"clip.fps={fps:g}: {len(slow)} of {len(videos)} videos of {self.source.name} are slower, e.g. "
                 f"{videos.name(int(slow[0]))}: {known}; {way_out}"
             )
-        return ((lengths - 1) / rates * fps + 1e-6).astype(np.int64) + 1
+        taken = np.where((rates >= SAME_RATE * fps) & (rates < fps), rates, fps)
+        return ((lengths - 1) / rates * taken + 1e-6).astype(np.int64) + 1
 
     def keep_first(self, count: int) -> None:
         """Leave out all usable videos but the first N."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SAME_RATE = 0.999  # of the rate asked for: 29.97 passes for 30
 _HEADER = struct.Struct("<qqq")
 _ROW = 9  # bytes a frame before compression: the step as int64, then whether it is an entry
 
@@ -64,16 +65,25 @@ def unpack_times(packed: bytes) -> Timeline:
 def frames_at_rate(packed: bytes, fps: float, source_fps: float, first: int, count: int) -> np.ndarray:
     """Which of `count` frames from `first` on is shown at 0, 1/fps, 2/fps ... seconds after the first: int64 (n,).
 
-    The last one whose time has come, so none is shown before its time. packed: of pack_times; b"": frames source_fps apart.
+    The last one whose time has come, so none is shown before its time but for what the file's clock rounds: Matroska counts
+    whole milliseconds. A source just below the rate (29.97 for 30) gives each frame once. packed: of pack_times; b"": frames
+    source_fps apart.
     """
+    fps, rounding = rate_taken(fps, source_fps), 1e-6
     if packed:
         numerator, denominator, _ = _HEADER.unpack_from(packed)
         ticks = unpack_times(packed).ticks[first : first + count]
         seconds = (ticks - ticks[0]) * (numerator / denominator)
+        rounding += min(0.5 * numerator / denominator, 0.0005)
     else:
         seconds = np.arange(count) / source_fps
-    wanted = np.arange(int(seconds[-1] * fps + 1e-6) + 1) / fps
-    return np.searchsorted(seconds, wanted + 1e-6, side="right") - 1
+    wanted = np.arange(int((seconds[-1] + rounding) * fps) + 1) / fps
+    return np.searchsorted(seconds, wanted + rounding, side="right") - 1
+
+
+def rate_taken(fps: float, source_fps: float) -> float:
+    """The rate asked for, or that of a source which is at most 0.1 % slower."""
+    return source_fps if SAME_RATE * fps <= source_fps < fps else fps
 
 
 def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int, int]:

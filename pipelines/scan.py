@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from data.core.cli import run
-from data.core.files import claim_file, printable, write_atomic
+from data.core.files import printable, write_atomic
 from data.core.lazy import lazy
 from data.core.option import option
 from data.sources import Source, video_frames
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 LENGTHS = 9, 17, 25, 49, 81, 97  # clips of the paper and below
 SHOWN = 20  # damaged files on the screen
 CELL, CAPTION = 160, 14  # pixels
+SOFTWARE = "omnilatte scan"  # in the contact sheets
 
 
 @dataclass
@@ -125,6 +127,26 @@ def config_from(argv: list[str] | None) -> tuple[ScanConfig, bool]:
     return config, args.dry_run
 
 
+def _mark() -> PngInfo:
+    """What makes a contact sheet known as ours."""
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    return mark
+
+
+def _claim_sheet(path: Path) -> None:
+    """ValueError unless the sheet is new or one of ours: no picture of a user's is replaced."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as picture:
+            ours = picture.info.get("Software") == SOFTWARE
+    except OSError:
+        ours = False
+    if not ours:
+        raise ValueError(f"sheet={path}: exists and is no contact sheet; choose another name")
+
+
 def main(argv: list[str] | None = None) -> int:
     config, dry = config_from(argv)
     if dry:
@@ -133,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, sheet = config.source, config.sheet
     if sheet:
         refuse_in_data(sheet, "sheet", settings)
-        claim_file(sheet, lambda line: "PNG" in line)
+        _claim_sheet(Path(sheet))
     if settings.parts or settings.name == "mixture":
         raise ValueError("source.name=mixture: scan its parts one by one")
     source = openers.open_videos(settings, CELL)
@@ -144,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if sheet:
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        contact_sheet(source, config.sheet_videos).save(content, "PNG")
+        contact_sheet(source, config.sheet_videos).save(content, "PNG", pnginfo=_mark())
         write_atomic(sheet, content.getvalue())
         print(f"contact sheet: {sheet}")
     keys = [f"source.{key}" for key in ("name", "root", "list_file", "labels", "index_dir")]

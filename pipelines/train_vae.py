@@ -53,6 +53,7 @@ interface = lazy("vae.interface")
 losses = lazy("vae.losses")
 media = lazy("pipelines.media")
 training_run = lazy("pipelines.training.run")
+vae_registry = lazy("vae.registry")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
 openers = lazy("pipelines.training.open")
@@ -567,12 +568,14 @@ def main(argv: list[str] | None = None) -> int:
 def report(config: TrainVAEConfig, vae: Path) -> None:
     """Say where things are, and how to go on."""
     run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
+    name = vae_registry.name_of(json.loads((vae / "config.json").read_text())["_class_name"])
+    where = [f"vae.name={name}"] * (name != "odvae") + [f"vae.path={vae}"]
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
         "page": command("run_report", run),
-        "measure": command("reconstruct", f"vae.path={vae}", **same),
-        "next": command("cache_latents", f"vae.path={vae}", **same),
+        "measure": command("reconstruct", *where, **same),
+        "next": command("cache_latents", *where, **same),
     }
     box(f"finished: {config.steps} steps", rows)
 

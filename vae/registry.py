@@ -181,7 +181,7 @@ def _read_class_name(folder: Path) -> str:
 
 def name_of(class_name: str) -> str:
     """The name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
-    return _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
+    return _added_name(class_name) or _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
 
 
 def adapted_class(folder: str | Path):
@@ -204,8 +204,7 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
         raise ValueError(f"VAE {str(name_or_folder)!r} with a path: the name must be one of {known_names()}")
     folder = vae_folder(name_or_folder, path)
     class_name = _read_class_name(folder)
-    own = _added_name(class_name)
-    family = own or name_of(class_name)
+    own, family = _added_name(class_name), name_of(class_name)
     if name is not None and family != name:
         raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
     if own:

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 _FILE = Path(__file__).parents[2] / "dependencies.txt"
 
@@ -28,7 +29,7 @@ def _too_old() -> Iterator[str]:
             version = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
             continue  # a missing package is named by its own import, where it is needed
-        if not needed.specifier.contains(version.partition("+")[0], prereleases=True):
+        if not needed.specifier.contains(Version(version).base_version):
             yield f"{needed.name} is {version}, this project needs {needed.specifier}"
 
 

@@ -6,6 +6,7 @@ memory. Writes vaes.md, .csv and .html with the same clips side by side, and kee
 
 import argparse
 import csv
+import hashlib
 import io
 import logging
 import math
@@ -22,12 +23,11 @@ from data.clip import ClipSpec, to_float, to_uint8
 from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.dataset import VideoClips
 from data.progress import Progress
-from eval.efficiency import memory_peaks, reset_peaks
 from eval.features import Extractor, default_device, extract_features, i3d_extractor
 from eval.fidelity import check_lpips_size, load_lpips
-from eval.frechet import frechet_distance
-from eval.uncertainty import frechet_interval
+from eval.measures import frechet_distance, frechet_interval
 from eval.weights import score_name
+from pipelines.efficiency import memory_peaks, reset_peaks
 from pipelines.plan.programs import encode_and_decode
 from pipelines.reconstruct import score_frames
 from pipelines.results.markdown import markdown_table, plain
@@ -66,12 +66,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def named(words: Sequence[str], what: str) -> dict[str, str]:
-    """{name: path} of words NAME=PATH. ValueError for another form, or a name twice."""
+    """{name: path} of words NAME=PATH. ValueError for another form, a name twice, or one that the output needs."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        if not (name and equals and path) or name in found or "/" in name:
-            raise ValueError(f"{word!r}: {what} are written NAME=PATH, each name once, without /")
+        if (
+            not (name and equals and path)
+            or name in found
+            or "/" in name
+            or name.startswith(".")
+            or name == "original"
+        ):
+            raise ValueError(
+                f"{word!r}: {what} are written NAME=PATH, each name once, without / or a leading dot, not 'original'"
+            )
         found[name] = path
     return found
 
@@ -99,7 +107,11 @@ def _takes(vae: Any, T: int) -> bool:
 
 def own_length(vae: Any, T: int) -> int:
     """The least length from T on that the VAE takes; the clip is padded to it with its last frame."""
-    return next(n for n in range(T, T + 2 * sum(vae.clip_lengths) + 1) if _takes(vae, n))
+    longest = T + 2 * sum(vae.clip_lengths)
+    for n in range(T, longest + 1):
+        if _takes(vae, n):
+            return n
+    raise ValueError(f"{type(vae).__name__} takes no clip of {T} to {longest} frames; choose other --frames")
 
 
 # ---- one VAE ---------------------------------------------------------------------------------------------
@@ -342,7 +354,9 @@ def main(argv: Sequence[str]) -> int:
         "lpips": lpips if network is not None else None,
         "rfvd": extractor and extractor.provenance.as_dict(),
     }
-    settings = {"clip": asdict(spec), "videos": [found.name(n) for n in range(count)], "judges": judged}
+    pixels = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
+    videos = [found.name(n) for n in range(count)]
+    settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judged}
 
     records: dict[str, Record] = {}
     shown: dict[str, list[np.ndarray]] = {"original": clips[:4]}

@@ -228,7 +228,10 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str], vae: A
     given, same = Path(folder), None
     warn_if_unfinished(folder)
     if (given / "model_index.json").is_file():
-        same = read_json(given / "model_index.json").get("class_names") == class_names
+        names = read_json(given / "model_index.json").get("class_names") or []
+        same = (
+            list(names.values() if isinstance(names, dict) else names) == class_names
+        )  # a dict in an export
         theirs = load_vae(given / "vae")
         if weights_digest(theirs, makes_latents) != weights_digest(vae, makes_latents):
             raise ValueError(

@@ -40,7 +40,12 @@ def start_trackers(accelerator: Any, config: Any, folder: Path) -> list[Any]:
     )
     own = hashlib.sha256(f"{folder.resolve()} {began}".encode()).hexdigest()[:16]
     wandb = {"name": folder.name, "id": own, "resume": "allow", "dir": str(folder)}
-    accelerator.init_trackers(PROJECT, plain_settings(config), {"wandb": wandb})
+    try:
+        accelerator.init_trackers(PROJECT, plain_settings(config), {"wandb": wandb})
+    except Exception as error:  # each tracker has its own kinds, e.g. wandb's UsageError without a login
+        raise ValueError(
+            f"log_with={','.join(map(str, accelerator.log_with))}: cannot begin ({error}); log in, or log_with=none"
+        ) from error
     return list(accelerator.trackers)
 
 

@@ -1,5 +1,7 @@
 """A video VAE of diffusers is fine-tuned, resumed, opened by plain diffusers, and carries a Latte."""
 
+import shlex
+
 import diffusers
 import pytest
 import torch
@@ -56,7 +58,8 @@ def state(folder, name):
 
 
 @pytest.mark.parametrize("name", FIVE)
-def test_a_decoder_is_fine_tuned_resumed_and_opened_by_plain_diffusers(finetune, folders, name):
+def test_a_decoder_is_fine_tuned_resumed_and_opened_by_plain_diffusers(finetune, folders, name, caplog):
+    caplog.set_level("INFO")
     whole = finetune(name, "whole", "steps=2", "save_every=1")
     finetune(name, "parts", "steps=1", "save_every=1")
     parts = finetune(name, "parts", "steps=2", "save_every=1")
@@ -67,6 +70,8 @@ def test_a_decoder_is_fine_tuned_resumed_and_opened_by_plain_diffusers(finetune,
     assert not any(makes_latents(key) for key in changed)
     again = state(parts / "vae", name)
     assert all(torch.equal(value, again[key]) for key, value in after.items())
+    words = shlex.split(caplog.text.rpartition("pipelines.cache_latents ")[2].splitlines()[0])
+    assert cache_latents.main([*words, "--dry-run"]) == 0  # the command that the run names as the next one
     step = Checkpoints(whole).path(2) / "vae"
     assert {k for k, v in state(step, name).items() if not torch.equal(v, before[k])} >= changed
 

@@ -5,6 +5,7 @@ import torch
 
 from denoiser.latte import Latte
 from pipelines import train_latte
+from pipelines.export import main as export
 from pipelines.train_vae import main
 from vae import load_vae
 
@@ -86,6 +87,11 @@ def test_a_latte_begins_with_trained_weights_and_makes_the_table_of_other_classe
     given = Latte.from_pretrained(first / "transformer").state_dict()
     caplog.set_level("INFO")
     latte("same", f"denoiser.init_from={first}")
+    assert all(torch.equal(begun[k], v) for k, v in given.items())
+    exported = first.parents[1] / "share"
+    assert export([str(first.parent), "--out", str(exported)]) == 0
+    begun.clear()
+    latte("exported", f"denoiser.init_from={exported}")
     assert all(torch.equal(begun[k], v) for k, v in given.items())
     begun.clear()
     latte("other", f"denoiser.init_from={first}", "source.demo_classes=2")

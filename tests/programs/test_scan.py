@@ -53,10 +53,14 @@ def test_a_list_is_described_with_all_its_splits(videos, scan):
 
 
 def test_a_sheet_overwrites_nothing_else_and_does_not_lie_among_the_videos(videos, scan, tmp_path):
-    (tmp_path / "mine.txt").write_text("notes")
-    with pytest.raises(ValueError, match="holds something else and would be lost"):
-        main([str(videos), f"sheet={tmp_path / 'mine.txt'}"])
+    (tmp_path / "mine.txt").write_text("PNG notes")
+    Image.new("RGB", (2, 2)).save(tmp_path / "photo.png")
+    photo = (tmp_path / "photo.png").read_bytes()
+    for name in ("mine.txt", "photo.png"):
+        with pytest.raises(ValueError, match=f"{name}: exists and is no contact sheet"):
+            main([str(videos), f"sheet={tmp_path / name}"])
+    assert (tmp_path / "photo.png").read_bytes() == photo
     with pytest.raises(ValueError, match="lies inside the data"):
         main([str(videos), f"sheet={videos / 's.png'}"])
     scan(videos), scan(videos)
-    assert (tmp_path / "mine.txt").read_text() == "notes"
+    assert (tmp_path / "mine.txt").read_text() == "PNG notes"

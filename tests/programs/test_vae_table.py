@@ -93,6 +93,11 @@ def test_the_table_of_four_and_the_same_again_from_its_records(
     text = (tmp_path / "out" / "vaes.md").read_text()
     assert main(line) == 0
     assert (tmp_path / "out" / "vaes.md").read_text() == text
+    other = tmp_path / "other"
+    for file in sorted(videos.iterdir()):  # the same names, other pictures
+        write_ffv1(other / file.name, np.full((30, 64, 64, 3), 9, np.uint8), 8)
+    with pytest.raises(pytest.fail.Exception, match="measured twice"):
+        main(words(folders, other, tmp_path / "out"))
 
 
 def test_scores_are_those_of_reconstruct(folders, videos, tmp_path):
@@ -131,6 +136,7 @@ def test_a_judge_without_weights_is_named_and_left_out(folders, videos, tmp_path
     [
         (["--size", "60"], "--size 60 for wan: .*multiples of 8"),
         (["wan=x"], "each name once"),
+        (["original=x"], "not 'original'"),
         (["nonsense"], "written NAME=PATH"),
         (["--latte", "other=x"], "--latte other=x: the table has wan"),
         (["--clips", "0"], "--clips 0: at least one"),

@@ -22,7 +22,7 @@ def test_this_environment_is_new_enough():
     environment.check_packages()
 
 
-@pytest.mark.parametrize("version", ["14.0.0", "9.2", "15.0.0rc1"])
+@pytest.mark.parametrize("version", ["14.0.0", "9.2", "14.9.0rc1"])
 def test_an_older_package_is_named_with_the_bound_and_the_way_out(tmp_path, monkeypatch, version):
     pretend(tmp_path, "av", version)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -31,7 +31,7 @@ def test_an_older_package_is_named_with_the_bound_and_the_way_out(tmp_path, monk
 
 
 def test_build_tags_and_later_previews_are_no_older_versions(tmp_path, monkeypatch):
-    pretend(tmp_path, "torch", "2.6.0+cu124")
+    pretend(tmp_path, "torch", "2.6.0a0+ecf3bae40a.nv25.01")
     pretend(tmp_path, "diffusers", "0.43.0.dev0")
     monkeypatch.syspath_prepend(str(tmp_path))
     environment.check_packages()

@@ -40,6 +40,16 @@ def test_an_uneven_video_is_read_by_its_own_times():
     assert all(t <= 125 * k for k, t in enumerate(at))
 
 
+@pytest.mark.parametrize("fps", [24, 30, 60, 24000 / 1001, 30000 / 1001])
+def test_a_clock_of_milliseconds_gives_each_frame_once_at_the_source_s_own_rate(fps):
+    times = pack_times([round(1000 * n / fps) for n in range(200)], 1, 1000)
+    spec = ClipSpec(150, position="start", fps=round(fps))
+    assert indices(spec, times, fps=fps, count=200) == list(range(150))
+    assert indices(ClipSpec(9, position="start", fps=fps / 3), times, fps=fps, count=200) == list(
+        range(0, 27, 3)
+    )
+
+
 @pytest.fixture
 def source(tmp_path):
     for name, rate, count in (("a", 24, 60), ("b", 30, 75), ("c", 8, 20)):
