@@ -53,7 +53,7 @@ def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bo
     are in `missing`, repeated rows are named and read once. Raises ValueError, with the line, for a row that cannot be read.
     """
     rows: dict[tuple[str, int, int], tuple[str, str, str]] = {}
-    repeated, missing = [], []
+    repeated, missing, written = [], [], {}
     files = find_lists(root, list_file)
     for file, of_folder in files:
         base = root if root and list_file else file.parent
@@ -62,6 +62,7 @@ def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bo
             name = row["path"]
             key = (_absolute(base, name, where), *_cut(row, where))
             value = (row["label"], of_folder or _split(row["split"], where))
+            written.setdefault(key[0], f"{of_folder}/{name}")
             if key not in rows:
                 rows[key] = (*value, where)
                 if not os.path.exists(key[0]):
@@ -77,10 +78,14 @@ def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bo
         logger.warning(
             "csv: %d rows of the list are there twice and count once, e.g. %s", len(repeated), first
         )
-    return _of_split(rows, str(os.path.realpath(root or files[0][0].parent)), missing, split, held_out)
+    return _of_split(
+        rows, str(os.path.realpath(root or files[0][0].parent)), missing, split, held_out, written
+    )
 
 
-def _of_split(rows: dict, base: str, missing: list[str], split: str, held_out: bool) -> Found:
+def _of_split(
+    rows: dict, base: str, missing: list[str], split: str, held_out: bool, written: dict[str, str]
+) -> Found:
     class_names = _class_names(rows)
     ids = {name: n for n, name in enumerate(class_names)}
     counts = Counter(s for _, s, _ in rows.values())
@@ -102,7 +107,10 @@ def _of_split(rows: dict, base: str, missing: list[str], split: str, held_out: b
     cuts = [(begin, end) for _, begin, end in there]
     if not any(cut != (0, TO_THE_END) for cut in cuts):
         cuts = []
-    return Found(base, names, [], labels, class_names, cuts, missing, parted)
+    groups = [
+        written[path] for path, *_ in there
+    ]  # as the list has them: rows of other folders change no name
+    return Found(base, names, groups, labels, class_names, cuts, missing, parted)
 
 
 def _class_names(rows: dict) -> list[str]:
@@ -123,7 +131,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, {path, label, start_s, end_s, split}) with "" for what a row has not."""
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         try:
-            rows = _json_rows(lines, file) if file.suffix == ".jsonl" else _csv_rows(lines)
+            rows = _json_rows(lines, file) if file.suffix == ".jsonl" else _csv_rows(lines, file)
             named = ""
             for line, row in rows:
                 named = named or next((name for name in _PATH if name in row), "")
@@ -136,9 +144,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{file}: not a csv ({error})") from error
 
 
-def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     head = next(lines, "")
-    names = next(csv.reader([head], delimiter=(mark := max(",;\t", key=head.count))), [])
+    mark = "\t" if file.suffix == ".tsv" else max(",;\t", key=head.count)
+    names = next(csv.reader([head], delimiter=mark), [])
     reader = csv.DictReader(lines, [name.strip() for name in names], delimiter=mark)
     for row in reader:
         yield reader.line_num + 1, {key: text.strip() for key, text in row.items() if isinstance(text, str)}

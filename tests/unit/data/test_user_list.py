@@ -175,3 +175,23 @@ def test_a_held_out_part_that_is_all_damaged_takes_one_more_video(put, tmp_path)
     assert [len(part) for part in kept] == [2, 1]
     assert not kept[0] & kept[1]
     assert [len(part.damaged) for part in parts] == [0, 1]
+
+
+def test_rows_of_another_folder_do_not_change_what_is_held_out(put, tmp_path):
+    lab = put(*(f"{n}.mp4" for n in range(8)))
+    rows = "".join(f"{n}.mp4\n" for n in range(8))
+    held = {}
+    shutil.copyfile(tmp_path / "v.mp4", tmp_path / "other.mp4")
+    for name, more in (("a", ""), ("b", f"{tmp_path / 'other.mp4'}\n")):
+        list_file = write(lab / f"{name}.csv", f"path\n{rows}{more}")
+        part = open_source("csv", list_file=list_file, index_dir=None, val_fraction=0.3, held_out=True)
+        held[name] = {video.name.rpartition("/")[2] for video in part.videos}
+    assert held["a"] - {"other.mp4"} <= held["b"]
+
+
+def test_a_tsv_is_cut_at_tabs_whatever_its_names_hold(put):
+    lab = put("a,b,c.mp4")
+    found = open_source(
+        "csv", list_file=write(lab / "l.tsv", "path\na,b,c.mp4\n"), index_dir=None, val_fraction=0
+    )
+    assert [video.name for video in found.videos] == ["a,b,c.mp4"]
