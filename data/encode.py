@@ -66,10 +66,24 @@ def _writing(
 
         yield add
         container.mux(stream.encode())
+        begin = round(_begin(audio) / sound.time_base) if copy else 0
         for packet in source.demux(sound) if copy else ():
-            if packet.dts is not None:
-                packet.stream = copy
-                container.mux(packet)
+            # the picture begins at 0: so must what is heard with it, and what ends before it cannot be kept
+            if packet.dts is None or (begin and packet.dts + (packet.duration or 0) < begin):
+                continue
+            packet.pts = packet.dts = packet.dts - begin  # sound is heard in the order of decoding
+            packet.stream = copy
+            container.mux(packet)
+
+
+def _begin(path: Path) -> Fraction:
+    """When the first picture of a file is shown, in seconds; 0 where the file does not say."""
+    import av
+
+    with av.open(str(path)) as container:
+        video = container.streams.best("video")
+        first = next(container.decode(video), None) if video else None
+        return Fraction(0) if first is None or first.pts is None else first.pts * first.time_base
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format: str, options: dict) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from data.encode import write_mp4
+from data.encode import write_mp4, writing_video
 from data.video import probe, read_frames
 from eval.fidelity import psnr, ssim
 from pipelines import decode, encode, reconstruct
@@ -28,8 +28,8 @@ VAES = {
 FPS = Fraction(30000, 1001)
 
 
-def film(path, frames=11, height=35, width=50, sound=True):
-    """A moving gradient with a tone, written as a phone does: H.264 and AAC."""
+def film(path, frames=11, height=35, width=50, sound=True, begin=0, sound_begin=Fraction(0)):
+    """A moving gradient with a tone, written as a phone does: H.264 and AAC. begin: frames before; sound_begin: seconds."""
     t, y, x = np.mgrid[:frames, :height, :width]
     pixels = np.stack([(x * 4 + t * 9) % 256, (y * 6 + t * 5) % 256, (x + y + t * 3) % 256], axis=-1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,15 @@ def film(path, frames=11, height=35, width=50, sound=True):
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
         tone = container.add_stream("aac", rate=16000) if sound else None
-        for picture in pixels.astype(np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for n, picture in enumerate(pixels.astype(np.uint8), begin):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = n, 1 / FPS
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound:
             wave = (8000 * np.sin(np.arange(4096) / 9)).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
-            frame.sample_rate = 16000
+            frame.sample_rate, frame.pts = 16000, int(sound_begin * 16000)
             container.mux(tone.encode(frame))
             container.mux(tone.encode())
     return path
@@ -52,6 +54,13 @@ def film(path, frames=11, height=35, width=50, sound=True):
 def packets(path) -> list[bytes]:
     with av.open(str(path)) as container:
         return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+
+
+def times(path, kind) -> np.ndarray:
+    """When each packet of the first "video" or "audio" stream is shown, in seconds, in the order of the file."""
+    with av.open(str(path)) as container:
+        stream = getattr(container.streams, kind)[0]
+        return np.array([float(p.pts * p.time_base) for p in container.demux(stream) if p.size])
 
 
 @pytest.fixture(params=list(VAES))
@@ -92,6 +101,21 @@ def test_a_reconstruction_has_the_size_rate_length_and_sound_of_its_video(vae_fo
     pairs = [(a[None], b[None]) for a, b in zip(original, decoded, strict=True)]
     assert float(scores[1]) == round(np.mean([psnr(*p) for p in pairs]), 2)
     assert float(scores[2]) == round(np.mean([ssim(*p) for p in pairs]), 4)
+
+
+@pytest.mark.parametrize("early", [Fraction(0), Fraction(1, 10)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_stays_with_the_picture_of_a_video_that_begins_late(tmp_path, early, suffix):
+    begin = 5 * 1001 / 1000  # seconds at frame 150
+    given = film(tmp_path / "in.mkv", begin=150, sound_begin=Fraction(5005, 1000) - early)
+    assert times(given, "video")[0] == pytest.approx(begin, abs=0.001)
+    out = tmp_path / f"out{suffix}"
+    with writing_video(out, 35, 50, float(FPS), given) as write:
+        write(frames_of(given))
+    heard, shown = times(out, "audio"), times(out, "video").min()
+    wanted = times(given, "audio") - begin
+    wanted = wanted[wanted + 1024 / 16000 > -0.002]  # packets that end before the first picture are gone
+    np.testing.assert_allclose(heard - shown, wanted, atol=0.003)
 
 
 def test_latents_are_decoded_to_what_reconstruct_writes_and_are_read_without_this_project(
