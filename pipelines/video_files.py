@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data.core.files import claim_folder, read_json, write_json
+from data.core.files import claim_folder, read_json, remove_leftovers, usual_mode, write_json
 from data.core.lazy import lazy
-from data.encode import writing_video
+from data.encode import atomic_path, writing_video
 from data.progress import Progress
 from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, video_names
 from eval.weights import score_name
@@ -46,7 +47,12 @@ def parser(program: str, doc: str, given: str, made: str) -> argparse.ArgumentPa
 
 
 def open_vae(args: argparse.Namespace) -> tuple[Any, str]:
-    """The VAE, frozen, on its device, and the digest of its weights."""
+    """The VAE, frozen, on its device, and the digest of its weights. ValueError where torchrun starts several processes."""
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={world}: all would write the same files; for several GPUs start one process each, "
+            "with --device cuda:N and a folder of videos of its own"
+        )
     vae = vaes.load_vae(args.vae_path or args.vae).requires_grad_(False)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     digest = openers.weights_digest(vae)  # of the weights as they are stored
@@ -71,6 +77,7 @@ def pairs(
         raise ValueError(f"{out}: lies in {given}; choose a folder of its own")
     if suffix_of_files := {".safetensors"} & set(kinds):
         names = sorted(p.relative_to(given).as_posix() for p in given.rglob(f"*{min(suffix_of_files)}"))
+        names = [name for name in names if not Path(name).name.startswith(".")]  # half written
     else:
         names = video_names(given)
     if not names:
@@ -83,6 +90,8 @@ def pairs(
     if file.is_file() and read_json(file) != settings:
         raise ValueError(f"{out}: made with other settings ({file}); choose another folder")
     write_json(file, settings)
+    for folder in {target.parent for target in targets}:
+        remove_leftovers(folder)
     wanted = [(given / name, target) for name, target in zip(names, targets, strict=True)]
     todo = [pair for pair in wanted if not pair[1].exists()]
     if len(todo) < len(wanted):
@@ -222,18 +231,17 @@ def reconstruct_main(words: list[str], doc: str) -> int:
 
 def save_latents(file: Path, video: Any, about: dict[str, Any]) -> None:
     """latents (C, t, h, w) float32 and, as text in the header, what else another project needs to know."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     geometry = {name: getattr(video, name) for name in ("num_frames", "height", "width", "window")}
     header = {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in (about | geometry).items()
     }
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_path(file) as temporary:
+            safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
+            usual_mode(temporary)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"cannot write {file} ({video.latents.nbytes:,} bytes): {error}") from error
 
 
 def read_latents(file: Path) -> tuple[Any, dict[str, str]]:

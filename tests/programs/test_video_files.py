@@ -1,6 +1,7 @@
 """Video in, video out: reconstruct IN OUT, encode and decode, at the video's own size, rate, length and sound."""
 
 import json
+import os
 import re
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from data.core.files import temporary_name
 from data.encode import write_mp4, writing_video
 from data.video import probe, read_frames
 from eval.fidelity import psnr, ssim
@@ -172,6 +174,35 @@ def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder,
     assert probe(tmp_path / "out" / "d.mp4").num_frames == 2
     with pytest.raises(ValueError, match=r"out: made with other settings \(.*settings.json\)"):
         run(reconstruct, *words, "--bf16")
+
+
+def test_latents_are_files_like_any_other_and_half_written_ones_are_no_input(
+    od_folder, tmp_path, monkeypatch
+):
+    film(tmp_path / "in" / "a.mp4", frames=1)
+    flags, half = ("--vae-path", od_folder), ".b.safetensors.tmp-elsewhere-1.safetensors"
+    (tmp_path / "plain").touch()
+    written = []
+    monkeypatch.setattr("data.encode.fsync", lambda path: written.append(path.name))
+    assert run(encode, tmp_path / "in", tmp_path / "z", *flags) == 0
+    assert (tmp_path / "z" / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert str(os.getpid()) in written[0]  # a name that no other process takes
+    mine = temporary_name(tmp_path / "z" / "c.safetensors", ".safetensors")
+    mine.write_bytes(b"killed")
+    (tmp_path / "z" / half).write_bytes(b"half")
+    assert run(encode, tmp_path / "in", tmp_path / "z", *flags) == 0
+    assert not mine.exists()
+    assert (tmp_path / "z" / half).exists()
+    assert run(decode, tmp_path / "z", tmp_path / "out", *flags) == 0
+    assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("program", [reconstruct, encode, decode])
+def test_several_processes_are_refused(program, od_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: .* start one process each"):
+        run(program, film(tmp_path / "in.mp4", frames=1), tmp_path / "out", "--vae-path", od_folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_one_clear_line_and_leaves_nothing(od_folder, tmp_path):
