@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def pairs(
     A folder OUT belongs to the program and to its settings (the VAE's digest); what is complete in it stays.
     Raises ValueError for a file that is there already, and where there is nothing to do it with.
     """
-    if given.is_file() or (given.is_dir() and out.suffix in VIDEO_SUFFIXES):  # a folder of frames
+    if given.is_file() or (given.is_dir() and out.suffix in {suffix, *VIDEO_SUFFIXES}):  # a folder of frames
         if out.exists():
             raise ValueError(f"{out}: there already; choose another name")
         return [(given, out)]
@@ -75,15 +76,20 @@ def pairs(
         raise ValueError(f"{given}: no such file or folder")
     if out.resolve() == given.resolve() or out.resolve().is_relative_to(given.resolve()):
         raise ValueError(f"{out}: lies in {given}; choose a folder of its own")
-    if suffix_of_files := {".safetensors"} & set(kinds):
-        names = sorted(p.relative_to(given).as_posix() for p in given.rglob(f"*{min(suffix_of_files)}"))
+    if kinds == (".safetensors",):
+        names = sorted(p.relative_to(given).as_posix() for p in given.rglob("*.safetensors"))
         names = [name for name in names if not Path(name).name.startswith(".")]  # half written
     else:
         names = video_names(given)
     if not names:
         raise ValueError(f"{given}: no {', '.join(kinds)} files in it")
-    targets = [out / Path(name).with_suffix(suffix) for name in names]
-    if twice := [name for name, target in zip(names, targets, strict=True) if targets.count(target) > 1]:
+    targets = []
+    for name in names:
+        named = given.resolve().name if name == "." else name  # IN itself is a folder of frames
+        stem = Path(named).with_suffix("") if named.lower().endswith(kinds) else named  # a dot may be its own
+        targets.append(out / f"{stem}{suffix}")
+    counts = Counter(targets)
+    if twice := [name for name, target in zip(names, targets, strict=True) if counts[target] > 1]:
         raise ValueError(f"{given}: {', '.join(twice[:4])} would be one file in {out}; rename them")
     claim_folder(out, program)
     file = out / "settings.json"

@@ -3,19 +3,21 @@
 import json
 import os
 import re
+import time
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from data.core.files import temporary_name
 from data.encode import write_mp4, writing_video
 from data.video import probe, read_frames
 from eval.fidelity import psnr, ssim
-from pipelines import decode, encode, reconstruct
+from pipelines import decode, encode, reconstruct, video_files
 from tests.unit.vae.test_baselines import TINY
 from vae import build_vae, decode_video, encode_video, load_vae
 
@@ -195,6 +197,43 @@ def test_latents_are_files_like_any_other_and_half_written_ones_are_no_input(
     assert (tmp_path / "z" / half).exists()
     assert run(decode, tmp_path / "z", tmp_path / "out", *flags) == 0
     assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["a.mp4"]
+
+
+def frame_folder(path):
+    path.mkdir(parents=True)
+    for n in range(2):
+        Image.fromarray(np.full((16, 24, 3), 90 * n, np.uint8)).save(path / f"{n}.png")
+    return path
+
+
+def test_folders_of_frames_keep_their_names_and_one_may_be_the_input(od_folder, tmp_path):
+    many, flags = tmp_path / "many", ("--vae-path", od_folder)
+    one = frame_folder(many / "clip_0.5s")
+    frame_folder(many / "clip_0.7s")
+    assert run(encode, many, tmp_path / "z", *flags) == 0
+    assert run(decode, tmp_path / "z", tmp_path / "decoded", *flags) == 0
+    assert run(encode, one, tmp_path / "z1", *flags) == 0
+    assert run(encode, one, tmp_path / "one.safetensors", *flags) == 0
+    assert run(reconstruct, one, tmp_path / "r1", *flags) == 0
+    made = {
+        p.relative_to(tmp_path).as_posix()
+        for kind in ("mp4", "safetensors")
+        for p in tmp_path.rglob(f"*.{kind}")
+    }
+    assert {name for name in made if not name.startswith("vae/")} == {
+        *(f"z/clip_0.{n}s.safetensors" for n in (5, 7)),
+        *(f"decoded/clip_0.{n}s.mp4" for n in (5, 7)),
+        *("z1/clip_0.5s.safetensors", "one.safetensors", "r1/clip_0.5s.mp4"),
+    }
+
+
+def test_names_that_would_be_one_file_are_found_among_many(tmp_path, monkeypatch):
+    names = [f"{n}.mp4" for n in range(20_000)]
+    monkeypatch.setattr(video_files, "video_names", lambda given: [*names, "7.mkv"])
+    began = time.process_time()
+    with pytest.raises(ValueError, match="7.mp4, 7.mkv would be one file in .*out; rename them"):
+        video_files.pairs(tmp_path, tmp_path.parent / "out", ".mp4", video_files.VIDEO_SUFFIXES, "test", {})
+    assert time.process_time() - began < 10  # comparing all with all takes minutes
 
 
 @pytest.mark.parametrize("program", [reconstruct, encode, decode])
