@@ -5,6 +5,8 @@ import os
 import re
 import time
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,6 +22,8 @@ from eval.fidelity import psnr, ssim
 from pipelines import decode, encode, reconstruct, video_files
 from tests.unit.vae.test_baselines import TINY
 from vae import build_vae, decode_video, encode_video, load_vae
+from vae.adapter import AdaptedAllegro
+from vae.clips import padded
 
 OD = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 VAES = {
@@ -159,6 +163,15 @@ def test_a_streamed_video_has_the_latents_of_the_whole_clip(od_folder):
         assert torch.equal(video.latents, vae.encode(x).latent_dist.mode()[0])
     assert video.window == 0
     assert decode_video(vae, video).shape == pixels.shape
+
+
+def test_each_side_is_padded_by_its_own_rule():
+    allegro = SimpleNamespace(kernel=(24, 320, 320), stride=(16, 200, 240))
+    allegro.check_sides = partial(AdaptedAllegro.check_sides, allegro)
+    assert padded(allegro, 720, 1280) == (720, 1280)
+    assert padded(allegro, 100, 561) == (320, 800)
+    assert padded(allegro, 721, 1279) == (920, 1280)
+    assert padded(build_vae("odvae", **OD), 35, 50) == (40, 56)
 
 
 def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder, tmp_path, capsys):
