@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from data.core.files import claim_folder, read_json, remove_leftovers, usual_mod
 from data.core.lazy import lazy
 from data.encode import atomic_path, writing_video
 from data.progress import Progress
-from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, video_names
+from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, reading, video_names
 from eval.weights import score_name
 
 torch = lazy("torch")
@@ -25,6 +26,7 @@ fidelity = lazy("eval.fidelity")
 openers = lazy("pipelines.training.open")
 safetensors = lazy("safetensors")
 safetensors_torch = lazy("safetensors.torch")
+trainer = lazy("pipelines.training.trainer")
 vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
@@ -105,13 +107,31 @@ def pairs(
     return todo
 
 
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Too little memory as ValueError: a smaller video may fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not trainer.lacks_memory(error):
+            raise
+        way_out = (
+            "use a smaller --window (encode, reconstruct; not for a streamed VAE), --bf16 or smaller frames"
+        )
+        raise ValueError(f"{str(error).splitlines()[0]}; {way_out}") from error
+
+
 def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> list[tuple[Path, str]]:
-    """Work on every pair; returns those that cannot be read, with the reason. One alone raises it."""
+    """Work on every pair; returns those that cannot be done, with the reason. One alone raises it, as ValueError.
+
+    Any other error, as of a full disk, would meet the next video too and ends the work.
+    """
     bad: list[tuple[Path, str]] = []
     bar = Progress(len(todo), program, "video", len(todo) > 1)
     for given, out in todo:
         try:
-            print(work(given, out), flush=True)
+            with _memory():
+                print(work(given, out), flush=True)
         except ValueError as error:
             if len(todo) == 1:
                 raise
@@ -253,7 +273,7 @@ def save_latents(file: Path, video: Any, about: dict[str, Any]) -> None:
 def read_latents(file: Path) -> tuple[Any, dict[str, str]]:
     """VideoLatents and the header. ValueError for a file that pipelines.encode has not written."""
     try:
-        with safetensors.safe_open(file, "pt") as opened:
+        with reading(file), safetensors.safe_open(file, "pt") as opened:
             header, latents = opened.metadata() or {}, opened.get_tensor("latents")
         numbers = [int(header[name]) for name in ("num_frames", "height", "width", "window")]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -1,11 +1,13 @@
 """Video in, video out: reconstruct IN OUT, encode and decode, at the video's own size, rate, length and sound."""
 
+import errno
 import json
 import os
 import re
 import time
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -172,6 +174,58 @@ def test_each_side_is_padded_by_its_own_rule():
     assert padded(allegro, 100, 561) == (320, 800)
     assert padded(allegro, 721, 1279) == (920, 1280)
     assert padded(build_vae("odvae", **OD), 35, 50) == (40, 56)
+
+
+def test_a_video_that_does_not_fit_in_memory_is_left_out(tmp_path):
+    def work(given, out):
+        if given.name == "big":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+        if given.name == "odd":
+            raise RuntimeError("a fault of ours")
+        return "done"
+
+    todo = [(Path(name), tmp_path / name) for name in ("a", "big", "c")]
+    [(name, reason)] = video_files.each(todo, "test", work)
+    assert name == Path("big")
+    assert reason.startswith("CUDA out of memory. Tried to allocate 9 GiB.; use a smaller --window")
+    with pytest.raises(ValueError, match="smaller --window"):
+        video_files.each(todo[1:2], "test", work)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        video_files.each([*todo, (Path("odd"), tmp_path)], "test", work)
+
+
+def test_a_file_of_latents_that_cannot_be_read_is_left_out(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    todo = [(tmp_path / name, tmp_path / "out") for name in ("a", "b")]
+    bad = video_files.each(todo, "test", lambda given, out: str(video_files.read_latents(given)))
+    assert [given for given, _ in bad] == [given for given, _ in todo]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_is_not_a_fault_of_the_video(number, tmp_path):
+    with pytest.raises(OSError, match="cannot write .*out.mp4: the disk") as caught:
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8):
+            raise av.error.OSError(number, "the disk")
+    assert not isinstance(caught.value, ValueError)
+    assert caught.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_sound_that_cannot_be_copied_is_blamed_on_the_sound(tmp_path):
+    given = tmp_path / "in.mkv"
+    with av.open(str(given), "w") as container:
+        sound = container.add_stream("pcm_u8", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 64), np.uint8), format="u8", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+    with pytest.raises(ValueError, match=r"out.mp4: the sound cannot be copied \(.*pcm_u8.*--no-audio"):
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8, given):
+            pass
+    with pytest.raises(ValueError, match="out.mp4") as caught:
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8, None):
+            raise av.error.InvalidDataError(1, "damaged")
+    assert "--no-audio" not in str(caught.value)
 
 
 def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder, tmp_path, capsys):
