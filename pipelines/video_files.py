@@ -115,10 +115,9 @@ def _memory() -> Iterator[None]:
     except RuntimeError as error:
         if not trainer.lacks_memory(error):
             raise
-        way_out = (
-            "use a smaller --window (encode, reconstruct; not for a streamed VAE), --bf16 or smaller frames"
-        )
-        raise ValueError(f"{str(error).splitlines()[0]}; {way_out}") from error
+        reason = str(error).partition("\n")[0]
+        way_out = "a smaller --window (encode, reconstruct; not for a streamed VAE), --bf16 or smaller frames"
+        raise ValueError(f"{reason}; use {way_out}") from error
 
 
 def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> list[tuple[Path, str]]:
