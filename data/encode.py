@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from data.core.files import fsync, temporary_name
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
 
 @contextmanager
@@ -57,7 +60,13 @@ def _writing(
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
         source = stack.enter_context(av.open(str(audio))) if audio else None
         sound = source.streams.best("audio") if source else None
-        copy = container.add_stream_from_template(sound) if sound else None
+        if sound:
+            with _about_sound(path):
+                copy = container.add_stream_from_template(sound)
+                # some kinds are refused by the header alone
+                with av.open(io.BytesIO(), "w", format=container.format.name) as trial:
+                    trial.add_stream_from_template(sound)
+                    trial.start_encoding()
 
         def add(frames: np.ndarray) -> None:
             for picture in frames:
@@ -66,10 +75,40 @@ def _writing(
 
         yield add
         container.mux(stream.encode())
-        for packet in source.demux(sound) if copy else ():
-            if packet.dts is not None:
-                packet.stream = copy
-                container.mux(packet)
+        if sound:
+            begin = round(_begin(audio) / sound.time_base)
+            with _about_sound(path):
+                for packet in source.demux(sound):
+                    # the picture begins at 0: so must what is heard with it, and what ends before it cannot be kept
+                    if packet.dts is None or (begin and packet.dts + (packet.duration or 0) < begin):
+                        continue
+                    packet.pts = packet.dts = packet.dts - begin  # sound is heard in the order of decoding
+                    packet.stream = copy
+                    container.mux(packet)
+
+
+@contextmanager
+def _about_sound(path: Path) -> Iterator[None]:
+    """Errors, other than the disk's, with the way out for sound that cannot be copied."""
+    import av
+
+    try:
+        yield
+    except (av.FFmpegError, ValueError) as error:
+        if getattr(error, "errno", None) in _DISK:
+            raise
+        way_out = "a .mkv takes more kinds of sound, --no-audio leaves it out"
+        raise ValueError(f"{path}: the sound cannot be copied ({error}); {way_out}") from error
+
+
+def _begin(path: Path) -> Fraction:
+    """When the first picture of a file is shown, in seconds; 0 where the file does not say."""
+    import av
+
+    with av.open(str(path)) as container:
+        video = container.streams.best("video")
+        first = next(container.decode(video), None) if video else None
+        return Fraction(0) if first is None or first.pts is None else first.pts * first.time_base
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format: str, options: dict) -> None:
@@ -89,7 +128,7 @@ def writing_video(
     """A function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
 
     The size stays, also an odd one (4:4:4 then, which some players lack). audio: a file whose sound is copied as it is.
-    Raises ValueError for another suffix, and for sound that the container does not take.
+    Raises ValueError for another suffix, and for sound that the container does not take; OSError where the disk fails.
     """
     import av
 
@@ -98,7 +137,9 @@ def writing_video(
         with _writing(path, height, width, fps, codec, pixel_format, options, audio) as add:
             yield add
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: {error}; a .mkv takes every kind of sound, --no-audio none") from error
+        if error.errno in _DISK:
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _codec_of(path: Path, height: int, width: int) -> tuple[str, str, dict]:

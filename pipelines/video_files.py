@@ -3,18 +3,21 @@
 import argparse
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.core.files import claim_folder, read_json, write_json
+from data.core.files import claim_folder, read_json, remove_leftovers, usual_mode, write_json
 from data.core.lazy import lazy
-from data.encode import writing_video
+from data.encode import atomic_path, writing_video
 from data.progress import Progress
-from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, video_names
+from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, reading, video_names
 from eval.weights import score_name
 
 torch = lazy("torch")
@@ -23,6 +26,7 @@ fidelity = lazy("eval.fidelity")
 openers = lazy("pipelines.training.open")
 safetensors = lazy("safetensors")
 safetensors_torch = lazy("safetensors.torch")
+trainer = lazy("pipelines.training.trainer")
 vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
@@ -46,7 +50,12 @@ def parser(program: str, doc: str, given: str, made: str) -> argparse.ArgumentPa
 
 
 def open_vae(args: argparse.Namespace) -> tuple[Any, str]:
-    """The VAE, frozen, on its device, and the digest of its weights."""
+    """The VAE, frozen, on its device, and the digest of its weights. ValueError where torchrun starts several processes."""
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={world}: all would write the same files; for several GPUs start one process each, "
+            "with --device cuda:N and a folder of videos of its own"
+        )
     vae = vaes.load_vae(args.vae_path or args.vae).requires_grad_(False)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     digest = openers.weights_digest(vae)  # of the weights as they are stored
@@ -61,7 +70,7 @@ def pairs(
     A folder OUT belongs to the program and to its settings (the VAE's digest); what is complete in it stays.
     Raises ValueError for a file that is there already, and where there is nothing to do it with.
     """
-    if given.is_file() or (given.is_dir() and out.suffix in VIDEO_SUFFIXES):  # a folder of frames
+    if given.is_file() or (given.is_dir() and out.suffix in {suffix, *VIDEO_SUFFIXES}):  # a folder of frames
         if out.exists():
             raise ValueError(f"{out}: there already; choose another name")
         return [(given, out)]
@@ -69,20 +78,28 @@ def pairs(
         raise ValueError(f"{given}: no such file or folder")
     if out.resolve() == given.resolve() or out.resolve().is_relative_to(given.resolve()):
         raise ValueError(f"{out}: lies in {given}; choose a folder of its own")
-    if suffix_of_files := {".safetensors"} & set(kinds):
-        names = sorted(p.relative_to(given).as_posix() for p in given.rglob(f"*{min(suffix_of_files)}"))
+    if kinds == (".safetensors",):
+        names = sorted(p.relative_to(given).as_posix() for p in given.rglob("*.safetensors"))
+        names = [name for name in names if not Path(name).name.startswith(".")]  # half written
     else:
         names = video_names(given)
     if not names:
         raise ValueError(f"{given}: no {', '.join(kinds)} files in it")
-    targets = [out / Path(name).with_suffix(suffix) for name in names]
-    if twice := [name for name, target in zip(names, targets, strict=True) if targets.count(target) > 1]:
+    targets = []
+    for name in names:
+        named = given.resolve().name if name == "." else name  # IN itself is a folder of frames
+        stem = Path(named).with_suffix("") if named.lower().endswith(kinds) else named  # a dot may be its own
+        targets.append(out / f"{stem}{suffix}")
+    counts = Counter(targets)
+    if twice := [name for name, target in zip(names, targets, strict=True) if counts[target] > 1]:
         raise ValueError(f"{given}: {', '.join(twice[:4])} would be one file in {out}; rename them")
     claim_folder(out, program)
     file = out / "settings.json"
     if file.is_file() and read_json(file) != settings:
         raise ValueError(f"{out}: made with other settings ({file}); choose another folder")
     write_json(file, settings)
+    for folder in {target.parent for target in targets}:
+        remove_leftovers(folder)
     wanted = [(given / name, target) for name, target in zip(names, targets, strict=True)]
     todo = [pair for pair in wanted if not pair[1].exists()]
     if len(todo) < len(wanted):
@@ -90,13 +107,30 @@ def pairs(
     return todo
 
 
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Too little memory as ValueError: a smaller video may fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not trainer.lacks_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        way_out = "a smaller --window (encode, reconstruct; not for a streamed VAE), --bf16 or smaller frames"
+        raise ValueError(f"{reason}; use {way_out}") from error
+
+
 def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> list[tuple[Path, str]]:
-    """Work on every pair; returns those that cannot be read, with the reason. One alone raises it."""
+    """Work on every pair; returns those that cannot be done, with the reason. One alone raises it, as ValueError.
+
+    Any other error, as of a full disk, would meet the next video too and ends the work.
+    """
     bad: list[tuple[Path, str]] = []
     bar = Progress(len(todo), program, "video", len(todo) > 1)
     for given, out in todo:
         try:
-            print(work(given, out), flush=True)
+            with _memory():
+                print(work(given, out), flush=True)
         except ValueError as error:
             if len(todo) == 1:
                 raise
@@ -222,24 +256,23 @@ def reconstruct_main(words: list[str], doc: str) -> int:
 
 def save_latents(file: Path, video: Any, about: dict[str, Any]) -> None:
     """latents (C, t, h, w) float32 and, as text in the header, what else another project needs to know."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     geometry = {name: getattr(video, name) for name in ("num_frames", "height", "width", "window")}
     header = {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in (about | geometry).items()
     }
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_path(file) as temporary:
+            safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
+            usual_mode(temporary)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"cannot write {file} ({video.latents.nbytes:,} bytes): {error}") from error
 
 
 def read_latents(file: Path) -> tuple[Any, dict[str, str]]:
     """VideoLatents and the header. ValueError for a file that pipelines.encode has not written."""
     try:
-        with safetensors.safe_open(file, "pt") as opened:
+        with reading(file), safetensors.safe_open(file, "pt") as opened:
             header, latents = opened.metadata() or {}, opened.get_tensor("latents")
         numbers = [int(header[name]) for name in ("num_frames", "height", "width", "window")]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

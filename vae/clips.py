@@ -56,8 +56,14 @@ def window_of(vae: Any, frames: int = 33) -> int:
 
 
 def padded(vae: Any, height: int, width: int) -> tuple[int, int]:
-    """The sides that a video of height x width is enlarged to."""
-    return tuple(_fitting(side, lambda n: vae.check_sides(n, n)) for side in (height, width))
+    """The sides that a video of height x width is enlarged to. The two may have rules of their own."""
+    try:
+        vae.check_sides(height, width)
+    except ValueError:
+        square = _fitting(max(height, width), lambda n: vae.check_sides(n, n))
+        height = _fitting(height, lambda n: vae.check_sides(n, square))
+        width = _fitting(width, lambda n: vae.check_sides(height, n))
+    return height, width
 
 
 def _pieces(frames: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

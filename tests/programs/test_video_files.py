@@ -1,21 +1,31 @@
 """Video in, video out: reconstruct IN OUT, encode and decode, at the video's own size, rate, length and sound."""
 
+import errno
 import json
+import os
 import re
+import time
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
-from data.encode import write_mp4
+from data.core.files import temporary_name
+from data.encode import write_mp4, writing_video
 from data.video import probe, read_frames
 from eval.fidelity import psnr, ssim
-from pipelines import decode, encode, reconstruct
+from pipelines import decode, encode, reconstruct, video_files
 from tests.unit.vae.test_baselines import TINY
 from vae import build_vae, decode_video, encode_video, load_vae
+from vae.adapter import AdaptedAllegro
+from vae.clips import padded
 
 OD = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 VAES = {
@@ -28,8 +38,8 @@ VAES = {
 FPS = Fraction(30000, 1001)
 
 
-def film(path, frames=11, height=35, width=50, sound=True):
-    """A moving gradient with a tone, written as a phone does: H.264 and AAC."""
+def film(path, frames=11, height=35, width=50, sound=True, begin=0, sound_begin=Fraction(0)):
+    """A moving gradient with a tone, written as a phone does: H.264 and AAC. begin: frames before; sound_begin: seconds."""
     t, y, x = np.mgrid[:frames, :height, :width]
     pixels = np.stack([(x * 4 + t * 9) % 256, (y * 6 + t * 5) % 256, (x + y + t * 3) % 256], axis=-1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +47,15 @@ def film(path, frames=11, height=35, width=50, sound=True):
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
         tone = container.add_stream("aac", rate=16000) if sound else None
-        for picture in pixels.astype(np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for n, picture in enumerate(pixels.astype(np.uint8), begin):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = n, 1 / FPS
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound:
             wave = (8000 * np.sin(np.arange(4096) / 9)).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
-            frame.sample_rate = 16000
+            frame.sample_rate, frame.pts = 16000, int(sound_begin * 16000)
             container.mux(tone.encode(frame))
             container.mux(tone.encode())
     return path
@@ -52,6 +64,13 @@ def film(path, frames=11, height=35, width=50, sound=True):
 def packets(path) -> list[bytes]:
     with av.open(str(path)) as container:
         return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+
+
+def times(path, kind) -> np.ndarray:
+    """When each packet of the first "video" or "audio" stream is shown, in seconds, in the order of the file."""
+    with av.open(str(path)) as container:
+        stream = getattr(container.streams, kind)[0]
+        return np.array([float(p.pts * p.time_base) for p in container.demux(stream) if p.size])
 
 
 @pytest.fixture(params=list(VAES))
@@ -94,6 +113,21 @@ def test_a_reconstruction_has_the_size_rate_length_and_sound_of_its_video(vae_fo
     assert float(scores[2]) == round(np.mean([ssim(*p) for p in pairs]), 4)
 
 
+@pytest.mark.parametrize("early", [Fraction(0), Fraction(1, 10)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_stays_with_the_picture_of_a_video_that_begins_late(tmp_path, early, suffix):
+    begin = 5 * 1001 / 1000  # seconds at frame 150
+    given = film(tmp_path / "in.mkv", begin=150, sound_begin=Fraction(5005, 1000) - early)
+    assert times(given, "video")[0] == pytest.approx(begin, abs=0.001)
+    out = tmp_path / f"out{suffix}"
+    with writing_video(out, 35, 50, float(FPS), given) as write:
+        write(frames_of(given))
+    heard, shown = times(out, "audio"), times(out, "video").min()
+    wanted = times(given, "audio") - begin
+    wanted = wanted[wanted + 1024 / 16000 > -0.002]  # packets that end before the first picture are gone
+    np.testing.assert_allclose(heard - shown, wanted, atol=0.003)
+
+
 def test_latents_are_decoded_to_what_reconstruct_writes_and_are_read_without_this_project(
     vae_folder, tmp_path, capsys
 ):
@@ -133,6 +167,67 @@ def test_a_streamed_video_has_the_latents_of_the_whole_clip(od_folder):
     assert decode_video(vae, video).shape == pixels.shape
 
 
+def test_each_side_is_padded_by_its_own_rule():
+    allegro = SimpleNamespace(kernel=(24, 320, 320), stride=(16, 200, 240))
+    allegro.check_sides = partial(AdaptedAllegro.check_sides, allegro)
+    assert padded(allegro, 720, 1280) == (720, 1280)
+    assert padded(allegro, 100, 561) == (320, 800)
+    assert padded(allegro, 721, 1279) == (920, 1280)
+    assert padded(build_vae("odvae", **OD), 35, 50) == (40, 56)
+
+
+def test_a_video_that_does_not_fit_in_memory_is_left_out(tmp_path):
+    def work(given, out):
+        if given.name == "big":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+        if given.name == "odd":
+            raise RuntimeError("a fault of ours")
+        return "done"
+
+    todo = [(Path(name), tmp_path / name) for name in ("a", "big", "c")]
+    [(name, reason)] = video_files.each(todo, "test", work)
+    assert name == Path("big")
+    assert reason.startswith("CUDA out of memory. Tried to allocate 9 GiB.; use a smaller --window")
+    with pytest.raises(ValueError, match="smaller --window"):
+        video_files.each(todo[1:2], "test", work)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        video_files.each([*todo, (Path("odd"), tmp_path)], "test", work)
+
+
+def test_a_file_of_latents_that_cannot_be_read_is_left_out(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    todo = [(tmp_path / name, tmp_path / "out") for name in ("a", "b")]
+    bad = video_files.each(todo, "test", lambda given, out: str(video_files.read_latents(given)))
+    assert [given for given, _ in bad] == [given for given, _ in todo]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_is_not_a_fault_of_the_video(number, tmp_path):
+    with pytest.raises(OSError, match="cannot write .*out.mp4: the disk") as caught:
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8):
+            raise av.error.OSError(number, "the disk")
+    assert not isinstance(caught.value, ValueError)
+    assert caught.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_sound_that_cannot_be_copied_is_blamed_on_the_sound(tmp_path):
+    given = tmp_path / "in.mkv"
+    with av.open(str(given), "w") as container:
+        sound = container.add_stream("pcm_u8", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 64), np.uint8), format="u8", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+    with pytest.raises(ValueError, match=r"out.mp4: the sound cannot be copied \(.*pcm_u8.*--no-audio"):
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8, given):
+            pass
+    with pytest.raises(ValueError, match="out.mp4") as caught:
+        with writing_video(tmp_path / "out.mp4", 16, 16, 8, None):
+            raise av.error.InvalidDataError(1, "damaged")
+    assert "--no-audio" not in str(caught.value)
+
+
 def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder, tmp_path, capsys):
     film(tmp_path / "in" / "a.mp4", sound=False)
     film(tmp_path / "in" / "b.mp4")
@@ -148,6 +243,72 @@ def test_a_folder_leaves_out_what_is_damaged_and_goes_on_where_it_was(od_folder,
     assert probe(tmp_path / "out" / "d.mp4").num_frames == 2
     with pytest.raises(ValueError, match=r"out: made with other settings \(.*settings.json\)"):
         run(reconstruct, *words, "--bf16")
+
+
+def test_latents_are_files_like_any_other_and_half_written_ones_are_no_input(
+    od_folder, tmp_path, monkeypatch
+):
+    film(tmp_path / "in" / "a.mp4", frames=1)
+    flags, half = ("--vae-path", od_folder), ".b.safetensors.tmp-elsewhere-1.safetensors"
+    (tmp_path / "plain").touch()
+    written = []
+    monkeypatch.setattr("data.encode.fsync", lambda path: written.append(path.name))
+    assert run(encode, tmp_path / "in", tmp_path / "z", *flags) == 0
+    assert (tmp_path / "z" / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert str(os.getpid()) in written[0]  # a name that no other process takes
+    mine = temporary_name(tmp_path / "z" / "c.safetensors", ".safetensors")
+    mine.write_bytes(b"killed")
+    (tmp_path / "z" / half).write_bytes(b"half")
+    assert run(encode, tmp_path / "in", tmp_path / "z", *flags) == 0
+    assert not mine.exists()
+    assert (tmp_path / "z" / half).exists()
+    assert run(decode, tmp_path / "z", tmp_path / "out", *flags) == 0
+    assert [p.name for p in (tmp_path / "out").glob("*.mp4")] == ["a.mp4"]
+
+
+def frame_folder(path):
+    path.mkdir(parents=True)
+    for n in range(2):
+        Image.fromarray(np.full((16, 24, 3), 90 * n, np.uint8)).save(path / f"{n}.png")
+    return path
+
+
+def test_folders_of_frames_keep_their_names_and_one_may_be_the_input(od_folder, tmp_path):
+    many, flags = tmp_path / "many", ("--vae-path", od_folder)
+    one = frame_folder(many / "clip_0.5s")
+    frame_folder(many / "clip_0.7s")
+    assert run(encode, many, tmp_path / "z", *flags) == 0
+    assert run(decode, tmp_path / "z", tmp_path / "decoded", *flags) == 0
+    assert run(encode, one, tmp_path / "z1", *flags) == 0
+    assert run(encode, one, tmp_path / "one.safetensors", *flags) == 0
+    assert run(reconstruct, one, tmp_path / "r1", *flags) == 0
+    made = {
+        p.relative_to(tmp_path).as_posix()
+        for kind in ("mp4", "safetensors")
+        for p in tmp_path.rglob(f"*.{kind}")
+    }
+    assert {name for name in made if not name.startswith("vae/")} == {
+        *(f"z/clip_0.{n}s.safetensors" for n in (5, 7)),
+        *(f"decoded/clip_0.{n}s.mp4" for n in (5, 7)),
+        *("z1/clip_0.5s.safetensors", "one.safetensors", "r1/clip_0.5s.mp4"),
+    }
+
+
+def test_names_that_would_be_one_file_are_found_among_many(tmp_path, monkeypatch):
+    names = [f"{n}.mp4" for n in range(20_000)]
+    monkeypatch.setattr(video_files, "video_names", lambda given: [*names, "7.mkv"])
+    began = time.process_time()
+    with pytest.raises(ValueError, match="7.mp4, 7.mkv would be one file in .*out; rename them"):
+        video_files.pairs(tmp_path, tmp_path.parent / "out", ".mp4", video_files.VIDEO_SUFFIXES, "test", {})
+    assert time.process_time() - began < 10  # comparing all with all takes minutes
+
+
+@pytest.mark.parametrize("program", [reconstruct, encode, decode])
+def test_several_processes_are_refused(program, od_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: .* start one process each"):
+        run(program, film(tmp_path / "in.mp4", frames=1), tmp_path / "out", "--vae-path", od_folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_one_clear_line_and_leaves_nothing(od_folder, tmp_path):
