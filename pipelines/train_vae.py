@@ -568,8 +568,9 @@ def main(argv: list[str] | None = None) -> int:
 def report(config: TrainVAEConfig, vae: Path) -> None:
     """Say where things are, and how to go on."""
     run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
-    name = vae_registry.name_of(json.loads((vae / "config.json").read_text())["_class_name"])
-    where = [f"vae.name={name}"] * (name != "odvae") + [f"vae.path={vae}"]
+    where = [f"vae.path={vae}"]
+    if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
+        where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
