@@ -571,12 +571,14 @@ def report(config: TrainVAEConfig, vae: Path) -> None:
     where = [f"vae.path={vae}"]
     if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
         where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
+    still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
+    flips = ["cache.flips=true"] * config.clip.flip  # a cache keeps both, it cannot draw
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
         "page": command("run_report", run),
         "measure": command("reconstruct", *where, **same),
-        "next": command("cache_latents", *where, **same),
+        "next": command("cache_latents", *where, *flips, **same | {"config": still}),
     }
     box(f"finished: {config.steps} steps", rows)
 
