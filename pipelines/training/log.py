@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from data.core.console import console
 from data.core.files import append_line, fsync
 from data.encode import encode_webp
 from data.progress import duration
 from pipelines.training.config import flatten
 
-__all__ = ["MetricLog", "box", "command", "console", "read_metrics", "speed_line", "step_line"]
+__all__ = ["MetricLog", "box", "command", "read_metrics", "speed_line", "step_line"]
 log = logging.getLogger(__name__)
 
 
