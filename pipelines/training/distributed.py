@@ -127,6 +127,11 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def deepspeed_grad_norm(accelerator: Accelerator) -> float | None:
+    """Norm of the whole gradient of the step that DeepSpeed's last backward made (an older accelerate does not tell it)."""
+    return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+
+
 def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
     """bf16 arithmetic where the config asks for it; weights and results that matter stay fp32."""
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision is Precision.bf16)
