@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"this one: {digest[:12]}); give that one as --vae-path"
             )
         fps = float(json.loads(header.get("fps", "0"))) or video_files.FALLBACK_FPS
-        with writing_video(out, video.height, video.width, fps) as write:
+        clock = video_files.clock_of(header, video.num_frames, given)
+        with writing_video(out, video.height, video.width, fps, clock=clock) as write:
             for frames in clips.decode_stream(vae, video):
                 write(frames)
         return f"{given} -> {out}: {video.num_frames} frames of {video.width} x {video.height}, {fps:.4g} frames/s"
