@@ -51,8 +51,8 @@ def make_accelerator(config: Any = None) -> Accelerator:
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=handlers,
         cpu=cpus and not deepspeed_launch,  # True would turn DeepSpeed off
-        log_with=tracker_names(config.log_with) or None if config else None,
-        project_dir=config.run_dir if config else None,
+        log_with=tracker_names(getattr(config, "log_with", "")) or None,
+        project_dir=getattr(config, "run_dir", None),
     )
     if accelerator.num_processes != world or (
         world > 1 and accelerator.distributed_type == DistributedType.NO
