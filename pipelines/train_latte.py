@@ -134,6 +134,11 @@ class TrainLatteConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
     )
+    compile: bool = option(
+        False,
+        "torch.compile the repeated blocks: fewer and larger kernels, after minutes of compiling",
+        free=True,
+    )
     max_skipped: int = option(10, "steps with a non-finite gradient in a row before the run stops")
     denoiser: DenoiserConfig = option(DenoiserConfig, "")
     vae: VAEConfig = option(VAEConfig, "")
@@ -193,6 +198,8 @@ class LatteTrainer(Trainer):
         self.ema = timm.ModelEmaV3(latte, decay=config.ema_decay)
         if config.gradient_checkpointing:
             latte.enable_gradient_checkpointing()
+        if config.compile:
+            distributed.compile_blocks(latte, accelerator)
         optimizer = torch.optim.AdamW(
             latte.parameters(),
             lr=config.learning_rate,

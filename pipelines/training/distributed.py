@@ -148,6 +148,25 @@ def matrix_products(config: Any) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+GRAPHS = 64  # of one kind of block: its widths, sizes and modes; torch would give up after 8
+
+
+def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
+    """torch.compile each repeated block of a model in place, so that names in checkpoints and exports stay.
+
+    Call it after the copies that shall not be compiled. Raises ValueError for a model that names no such blocks, and under
+    ZeRO-3, which gathers the weights of single layers.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise ValueError(f"compile=true: a {type(model).__name__} names no repeated blocks; compile=false")
+    if uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "compile=true: not with ZeRO-3; use DDP or ZeRO-2 (configs/accelerate), or compile=false"
+        )
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    model.compile_repeated_blocks(dynamic=False)
+
+
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
     """The loss itself; one that is not finite gets a NaN gradient, whatever its own would be.
 
