@@ -17,6 +17,7 @@ from data.core.cli import run
 from data.core.lazy import lazy
 from data.video import VIDEO_SUFFIXES, iterate_frames, probe
 from pipelines import video_files
+from pipelines.training.log import command
 
 clips = lazy("vae.clips")
 
@@ -49,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         video_files.save_latents(out, video, about | own)
         return f"{given} -> {out}: {video_files.frames_line(info)}; latents {tuple(video.latents.shape)}"
 
-    return 1 if video_files.each(todo, "encode", work) else 0
+    bad = video_files.each(todo, "encode", work)
+    decoded = args.out.with_suffix(".mp4") if args.given.is_file() else f"{args.out}-decoded"
+    back = command("decode", str(args.out), str(decoded), *video_files.of_vae(args))
+    return video_files.end(args, todo, bad, back)
 
 
 if __name__ == "__main__":

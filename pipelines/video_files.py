@@ -21,6 +21,7 @@ from data.progress import Progress
 from data.timeline import rising
 from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, reading, video_names
 from eval.weights import score_name
+from pipelines.training.log import box, command
 
 torch = lazy("torch")
 clips = lazy("vae.clips")
@@ -145,6 +146,18 @@ def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> 
     return bad
 
 
+def end(args: argparse.Namespace, todo: list[tuple], bad: list, next_command: str = "") -> int:
+    """Say what was done, where it is and how to go on; returns the exit code."""
+    rows = {"in": str(args.out)} | ({"next": next_command} if next_command else {})
+    box(f"finished: {len(todo) - len(bad)} of {len(todo)} videos", rows)
+    return 1 if bad else 0
+
+
+def of_vae(args: argparse.Namespace) -> list[str]:
+    """The words by which another program opens the same VAE."""
+    return ["--vae-path", str(args.vae_path)] if args.vae_path else ["--vae", args.vae]
+
+
 # ---- reconstruct -----------------------------------------------------------------------------------------
 
 
@@ -251,7 +264,9 @@ def reconstruct_main(words: list[str], doc: str) -> int:
     def work(given: Path, out: Path) -> str:
         return reconstruct_file(vae, given, out, judge, not args.no_audio, args.window)
 
-    return 1 if each(todo, "reconstruct", work) else 0
+    latents = args.out.with_suffix(".safetensors") if args.given.is_file() else f"{args.out}-latents"
+    next_command = command("encode", str(args.given), str(latents), *of_vae(args))
+    return end(args, todo, each(todo, "reconstruct", work), next_command)
 
 
 # ---- latents as files ------------------------------------------------------------------------------------

@@ -129,6 +129,34 @@ def test_sound_stays_with_the_picture_of_a_video_that_begins_late(tmp_path, earl
     np.testing.assert_allclose(heard - shown, wanted, atol=0.003)
 
 
+def test_each_program_ends_with_where_things_are_and_the_next_command_which_works(
+    od_folder, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+
+    def ending() -> dict[str, str]:
+        title, *rows = caplog.messages[-1].splitlines()
+        assert title == "finished: 1 of 1 videos"
+        return {name: text.strip() for name, _, text in (row.strip().partition("  ") for row in rows)}
+
+    def words(said, program) -> list[str]:
+        assert said["next"].startswith(f"python -m pipelines.{program} ")
+        return said["next"].split()[3:]
+
+    film(tmp_path / "in.mp4")
+    assert run(reconstruct, "in.mp4", "out.mkv", "--vae-path", od_folder) == 0
+    said = ending()
+    assert said["in"] == "out.mkv"
+    assert run(encode, *words(said, "encode")) == 0
+    said = ending()
+    assert said["in"] == "out.safetensors"
+    assert run(decode, *words(said, "decode")) == 0
+    assert ending() == {"in": "out.mp4"}
+    assert run(decode, "out.safetensors", "exact/out.mkv", "--vae-path", od_folder) == 0
+    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake exact"
+
+
 UNEVEN = [
     0,
     40,
