@@ -15,6 +15,9 @@ import numpy as np
 from PIL import Image
 
 from data.core.files import fsync, temporary_name
+from data.core.lazy import lazy
+
+av = lazy("av")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,6 @@ def _writing(
     clock: Clock | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """A function that adds frames uint8 (n, H, W, 3) to a new file, which is there when the block ends well."""
-    import av
-
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(path))
         container = stack.enter_context(av.open(str(temporary), "w"))
@@ -107,8 +108,6 @@ def _writing(
 @contextmanager
 def _about_sound(path: Path) -> Iterator[None]:
     """Errors, other than the disk's, with the way out for sound that cannot be copied."""
-    import av
-
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
@@ -120,8 +119,6 @@ def _about_sound(path: Path) -> Iterator[None]:
 
 def _begin(path: Path) -> Fraction:
     """When the first picture of a file is shown, in seconds; 0 where the file does not say."""
-    import av
-
     with av.open(str(path)) as container:
         video = container.streams.best("video")
         first = next(container.decode(video), None) if video else None
@@ -148,8 +145,6 @@ def writing_video(
     clock: when each frame is shown, in place of fps apart; a .mkv rounds it to milliseconds.
     Raises ValueError for another suffix, and for sound that the container does not take; OSError where the disk fails.
     """
-    import av
-
     codec, pixel_format, options = _codec_of(path, height, width)
     try:
         with _writing(path, height, width, fps, codec, pixel_format, options, audio, clock) as add:

@@ -25,6 +25,8 @@ from data.progress import duration
 from pipelines.training.config import flatten
 from pipelines.training.settings import Init
 
+protocol = lazy("tensorboard.compat.proto.summary_pb2")
+tensorboard = lazy("torch.utils.tensorboard")
 vae_registry = lazy("vae.registry")
 
 __all__ = [
@@ -67,10 +69,10 @@ class MetricLog:
             _cut(file, step)
         if not tensorboard:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         with self._guard("tb"):
-            self.writer = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None)
+            self.writer = tensorboard.SummaryWriter(
+                str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None
+            )
         if settings:
             self._tensorboard(lambda writer: _write_settings(writer, settings))
 
@@ -102,15 +104,13 @@ class MetricLog:
                 value = strip if tracker.name in ("aim", "clearml") else [strip]
                 with self._guard(tracker.name, Exception):
                     tracker.log_images({name: value}, step=step)
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        image = Summary.Image(
+        image = protocol.Summary.Image(
             height=frames.shape[1],
             width=frames.shape[2],
             colorspace=3,
             encoded_image_string=encode_webp(frames, fps),
         )
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        summary = protocol.Summary(value=[protocol.Summary.Value(tag=name, image=image)])
         self._tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def sync(self) -> None:
@@ -162,10 +162,8 @@ class MetricLog:
 
 def _write_settings(writer: Any, settings: dict[str, Any]) -> None:
     """The settings as a text, and as hyperparameters beside the numbers that a run is judged by."""
-    from torch.utils.tensorboard.summary import hparams
-
     writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in settings.items()))
-    for summary in hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
+    for summary in tensorboard.summary.hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
         writer._get_file_writer().add_summary(summary)
 
 
