@@ -226,9 +226,10 @@ FLAGS = {
 
 def config_from(argv: list[str] | None) -> tuple[ReconstructConfig, argparse.Namespace]:
     """The settings of a command line, and its switches."""
-    words = sys.argv[1:] if argv is None else argv
-    words = ["stream=true" if word == "--stream" else word for word in words]
-    return parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
+    switches = {"--stream": "same as stream=true"}
+    config, args = parse(ReconstructConfig, argv, "reconstruct", __doc__, FLAGS, switches)
+    config.stream |= args.stream
+    return config, args
 
 
 def names_files(words: list[str]) -> bool:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import difflib
 import enum
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -286,9 +287,9 @@ def parse(
     for switch, text in (switches or {}).items():
         parser.add_argument(switch, action="store_true", help=text)
     for flag, key in (flags or {}).items():
-        parser.add_argument(
-            flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
-        )
+        word, text = key.rpartition(".")[2].upper(), f"same as {key}=..."
+        as_setting = functools.partial("{}={}".format, key)
+        parser.add_argument(flag, dest="flags", action="append", type=as_setting, metavar=word, help=text)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, e.g. steps=100")
     args = parser.parse_intermixed_args(argv)
     args.card = ""
@@ -296,9 +297,4 @@ def parse(
         cards = [word for word in args.settings if word.startswith("card=")]
         args.settings = [word for word in args.settings if word not in cards]
         args.card = cards[-1].removeprefix("card=") if cards else ""
-    chosen = [
-        f"{name[5:]}={value}"
-        for name, value in vars(args).items()
-        if name.startswith("flag:") and value is not None
-    ]
-    return load(cls, args.config, args.settings + chosen), args
+    return load(cls, args.config, [*args.settings, *(vars(args).get("flags") or [])]), args
