@@ -70,8 +70,7 @@ def load_source(family: str, src: Path, **latte: int | None):
     if family == "open-sora-plan":
         return vae_release.from_release(src)
     if family == "latte":
-        return vae_release.from_release(src, **latte)
-
+        return denoiser_release.from_release(src, **latte)
     return {"i3d": weights.load_i3d, "c3d": weights.load_c3d}[family](src)[0]
 
 
@@ -93,7 +92,7 @@ def export(family: str, src: Path, dst: Path) -> str:
         write_folder(dst, lambda folder: vae_release.save_release(model, folder))
     else:
         model = denoisers.Latte.from_pretrained(src)
-        write_file(dst, lambda file: vae_release.save_release(model, file))
+        write_file(dst, lambda file: denoiser_release.save_release(model, file))
     return f"{dst}: {type(model).__name__} in upstream's layout"
 
 

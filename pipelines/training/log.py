@@ -26,7 +26,7 @@ from pipelines.training.config import flatten
 from pipelines.training.settings import Init
 
 protocol = lazy("tensorboard.compat.proto.summary_pb2")
-tensorboard = lazy("torch.utils.tensorboard")
+tb = lazy("torch.utils.tensorboard")
 vae_registry = lazy("vae.registry")
 
 __all__ = [
@@ -70,7 +70,7 @@ class MetricLog:
         if not tensorboard:
             return
         with self._guard("tb"):
-            self.writer = tensorboard.SummaryWriter(
+            self.writer = tb.SummaryWriter(
                 str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None
             )
         if settings:
@@ -163,7 +163,7 @@ class MetricLog:
 def _write_settings(writer: Any, settings: dict[str, Any]) -> None:
     """The settings as a text, and as hyperparameters beside the numbers that a run is judged by."""
     writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in settings.items()))
-    for summary in tensorboard.summary.hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
+    for summary in tb.summary.hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
         writer._get_file_writer().add_summary(summary)
 
 
