@@ -81,12 +81,12 @@ def _run_graph(
     while heap:
         node = heapq.heappop(heap)[2]
         incoming = waiting.pop(node)
+        if node in wanted:
+            found[wanted[node]] = incoming[0]
+            continue
         if hasattr(node, "variable"):
-            if node in wanted:
-                found[wanted[node]] = incoming[0]
-            else:
-                leaf = node.variable
-                leaf.grad = incoming[0] if leaf.grad is None else leaf.grad.add_(incoming[0])
+            leaf = node.variable
+            leaf.grad = incoming[0] if leaf.grad is None else leaf.grad.add_(incoming[0])
             continue
         _Saved.used = []
         outgoing = _run(node, incoming)

@@ -51,8 +51,8 @@ def make_accelerator(config: Any = None) -> Accelerator:
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=handlers,
         cpu=cpus and not deepspeed_launch,  # True would turn DeepSpeed off
-        log_with=tracker_names(config.log_with) or None if config else None,
-        project_dir=config.run_dir if config else None,
+        log_with=tracker_names(getattr(config, "log_with", "")) or None,
+        project_dir=getattr(config, "run_dir", None),
     )
     if accelerator.num_processes != world or (
         world > 1 and accelerator.distributed_type == DistributedType.NO
@@ -127,6 +127,11 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def deepspeed_grad_norm(accelerator: Accelerator) -> float | None:
+    """Norm of the whole gradient of the step that DeepSpeed's last backward made (an older accelerate does not tell it)."""
+    return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+
+
 def autocast(accelerator: Accelerator, config: Any) -> torch.autocast:
     """bf16 arithmetic where the config asks for it; weights and results that matter stay fp32."""
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision is Precision.bf16)
@@ -141,6 +146,25 @@ def matrix_products(config: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+GRAPHS = 64  # of one kind of block: its widths, sizes and modes; torch would give up after 8
+
+
+def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
+    """torch.compile each repeated block of a model in place, so that names in checkpoints and exports stay.
+
+    Call it after the copies that shall not be compiled. Raises ValueError for a model that names no such blocks, and under
+    ZeRO-3, which gathers the weights of single layers.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise ValueError(f"compile=true: a {type(model).__name__} names no repeated blocks; compile=false")
+    if uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "compile=true: not with ZeRO-3; use DDP or ZeRO-2 (configs/accelerate), or compile=false"
+        )
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    model.compile_repeated_blocks(dynamic=False)
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:

@@ -79,9 +79,15 @@ class MetricLog:
         self._tensorboard(lambda writer: [writer.add_scalar(n, v, step) for n, v in shown.items()])
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float = 8) -> None:
-        """frames (T, H, W, 3) uint8, shown by TensorBoard as an animated WebP among the images."""
+        """frames (T, H, W, 3) uint8: an animated WebP among the images of TensorBoard; three frames side by side for trackers."""
         if not self.enabled:
             return
+        strip = np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]], axis=1)
+        for tracker in self.trackers:
+            if hasattr(tracker, "log_images"):  # accelerate's: some take a list, others one picture
+                value = strip if tracker.name in ("aim", "clearml") else [strip]
+                with self._guard(tracker.name, Exception):
+                    tracker.log_images({name: value}, step=step)
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(

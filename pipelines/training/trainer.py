@@ -83,7 +83,9 @@ class Trainer:
         The result is a bool tensor on the device. If it is False, the fused optimizer has skipped the step there
         (found_inf), and the host has not waited. Under DeepSpeed the step has already happened, inside backward.
         """
-        if largest or distributed.uses_deepspeed(self.accelerator):
+        if distributed.uses_deepspeed(self.accelerator):
+            norm = distributed.deepspeed_grad_norm(self.accelerator)
+        elif largest:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
