@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data.processes import Pool
-from data.timeline import pack_times, rising
+from data.timeline import mean_rate, pack_times, rising
 from data.video import BadVideo, Screen, best_stream, list_frames, reading
 
 _MISSING_ALLOWED = 2  # frames: headers of intact AVI files with dropped frames are off by one or two
@@ -126,6 +126,7 @@ def _scan_video(path: Path) -> ScanRecord:
         av.logging.set_skip_repeated(skip_repeated)
     width, height = min(sizes, default=(0, 0))
     times = pack_times(ticks, *tick.as_integer_ratio(), entries) if tick else b""
+    fps = mean_rate(ticks, float(tick), fps) if tick else fps
     return ScanRecord(str(path), count, width, height, fps, reason, times)
 
 

@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.encode import encode_webp, write_ffv1, write_mp4
-from data.timeline import Timeline, pack_times, unpack_times
+from data.encode import Clock, encode_webp, write_ffv1, write_mp4
+from data.timeline import Timeline, mean_rate, own_ticks, pack_times, unpack_times
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -51,12 +51,16 @@ _NEAR = 64  # frames: not worth a look at the packets of a file
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """num_frames; fps (0.0 when unknown, as for a folder of frames); width and height in pixels, as displayed."""
+    """num_frames; fps (0.0 when unknown, as for a folder of frames); width and height in pixels, as displayed.
+
+    clock: when each frame is shown, where that is not fps apart.
+    """
 
     num_frames: int
     fps: float
     width: int
     height: int
+    clock: Clock | None = field(default=None, compare=False, repr=False)
 
 
 def natural_key(text: str) -> tuple:
@@ -423,16 +427,19 @@ def probe(path: str | Path) -> VideoInfo:
     try:
         with reading(path), av.open(str(path)) as container:
             stream = best_stream(container)
-            fps, count, size = float(stream.average_rate or 0), 0, None
+            ticks, size, tick = [], None, stream.time_base
             for frame in container.decode(stream):
-                count, size = count + 1, size or Screen(stream).size(frame)
+                ticks.append(frame.pts)
+                size = size or Screen(stream).size(frame)
+            fps = mean_rate(ticks, float(tick or 0), float(stream.average_rate or 0))
+            own = own_ticks(ticks, float(tick or 0), fps)
             if size is None:
                 raise BadVideo("no frame could be decoded")
     except BadVideo as error:
         raise BadVideo(
             f"{path}: not a readable video ({error}); run the scan of docs/datasets.md", error.final
         ) from error
-    return VideoInfo(count, fps, *size)
+    return VideoInfo(len(ticks), fps, *size, Clock(tick, own) if own else None)
 
 
 def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:

@@ -32,6 +32,7 @@ from pipelines import video_files
 from pipelines.media import comparison
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary, versions
+from pipelines.training.log import box, command
 from pipelines.training.settings import SourceConfig, VAEConfig
 
 torch = lazy("torch")
@@ -250,6 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     found = reconstruct(config)
     if accelerate.PartialState().is_main_process:
         print(row(found))
+        scores = f"{config.out}/summary.json"
+        rows = {"scores": f"{config.out}/videos.jsonl, {scores}", "pictures": config.out}
+        if model := config.vae.path:
+            rows["next"] = command("export", model, "--out", f"share/{config.vae.name}", "--records", scores)
+        box(f"finished: {found['videos']} videos", rows)
     return 0
 
 
