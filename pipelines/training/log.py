@@ -70,9 +70,7 @@ class MetricLog:
         if not tensorboard:
             return
         with self._guard("tb"):
-            self.writer = tb.SummaryWriter(
-                str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None
-            )
+            self.writer = tb.SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None)
         if settings:
             self._tensorboard(lambda writer: _write_settings(writer, settings))
 

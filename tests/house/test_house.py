@@ -121,7 +121,7 @@ def test_help_does_not_import_torch(program):
 
 
 def test_every_setting_is_read_somewhere():
-    from pipelines.benchmark import BenchmarkConfig
+    from pipelines.benchmark import BenchmarkConfig, ComparisonConfig
     from pipelines.reconstruct import ReconstructConfig
     from pipelines.sample import SampleConfig
     from pipelines.train_latte import TrainLatteConfig
@@ -133,7 +133,14 @@ def test_every_setting_is_read_somewhere():
 
     keys = {
         key.split(".")[-1]
-        for c in (TrainVAEConfig, TrainLatteConfig, SampleConfig, ReconstructConfig, BenchmarkConfig)
+        for c in (
+            TrainVAEConfig,
+            TrainLatteConfig,
+            SampleConfig,
+            ReconstructConfig,
+            BenchmarkConfig,
+            ComparisonConfig,
+        )
         for key in flatten(c())
     }
     clip = {
