@@ -28,6 +28,7 @@ from eval.fidelity import check_lpips_size, load_lpips
 from eval.measures import frechet_distance, frechet_interval
 from eval.weights import score_name
 from pipelines.efficiency import memory_peaks, reset_peaks
+from pipelines.plan.pretend import LOWEST_TORCH, too_old
 from pipelines.plan.programs import encode_and_decode
 from pipelines.reconstruct import score_frames
 from pipelines.results.markdown import markdown_table, plain
@@ -138,10 +139,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) -> tuple[float, str]:
-    """(MiB of encode and decode of one clip, measured or modelled): modelled where there is no GPU to measure on."""
+def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) -> tuple[float | None, str]:
+    """(MiB of encode and decode of one clip, measured or modelled): modelled where there is no GPU to measure on.
+
+    (None, why) with a torch that cannot model it.
+    """
     if measured.get("allocated_mib"):
         return measured["allocated_mib"], "measured"
+    if too_old():
+        return None, f"modelled with torch >= {LOWEST_TORCH}"
 
     def same_size() -> Any:
         config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
@@ -242,7 +248,9 @@ HEADS = {
 TAIL = {
     "encode, s": lambda n, r: f"{r['encode_s']:.3g}",
     "decode, s": lambda n, r: f"{r['decode_s']:.3g}",
-    "peak MiB": lambda n, r: f"{r['peak_mib']:,.0f} ({r['peak_how']})",
+    "peak MiB": lambda n, r: (
+        f"not run: {r['peak_how']}" if r["peak_mib"] is None else f"{r['peak_mib']:,.0f} ({r['peak_how']})"
+    ),
     "on": lambda n, r: r["device"],
 }
 
