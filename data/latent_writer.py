@@ -3,7 +3,9 @@
 Shards are independent, written whole and renamed; two processes that encode the same shard write the same bytes.
 """
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.core.files import fsync, remove_leftovers, sha256_of, temporary_name, usual_mode, write_json
-from data.latents import read_index, read_sidecar, refuse_other, shard_file, sidecar_file
+from data.core.files import (
+    fsync,
+    remove_leftovers,
+    sha256_of,
+    temporary_name,
+    usual_mode,
+    write_atomic,
+    write_json,
+)
+from data.latents import names_file, read_index, read_sidecar, refuse_other, shard_file, sidecar_file
 
 
 class LatentCacheWriter:
@@ -42,7 +52,9 @@ class LatentCacheWriter:
                     f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
                     f"now {num_entries} in shards of {shard_size}; choose another cache folder"
                 )
-        elif any(p for p in self.folder.iterdir() if p.name[0] != "." and not p.name.startswith("latents-")):
+        elif any(
+            p for p in self.folder.iterdir() if not p.name.startswith((".", "latents-", "videos.jsonl"))
+        ):
             raise ValueError(
                 f"cache {self.folder} holds other files and is not a cache; choose another cache folder"
             )
@@ -93,12 +105,15 @@ class LatentCacheWriter:
         os.replace(temporary, path)
         write_json(sidecar, record)
 
-    def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Seal a cache whose shards are all there: statistics per channel, counts, complete: true."""
+    def finish(self, extra: dict[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
+        """Seal a cache whose shards are all there: statistics per channel, counts, complete: true; names of its videos."""
         if self.missing():
             raise ValueError(
                 f"cache {self.folder}: {len(self.missing())} of {self.num_shards} shards are missing"
             )
+        if names and not names_file(self.folder).is_file():
+            lines = (json.dumps({"name": name}) + "\n" for name in names)
+            write_atomic(names_file(self.folder), "".join(lines))
         index = read_index(self.folder)
         records = [read_sidecar(self.folder, s) for s in range(self.num_shards)]
         rows, failed = [r["rows"] for r in records], [f for r in records for f in r["failed"]]

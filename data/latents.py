@@ -3,6 +3,7 @@
     index.json             fingerprint (VAE weights, ClipSpec, source, draws, dtype), statistics, complete: true
     latents-00003.safetensors   mean, logvar (N, C, t, h, w); label, video, draw (N,) int64
     latents-00003.json     sha256, number of rows, clips that failed with the reason; written after its shard
+    videos.jsonl           line v: {"name": ...} of video v, its path below the root of its source (older caches lack it)
 
 A cut of a long latent is not the latent of the cut clip (the first latent stands for one frame), so each entry is the
 encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x (2 when both flips are stored).
@@ -11,6 +12,7 @@ encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,6 +55,10 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 def sidecar_file(folder: Path, shard: int) -> Path:
     return folder / f"latents-{shard:05d}.json"
+
+
+def names_file(folder: Path) -> Path:
+    return folder / "videos.jsonl"
 
 
 def read_sidecar(folder: Path, shard: int) -> dict[str, Any]:
@@ -135,6 +141,11 @@ class LatentCache:
         size, total = self.index["shard_size"], self.index["num_entries"]
         if len(self.ends) != -(-total // size):
             yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"
+        try:
+            if self.video_names and len(self.video_names) != (videos := self.fingerprint["source"]["videos"]):
+                yield f"{names_file(self.folder)}: {len(self.video_names)} names of {videos} videos; remove it and cache again"
+        except ValueError as error:
+            yield str(error)
         for shard in range(len(self.ends)):
             try:
                 record = self._check(shard, again=True)
@@ -147,6 +158,18 @@ class LatentCache:
             wanted = range(shard * size, min((shard + 1) * size, total))
             if sorted(entries) != list(wanted):
                 yield f"latent shard {shard_file(self.folder, shard)}: clips missing or double; {_way_out(self.folder, shard)}"
+
+    @functools.cached_property
+    def video_names(self) -> list[str]:
+        """Name of each video, its path below the root of its source; [] of a cache that was made before names were kept."""
+        file = names_file(self.folder)
+        try:
+            lines = file.read_text().splitlines() if file.is_file() else []
+            return [str(json.loads(line)["name"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); remove it and run the same cache_latents command again"
+            ) from error
 
     @property
     def draws(self) -> int:

@@ -158,10 +158,8 @@ def _weighted(features: np.ndarray, counts: np.ndarray, ddof: int) -> tuple[np.n
     return mean, centred, float(np.square(centred).sum())
 
 
-def _frechet(a, b, ddof: int, counts_a: np.ndarray, counts_b: np.ndarray) -> float:
-    """FVD of two weighted sets. Squared singular values are enough for an interval, and faster."""
-    mean_a, a, trace_a = _weighted(a, counts_a, ddof)
-    mean_b, b, trace_b = _weighted(b, counts_b, ddof)
+def _nuclear(a: np.ndarray, b: np.ndarray) -> float:
+    """Nuclear norm of a b^T for features of one dimension. Squared singular values are enough for an interval, and faster."""
     if min(len(a), len(b)) <= a.shape[1]:
         small, large = (a, b) if len(a) < len(b) else (b, a)
         product = small @ large.T
@@ -175,8 +173,83 @@ def _frechet(a, b, ddof: int, counts_a: np.ndarray, counts_b: np.ndarray) -> flo
             values, vectors = scipy.linalg.eigh(covariance)
             root = vectors * np.sqrt(np.maximum(values, 0))
         squares = scipy.linalg.eigvalsh(root.T @ (b.T @ b) @ root)
-    nuclear = np.sqrt(np.maximum(squares, 0)).sum()
-    return float(np.square(mean_a - mean_b).sum() + trace_a + trace_b - 2 * nuclear)
+    return float(np.sqrt(np.maximum(squares, 0)).sum())
+
+
+def _frechet(a, b, ddof: int, counts_a: np.ndarray, counts_b: np.ndarray) -> float:
+    """FVD of two weighted sets."""
+    mean_a, a, trace_a = _weighted(a, counts_a, ddof)
+    mean_b, b, trace_b = _weighted(b, counts_b, ddof)
+    return float(np.square(mean_a - mean_b).sum() + trace_a + trace_b - 2 * _nuclear(a, b))
+
+
+LEADING = (50, 100, 200)  # principal directions of the short way: the first that are enough
+PROBES = 6  # resamples computed in full, to judge that
+CLOSE = 0.02  # the standard deviation of the error, in those of the resamples
+
+
+class _ShortWay:
+    """FVD of many resamples: the trace of the root in full along the leading principal directions of both sets, to first
+    order along the others. Means and traces are exact."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndarray):
+        """a: (N, D), b: (M, D), N and M > D; w: (R, N), v: (R, M) counts."""
+        mean = a.mean(axis=0)
+        a, b = a - mean, b - mean
+        turn = scipy.linalg.eigh(np.cov(a.T) + np.cov(b.T))[1][:, ::-1]
+        self.a, self.b, self.w, self.v, self.ddof = a @ turn, b @ turn, w, v, ddof
+        means, self.rest = [], 0.0
+        for x, counts in ((self.a, w), (self.b, v)):
+            total = counts.sum(axis=1)
+            means.append(counts @ x / total[:, None])
+            squares = counts @ np.square(x).sum(axis=1) - total * np.square(means[-1]).sum(axis=1)
+            self.rest += squares / (total - ddof)
+        self.rest += np.square(means[0] - means[1]).sum(axis=1)
+        self.first_order = self._first_order(a.shape[1])
+
+    def _first_order(self, rank: int) -> np.ndarray:
+        """(R,): tr (C_a C_b)^(1/2) along `rank` directions, linear in the covariances around the sets' own.
+
+        It is (tr T C_a + tr T^-1 C_b) / 2 with the T that carries one Gaussian to the other.
+        """
+        a, b = (x[:, :rank] - x[:, :rank].mean(axis=0) for x in (self.a, self.b))
+        covariances = [x.T @ x / (len(x) - self.ddof) for x in (a, b)]
+        least = 1e-10 * sum(np.trace(c) for c in covariances) / rank * np.eye(rank)
+        root = scipy.linalg.cholesky(covariances[0] + least, lower=True)
+        squares, vectors = scipy.linalg.eigh(root.T @ (covariances[1] + least) @ root)
+        sizes = np.sqrt(np.maximum(squares, 1e-20 * squares[-1]))
+        back = a @ scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T")
+        ahead = b @ (root @ vectors)
+        share_a = self.w @ (np.square(back) @ sizes) / (len(a) - self.ddof)
+        share_b = self.v @ (np.square(ahead) @ (1 / sizes)) / (len(b) - self.ddof)
+        return (share_a + share_b) / 2
+
+    def values(self, rank: int, most: int | None = None) -> np.ndarray:
+        """The distances of all resamples, or the first `most`, with `rank` leading directions."""
+        a, b = (np.ascontiguousarray(x[:, :rank]) for x in (self.a, self.b))
+        leading = []
+        for counts_a, counts_b in zip(self.w[:most], self.v[:most], strict=True):
+            x, y = _weighted(a, counts_a, self.ddof)[1], _weighted(b, counts_b, self.ddof)[1]
+            leading.append(_nuclear(x, y))
+        others = self.first_order - self._first_order(rank)
+        return self.rest[:most] - 2 * (np.array(leading) + others[:most])
+
+
+def _frechets(a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """`_frechet` of each row of the counts w (R, N) and v (R, M).
+
+    The features of a network lie mostly along few directions, and there `_ShortWay` is 10 times faster. A few resamples
+    computed in full say whether it is close enough, and what it is off by in all; otherwise all are computed in full.
+    """
+    pairs = list(zip(w, v, strict=True))
+    full = np.array([_frechet(a, b, ddof, *pair) for pair in pairs[:PROBES]])
+    if min(len(a), len(b)) > 2 * a.shape[1] > 2 * LEADING[0]:
+        short = _ShortWay(a, b, ddof, w, v)
+        for rank in LEADING:
+            error = short.values(rank, PROBES) - full
+            if rank < a.shape[1] and error.std(ddof=1) <= CLOSE * full.std(ddof=1):
+                return short.values(rank) - error.mean()
+    return np.append(full, [_frechet(a, b, ddof, *pair) for pair in pairs[PROBES:]])
 
 
 def frechet_interval(
@@ -185,9 +258,8 @@ def frechet_interval(
     """Interval of an FVD. Features (N, 400); groups: the video's number of each clip. JSON-ready."""
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     rng = np.random.default_rng(seed)
-    sides = [_counts(groups, RESAMPLES, rng) for groups in (groups_real, groups_fake)]
-    values = [_frechet(real, fake, ddof, a, b) for a, b in zip(*sides, strict=True)]
-    return _interval(value, np.array(values), seed)
+    w, v = (_counts(groups, RESAMPLES, rng) for groups in (groups_real, groups_fake))
+    return _interval(value, _frechets(real, fake, ddof, w, v), seed)
 
 
 def _kernel(real: np.ndarray, fake: np.ndarray, w: np.ndarray, v: np.ndarray) -> np.ndarray:

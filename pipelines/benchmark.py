@@ -1,24 +1,44 @@
-"""Speed and memory of the VAE's four variants: CSpeed as in the paper's Table 3 (encoder, 1 x 3 x 81 x 256 x 256).
+"""Speed: of the VAE's four variants as in the paper's Table 3, and of everything against peers' code or the plain way.
 
-    python -m pipelines.benchmark vae
+    python -m pipelines.benchmark vae                    # CSpeed: encoder, 1 x 3 x 81 x 256 x 256
     python -m pipelines.benchmark vae num_frames=17 size=128 "block_out_channels=[32,64,128,128]" repeats=3
+    python -m pipelines.benchmark all --peer ~/Open-Sora-Plan,~/Latte out=speed.jsonl
+    python -m pipelines.benchmark vae --model card=h100  # modelled: milliseconds, bytes, kernels, layout copies
 
-Each row runs in a process of its own, with random weights, which take the same time as trained ones.
+A row of the first kind runs in a process of its own. `train`, `cache`, `sample`, `data`, `eval`, `all`, and `vae` with
+--peer, time ways to do the same thing in turns: medians, spread, how much faster, share of the machine's own speed.
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
+import platform
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.core.cli import run
+from data.core.lazy import lazy
 from data.core.option import option
-from pipelines.training.config import parse
+from pipelines.training.config import at_least, parse
 from pipelines.training.settings import Precision
+
+cards = lazy("pipelines.plan.cards")
+cases = lazy("pipelines.bench.cases")
+distributed = lazy("pipelines.training.distributed")
+efficiency = lazy("pipelines.efficiency")
+files = lazy("data.core.files")
+model = lazy("pipelines.bench.model")
+pairs = lazy("pipelines.bench.pairs")
+peers = lazy("pipelines.bench.peers")
+plan_report = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+run_folder = lazy("pipelines.training.folder")
+torch = lazy("torch")
+vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +63,87 @@ class BenchmarkConfig:
     out: str = option("", "append the rows to this JSONL file")
 
 
+@dataclass
+class ComparisonConfig:
+    peer: str = option("", "checkouts of Open-Sora-Plan v1.2.0 and Latte, separated by a comma")
+    only: str = option("", "only cases whose name holds this")
+    size: str = option("", "tiny|reduced|full; default full on a GPU, else reduced")
+    rounds: int = option(5, "timed runs of each way; the median counts")
+    warmup: int = option(1, "runs before the clock starts")
+    threads: int = option(1, "of the CPU")
+    card: str = option("h100", "of --model: h100|h200|a100|a100-40|l40s|rtx4090|rtx3090")
+    out: str = option("", "append the records to this JSONL file")
+
+
+KINDS = ("vae", "train", "cache", "sample", "data", "eval")
+
+
+def compare(argv: list[str]) -> int:
+    """`benchmark KIND [--peer FOLDERS] [--model]`: our ways and others in turns, or what they cost on a card."""
+    model = "print what the work costs at full size on card=h100, from a simulation, then stop"
+    kinds = KINDS if argv[0] == "all" else argv[:1]
+    config, args = parse(
+        ComparisonConfig, argv[1:], "benchmark", __doc__, {"--peer": "peer"}, {"--model": model}
+    )
+    at_least(config, 1, "rounds", "threads")
+    at_least(config, 0, "warmup")
+    if config.size not in ("", "tiny", "reduced", "full"):
+        raise ValueError(f"size={config.size}: one of tiny, reduced, full")
+
+    if args.dry_run:
+        print(run_folder.summary(config))
+        return 0
+    if config.out:
+        files.claim_file(config.out, files.is_json_object)
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    rows = _modelled(kinds, config) if args.model else _measured(kinds, config)
+    made = {"versions": run_folder.versions(), "command": sys.argv}
+    for row, text in rows:
+        print(text, flush=True)
+        if config.out:
+            files.append_line(config.out, json.dumps({**row, **made}))
+    return 0
+
+
+def _modelled(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[dict[str, Any], str]]:
+
+    card = cards.find_card(config.card)
+    for kind in kinds:
+        for row in model.rows(kind, card):
+            if config.only in row["case"]:
+                words = f"{row['kernels']:7d} kernels {row['layout_copies']:6d} layout copies"
+                yield row, f"{row['case']:64s} {row['ms']:9.1f} ms {row['bytes'] / 1e9:8.1f} GB {words}"
+
+
+def _measured(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[dict[str, Any], str]]:
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.threads)
+    modules, clock = peers.load_peers(config.peer), pairs.Clock(device)
+    best = pairs.peaks(clock, device)
+    where = torch.cuda.get_device_name() if clock.cuda else f"{platform.machine()}, {config.threads} threads"
+    machine = {"device": where, "clock": clock.unit, "peaks": best}
+    yield (
+        {"machine": machine},
+        f"{where}, {clock.unit}; at most {best['conv'] / 1e9:.0f} GFLOP/s in a convolution, "
+        f"{best['matmul'] / 1e9:.0f} in a product, copies {best['copy'] / 1e9:.1f} GB/s",
+    )
+    size = config.size or ("full" if clock.cuda else "reduced")
+    for kind in kinds:
+        for case in cases.KINDS[kind](cases.Setup(size, device, modules, config.only)):
+            if config.only not in case.name:
+                continue
+            row = pairs.record(case, config.rounds, config.warmup, clock, best)
+            yield {"kind": kind, **row, "machine": machine}, "\n".join(pairs.lines(row))
+
+
 def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     """One row: encode and decode speed and peak memory of a variant."""
     import resource
 
-    import torch
-
-    from pipelines.efficiency import encoder_speed
-    from pipelines.training.distributed import matrix_products
-    from vae import ODVAE
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    vae = ODVAE.preset(
+    vae = vaes.ODVAE.preset(
         config.preset,
         variant=variant,
         block_out_channels=tuple(config.block_out_channels),
@@ -78,8 +166,11 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     runs = {"encode": lambda x: vae.encode(x).latent_dist.mode()}
     if config.decode:
         runs["decode"] = lambda _: vae.decode(z).sample
-    with matrix_products(config):
-        row |= {name: encoder_speed(go, clip, config.warmup, config.repeats) for name, go in runs.items()}
+    with distributed.matrix_products(config):
+        row |= {
+            name: efficiency.encoder_speed(go, clip, config.warmup, config.repeats)
+            for name, go in runs.items()
+        }
     # kilobytes on Linux, bytes on macOS
     row["host_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -106,34 +197,35 @@ def config_from(argv: list[str] | None) -> tuple[BenchmarkConfig, argparse.Names
     if argv[:1] == ["vae"]:
         argv = argv[1:]
     elif "--help" not in argv and "-h" not in argv:
-        raise ValueError("say what to measure: python -m pipelines.benchmark vae [key=value ...]")
+        raise ValueError(
+            f"say what to measure: python -m pipelines.benchmark {'|'.join(KINDS)}|all [key=value ...]"
+        )
     return parse(BenchmarkConfig, argv, "benchmark", __doc__, planned=True)
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    compared = words[:1] == ["vae"] and any(w.split("=")[0] in ("--peer", "--model", "peer") for w in words)
+    if compared or words[:1] in [[kind] for kind in (*KINDS[1:], "all")]:
+        return compare(words)
     config, args = config_from(argv)
     if args.plan:
-        from pipelines.plan import programs
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("benchmark", programs.benchmark, config, args.card))
+        print(plan_report.plan_text("benchmark", programs.benchmark, config, args.card))
         return 0
-    from data.core.files import append_line, claim_file, is_json_object
-    from pipelines.training.folder import summary, versions
 
     if args.dry_run:
-        print(summary(config))
+        print(run_folder.summary(config))
         return 0
     if config.out:
-        claim_file(config.out, is_json_object)
-    made = versions()
+        files.claim_file(config.out, files.is_json_object)
+    made = run_folder.versions()
     for variant in config.variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             row = pool.apply(measure, (config, variant))
         print(line(row), flush=True)
         if config.out:
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            append_line(config.out, json.dumps({**row, "versions": made, "command": sys.argv}))
+            files.append_line(config.out, json.dumps({**row, "versions": made, "command": sys.argv}))
     return 0
 
 

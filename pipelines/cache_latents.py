@@ -212,7 +212,8 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     log.info("%s", waits)
     accelerator.wait_for_everyone()
     if main:
-        index = writer.finish({"class_names": clips.source.class_names})
+        names = [clips.name(video) for video in range(len(clips))]
+        index = writer.finish({"class_names": clips.source.class_names}, names)
         if index["failed"]:
             log.warning(
                 "%d clips could not be read and are not in the cache; index.json lists them, the same command tries again",

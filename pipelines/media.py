@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.core.files import write_json
 from data.encode import write_mp4
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ def grid(videos: Sequence[np.ndarray], columns: int | None = None, gap: int = 2)
     return sheet
 
 
-def write_preview(path: Path, video: np.ndarray, fps: float = 8) -> None:
-    """An mp4 to look at; a full disk costs the preview, not the training."""
+def write_preview(path: Path, video: np.ndarray, names: Sequence[str] = (), fps: float = 8) -> None:
+    """An mp4 to look at; a full disk costs the preview, not the training. names: of its tiles, beside it as .json."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_mp4(path, video, fps)
+        if names:
+            write_json(path.with_suffix(".json"), {"names": list(names)})
     except OSError as error:
         log.warning("preview %s not written: %s", path, error)

@@ -16,6 +16,7 @@ from typing import Any
 from data.core.cli import run
 from data.core.files import read_json, write_json
 from data.core.lazy import lazy
+from data.demo import EDGE
 from vae.registry import list_vaes
 
 torch = lazy("torch")
@@ -48,9 +49,17 @@ def random_vae(out: Path, name: str, seed: int = 0, **settings: Any) -> None:
     model.save_pretrained(out)
 
 
-def demo_videos(out: Path, count: int = 8, size: int = 32, num_frames: int = 33, classes: int = 4) -> None:
+def demo_videos(
+    out: Path,
+    count: int = 8,
+    size: int = 32,
+    num_frames: int = 33,
+    classes: int = 4,
+    seed: int = 0,
+    edge: float = EDGE,
+) -> None:
     """Write lossless files of procedural scenes, one folder per class; video n is the same in every call."""
-    demo = videos.DemoVideos(count, classes, size, num_frames)
+    demo = videos.DemoVideos(count, classes, size, num_frames, seed, edge)
     for n in range(count):
         file = out / demo.class_names[demo.label(n)] / f"{n:05d}.mkv"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +80,7 @@ def config_from(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("kind", choices=["videos", *list_vaes()], help="what to make")
     parser.add_argument("--out", type=Path, required=True, help="folder; replaced if it is a stand-in")
-    known = "videos: count, size, num_frames, classes; a VAE: its config, and seed"
+    known = "videos: count, size, num_frames, classes, seed, edge; a VAE: its config, and seed"
     parser.add_argument("settings", nargs="*", metavar="key=value", help=known)
     return parser.parse_intermixed_args(argv)
 

@@ -48,7 +48,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
     add("--rows", default="", help="only these rows: NAME[;NAME...]")
     add("--dataset", default="", help="only the columns of this data set, e.g. ucf101")
-    add("--preset", default="paper", choices=("paper", "small", "tiny"), help="sizes (default paper)")
+    add(
+        "--preset",
+        default="paper",
+        choices=("paper", "small", "scenes", "tiny"),
+        help="sizes (default paper)",
+    )
     add("--data", default="data-sets", help="folder with one sub-folder per data set (default data-sets)")
     default = "$OMNILATTE_WEIGHTS, else weights/ of the repository"
     add("--weights-dir", help=f"folder of VAEs and judges (default {default})")

@@ -12,7 +12,6 @@ From top to bottom: settings, networks, loss, one step, the loop, preparation, c
 import argparse
 import logging
 import math
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import box, command
+from pipelines.training.log import end_of_stage_two
 from pipelines.training.settings import CacheType, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
 from pipelines.training.trainer import Trainer
 
@@ -92,6 +91,20 @@ class SamplesConfig:
 
 
 @dataclass
+class ValConfig:
+    """The loss on clips that no step sees: those of source.val_fraction, or of another cache."""
+
+    every: int = option(2000, "steps between validations; 0 disables them", free=True)
+    num_videos: int = option(16, "held-out clips of a validation, each at four timesteps", free=True)
+    latents: str = option(
+        "",
+        "cache of held-out clips, e.g. of source.split=test; empty: those that source.val_fraction holds out, "
+        "encoded at the start",
+        free=True,
+    )
+
+
+@dataclass
 class TrainLatteConfig:
     run_dir: str = option("runs/latte", "folder of this run", free=True)
     seed: int = option(0, "random seed for initialization, data order, crops, noise and timesteps")
@@ -132,6 +145,7 @@ class TrainLatteConfig:
     source: SourceConfig = option(lambda: SourceConfig(val_fraction=0.0), "")
     clip: ClipSpec = option(lambda: ClipSpec(num_frames=81), "")
     samples: SamplesConfig = option(SamplesConfig, "")
+    val: ValConfig = option(ValConfig, "")
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
     log_every: int = option(50, "steps between log entries", free=True)
@@ -143,11 +157,13 @@ class TrainLatteConfig:
 
     def __post_init__(self):
         at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "save_every", "max_skipped")
-        at_least(self, 1, "cache.crops", "cache.shard_size", "cache.batch", "samples.num_videos")
+        at_least(
+            self, 1, "cache.crops", "cache.shard_size", "cache.batch", "samples.num_videos", "val.num_videos"
+        )
         at_least(
             self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay", "workers", "weight_decay"
         )
-        at_least(self, 0, "samples.every", "source.val_fraction", "cache.num_videos")
+        at_least(self, 0, "samples.every", "val.every", "source.val_fraction", "cache.num_videos")
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
@@ -244,6 +260,27 @@ class LatteTrainer(Trainer):
             logged[f"loss_at_t/{b}_of_{BUCKETS}"] = terms["mse"], bucket == b
         return terms["loss"].mean(), logged
 
+    def held_out_loss(self, model: "Callable", held_out: dict[str, "Tensor"]) -> float:
+        """The mean loss on held-out latents: each clip at one timestep of every quarter, evenly spread over all clips.
+
+        Timesteps and noise are those of every other call and of every other run. held_out: mean, logvar (N, C, t, h, w)
+        of the posterior, label (N,).
+        """
+        device, count, losses = self.accelerator.device, len(held_out["label"]), []
+        for numbers in torch.arange(count * BUCKETS).split(self.config.micro_batch):
+            clip, bucket = numbers // BUCKETS, numbers % BUCKETS
+            t = (2 * (bucket * count + clip) + 1) * diffusion.NUM_TRAIN_STEPS // (2 * BUCKETS * count)
+            mean, logvar = held_out["mean"][clip].to(device), held_out["logvar"][clip].to(device)
+            draws = distributed.generators(0, numbers.tolist())
+            posterior, noise = (distributed.normal(draws, mean.shape[1:], device) for _ in range(2))
+            x0, t = self.vae.normalize(mean + torch.exp(0.5 * logvar) * posterior), t.to(device)
+            conditional = self.latte.config.num_classes is not None
+            labels = {"y": held_out["label"][clip].to(device)} if conditional else {}
+            with torch.no_grad(), distributed.autocast(self.accelerator, self.config):
+                output = model(self.diffusion.q_sample(x0, noise, t), t, **labels).sample
+            losses.append(self.diffusion.training_loss(output, x0, noise, t)["loss"])
+        return torch.cat(losses).mean().item()
+
     # ---- one step, and the loop --------------------------------------------------------------------------
 
     def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
@@ -269,18 +306,49 @@ class LatteTrainer(Trainer):
             self.update_ema(self.latte, finite)
         self.finish_step(finite)
 
-    def fit(self, run: "TrainingRun", sample: "Callable[[int], Tensor]", export: "Callable") -> None:
+    def fit(
+        self,
+        run: "TrainingRun",
+        held_out: "dict[str, Tensor] | None",
+        sample: "Callable[[int], Tensor]",
+        export: "Callable",
+    ) -> None:
         """Train to config.steps: the loop of stage two. sample(steps): videos of the EMA weights."""
+        validated = bool(self.config.val.latents or self.config.source.val_fraction)
+        val_every = self.config.val.every if validated else 0
+        if self.step == 0 and val_every:
+            self.validate(run, held_out)
         for _ in run.steps():
             self.train_step(run.batches)
             run.end_step()
             if run.due(self.config.log_every):
                 run.log()
+            if run.due(val_every):
+                self.validate(run, held_out)
             if run.due(self.config.samples.every):
                 self.show_samples(run, sample)
             if run.due(self.config.save_every) or run.stopping:
                 run.save()
         run.export("pipeline", export)
+
+    def validate(self, run: "TrainingRun", held_out: "dict[str, Tensor] | None") -> None:
+        """Log the loss of the EMA weights and of the raw ones (val/loss_raw) on held-out latents, if there are any."""
+        run.meter.pause()
+        with distributed.whole_weights(self.latte):
+            if run.main and held_out is not None:
+                # The raw weights in the structure of the EMA model: without the hooks that training adds.
+                network, raw = self.ema.module, dict(self.latte.named_parameters())
+
+                def trained(*inputs: "Tensor", **labels: "Tensor") -> Any:
+                    return torch.func.functional_call(network, raw, inputs, labels)
+
+                scores = {
+                    "val/loss": self.held_out_loss(network, held_out),
+                    "val/loss_raw": self.held_out_loss(trained, held_out),
+                }
+                run.metrics.scalars(self.step, scores)
+                log.info("step %d: held-out loss EMA %.4f; raw %.4f", self.step, *scores.values())
+        self.accelerator.wait_for_everyone()
 
     def show_samples(self, run: "TrainingRun", sample: "Callable[[int], Tensor]") -> None:
         """Write a grid of samples of the EMA weights to TensorBoard and as a preview."""
@@ -377,6 +445,9 @@ def train(config: TrainLatteConfig) -> Path:
             return pipeline(labels, steps, scale, num_videos=count, output_type="video").frames
 
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
+    held_out = None
+    if accelerator.is_main_process and config.val.every:
+        held_out = latents.held_out(config, vae, clips, fast_vae, accelerator.device)
     info = {
         "data": counts,
         "vae": openers.vae_entry(config.vae, vae),
@@ -388,8 +459,9 @@ def train(config: TrainLatteConfig) -> Path:
     with training_run.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
         real = run.folder / "media" / "real.mp4"
         if run.main and config.samples.every and not real.exists():
-            media.write_preview(real, media.grid(latents.real_clips(clips, config.samples.num_videos)))
-        trainer.fit(run, sample, exported.save_pretrained)
+            tiles, names = latents.real_clips(clips, config.samples.num_videos)
+            media.write_preview(real, media.grid(tiles), names)
+        trainer.fit(run, held_out, sample, exported.save_pretrained)
     return run.folder / "pipeline"
 
 
@@ -408,19 +480,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_latte_run(config))
     else:
-        report(config, train(config))
+        end_of_stage_two(config, train(config))
     return 0
-
-
-def report(config: TrainLatteConfig, pipeline: Path) -> None:
-    """Say where things are, and how to go on."""
-    rows = {
-        "pipeline (EMA)": str(pipeline),
-        "curves": f"tensorboard --logdir {shlex.quote(config.run_dir)}",
-        "page": command("run_report", config.run_dir),
-        "next": command("sample", f"pipeline={pipeline}"),
-    }
-    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ streams therefore agree bit for bit, and memory does not grow with the clip's le
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
@@ -25,6 +26,13 @@ from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, Spat
 from vae.stream import StreamState, regroup
 from vae.tiling import over_groups, over_tiles
 from vae.variants import PRESETS, Layout, find_layout
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """A decoded clip: sample (B, 3, T, H, W). To import diffusers' class of this name imports all its VAEs and U-Nets."""
+
+    sample: Tensor
 
 
 class MidBlock(nn.Module):
@@ -147,7 +155,7 @@ class Decoder(Checkpointed):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, T, H, W)
 
 
-class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
+class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
     """The omni-dimensional VAE and its variants.
 
     variant: 1 to 4 (paper Fig. 2; 4 is OD-VAE), or "osp_v1_0" / "osp_v1_1", released older layouts.
@@ -263,18 +271,6 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
         samples = z.split(1) if self.use_slicing else (z,)
         sample = torch.cat([self._decode_tiled(s) for s in samples])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode, take the mean of the posterior (or draw from it), decode. sample: (B, 3, T, H, W) in [-1, 1]."""
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
         fn = self._moments
@@ -462,6 +458,14 @@ class ODVAE(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
                 f"size={size}, overlap={overlap}: needs a multiple of 8 from 16 on, and overlap in [0, 0.5]"
             )
         self._tiles = (side, step)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the clips of a batch one after the other."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a batch at once."""
+        self.use_slicing = False
 
     def disable_tiling(self) -> None:
         """Back to whole frames and whole clips."""

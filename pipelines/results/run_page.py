@@ -29,6 +29,7 @@ TITLES = {
     "val/psnr": "PSNR on held-out clips, dB (EMA, and raw: the weights that are trained)",
     "val/ssim": "SSIM on held-out clips (EMA, and raw: the weights that are trained)",
     "val/lpips": "LPIPS on held-out clips (EMA, and raw: the weights that are trained)",
+    "val/loss": "loss on held-out clips (EMA, and raw: the weights that are trained)",
     "loss/rec": "mean absolute error of the reconstruction",
     "loss/mse": "mean squared error of the predicted noise",
     "gan/weight": "adaptive weight of the adversarial term",
@@ -39,7 +40,7 @@ TITLES = {
 TOGETHER = {  # one chart each
     "loss_at_t/": "error by timestep",
     "gan/logits_": "logits of the discriminator",
-    **{name: TITLES[name] for name in ("val/psnr", "val/ssim", "val/lpips")},
+    **{name: TITLES[name] for name in TITLES if name.startswith("val/")},
 }
 WORDS = {
     "val": "original | reconstruction | error x 4, held-out clips",
@@ -51,6 +52,7 @@ FIRST = ("val/", "loss", "gan/")
 TILES = (  # metric, title, format; the first three that a run has
     ("val/psnr", "PSNR, held out", "{:.2f} dB"),
     ("val/ssim", "SSIM, held out", "{:.4f}"),
+    ("val/loss", "loss, held out", "{:.4g}"),
     ("loss", "loss", "{:.4g}"),
     ("loss/rec", "loss, reconstruction", "{:.4g}"),
     ("loss/mse", "loss, mean squared error", "{:.4g}"),
@@ -155,7 +157,7 @@ def media(run: Run, label: str, budget: Budget) -> Section:
     """The run's own previews: of each kind the newest, the first and some between."""
     kinds, figures, notes = previews(run), [], []
     for kind, paths in kinds.items():
-        words = WORDS.get(kind, kind) + (tiles_in_words(run) if kind in ("real", "samples") else "")
+        words = WORDS.get(kind, kind) + tiles_in_words(run, kind)
         for step in spread(sorted(paths)):
             when = f"step {step:,}: " if step >= 0 else ""
             figures += _taken(lambda: video_figure(paths[step], when + words), paths[step], budget, notes)  # noqa: B023
@@ -182,13 +184,16 @@ def spread(steps: Sequence[int]) -> list[int]:
     return [steps[i] for i in sorted(chosen, reverse=True)]
 
 
-def tiles_in_words(run: Run) -> str:
-    """The classes of the tiles of a training's grid, row by row; "" without classes."""
-    names, count = run.checkpoint.get("class_names") or [], int(run.settings.get("samples.num_videos", 0))
-    if not names or not count:
+def tiles_in_words(run: Run, kind: str) -> str:
+    """The classes of the tiles of a training's grid, and of real clips the videos, row by row; "" where neither is known."""
+    count = min(int(run.settings.get("samples.num_videos", 0)), 36)
+    names, videos = run.checkpoint.get("class_names") or [], run.real_clips if kind == "real" else []
+    if kind not in ("real", "samples") or not (count and (names or videos)):
         return ""
+    tiles = [str(names[i % len(names)]) if names else "" for i in range(count)]
+    for i, video in enumerate(videos[:count]):
+        tiles[i] = f"{tiles[i]} ({video})" if names else video
     columns = int(np.ceil(np.sqrt(count)))
-    tiles = [str(names[i % len(names)]) for i in range(min(count, 36))]
     rows = [", ".join(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
     return f"; row by row: {' | '.join(rows)}"
 
@@ -206,7 +211,7 @@ def compared(runs: Sequence[Run], budget: Budget) -> list[Section]:
             rows[f"step {step:,}" if step >= 0 else kind] = [steps.get(step) for steps in files]
         notes: list[str] = []
         grid = [(name, [_cell(path, name, budget, notes) for path in paths]) for name, paths in rows.items()]
-        words = WORDS.get(kind, kind) + (tiles_in_words(runs[0]) if kind == "samples" else "")
+        words = WORDS.get(kind, kind) + tiles_in_words(runs[0], kind)
         text = " ".join([f"{words[0].upper()}{words[1:]}.", *notes])
         sections.append(Section(f"Videos: {kind}", text, header=keys(runs), grid=grid))
     return sections

@@ -17,6 +17,7 @@ class Run:
     """What a run folder says of itself; what is not there yet is empty.
 
     settings: flat, "clip.size" -> 256. checkpoint: the newest one's manifest. metrics, speed: records of each log.
+    real_clips: names of the videos in media/real.mp4, tile by tile.
     """
 
     folder: Path
@@ -28,6 +29,7 @@ class Run:
     checkpoint: dict[str, Any]
     metrics: list[dict[str, Any]]
     speed: list[dict[str, Any]]
+    real_clips: list[str]
 
     @property
     def step(self) -> int:
@@ -66,6 +68,7 @@ def read_run(folder: str | Path) -> Run:
             f"{folder}: no run there (config.yaml and env.json); give the run_dir of a training program"
         )
     env, steps = _json(folder / "env.json"), Checkpoints(folder).steps()
+    names = _json(folder / "media" / "real.json").get("names")
     versions, starts = env.get("versions"), env.get("starts")
     return Run(
         folder=folder,
@@ -77,6 +80,7 @@ def read_run(folder: str | Path) -> Run:
         checkpoint=_json(Checkpoints(folder).path(steps[-1]) / "manifest.json") if steps else {},
         metrics=[record for record in read_metrics(folder) if is_number(record["step"])],
         speed=[record for record in read_metrics(folder, "speed.jsonl") if is_number(record["step"])],
+        real_clips=[str(name) for name in names] if isinstance(names, list) else [],
     )
 
 

@@ -109,7 +109,7 @@ class Table:
 
 def presets() -> list[str]:
     """The sizes at which the tables can be made."""
-    return ["paper", "small", "tiny"]
+    return ["paper", "small", "scenes", "tiny"]
 
 
 def names(preset: str = "paper") -> list[str]:
@@ -118,7 +118,8 @@ def names(preset: str = "paper") -> list[str]:
 
 
 def _folder(preset: str) -> Path:
-    return TABLES / "small" if preset == "small" else TABLES
+    own = TABLES / preset
+    return own if own.is_dir() and preset != "presets" else TABLES
 
 
 def read(name: str, preset: str = "paper") -> dict[str, Any]:

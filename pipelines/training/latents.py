@@ -6,6 +6,7 @@ config: a TrainLatteConfig.
 import contextlib
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor
 
 from data.clip import to_float
+from data.core.files import printable
 from data.dataset import VideoClips
-from data.latents import LatentCache, LatentStream, fingerprint_id, read_index
+from data.latents import LatentCache, LatentStream, differences, fingerprint_id, read_index
 from data.video import BadVideo
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.distributed import main_process_first
 from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts
 from pipelines.training.settings import Mode, SourceConfig
+
+log = logging.getLogger(__name__)
 
 
 def cached_clips(config: Any) -> VideoClips:
@@ -107,24 +111,89 @@ def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, d
     return LatentStream(cache, config.seed), None, clips, counts
 
 
-def real_clips(clips: Any, count: int) -> list[np.ndarray]:
-    """Real clips, uint8 (T, size, size, 3), in the order of the tiles of generated ones: tile i is of class i modulo their number.
+def held_out(
+    config: Any, vae: Any, clips: Any, frozen: Any, device: torch.device
+) -> dict[str, Tensor] | None:
+    """Posterior mean, logvar (N, C, t, h, w) float32 and label (N,) of clips for validation; None if nothing is held out.
 
-    A clip that cannot be read is black; without classes they are the first of the stream.
+    From the cache val.latents; else the middle of each video that source.val_fraction holds out, encoded here. clips:
+    those of the training. frozen: the VAE as `for_inference` returns it. Raises ValueError for a cache of another VAE,
+    geometry or classes, or of the training's own videos.
     """
-    classes, found = len(clips.source.class_names), []
+    if config.val.latents:
+        cache = _held_out_cache(config, vae, clips)
+        rows = [cache[row] for row in _spread(config.val.num_videos, len(cache))]
+    elif config.source.val_fraction > 0:
+        still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
+        videos, encode, rows = (
+            open_clips(config.source, still, 0, held_out=True),
+            OnlineLatents(frozen, device),
+            [],
+        )
+        for number in _spread(config.val.num_videos, len(videos)):
+            sample = videos[number]
+            mean, logvar = encode({"video": sample["video"][None]})
+            rows.append({"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "label": int(sample["label"])})
+    else:
+        return None
+    moments = {name: torch.stack([row[name] for row in rows]) for name in ("mean", "logvar")}
+    return moments | {"label": torch.tensor([row["label"] for row in rows])}
+
+
+def _spread(count: int, available: int) -> list[int]:
+    """`count` numbers, or fewer, evenly over 0 .. available - 1, so over all parts of a mixture."""
+    count = min(count, available)
+    return [n * available // count for n in range(count)]
+
+
+def _held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache:
+    cache, wanted = LatentCache(config.val.latents), cache_fingerprint(config, vae, clips)
+    place, have = f"val.latents={config.val.latents}", cache.fingerprint
+    for key in ("vae", "clip"):
+        if lines := differences(have[key], wanted[key]):
+            raise ValueError(
+                f"{place}: {key}: {'; '.join(lines[:4])}; cache the held-out videos with the training's settings"
+            )
+    if have["source"] == wanted["source"]:
+        raise ValueError(
+            f"{place}: holds the training's own videos; cache others, e.g. with source.split=test"
+        )
+    if cache.index["class_names"] != clips.source.class_names:
+        raise ValueError(f"{place}: has other classes than the training's source")
+    trained = {clips.name(i) for i in range(len(clips))} if cache.video_names else set()
+    if shared := [name for name in cache.video_names if name in trained]:
+        log.warning(
+            "%s: %d of its %d videos have the name of a training video, e.g. %s; are they the same ones?",
+            place,
+            len(shared),
+            len(cache.video_names),
+            printable(shared[0]),
+        )
+    return cache
+
+
+def real_clips(clips: Any, count: int) -> tuple[list[np.ndarray], list[str]]:
+    """Real clips, uint8 (T, size, size, 3), and the names of their videos, in the order of the tiles of generated ones.
+
+    Tile i is of class i modulo their number; without classes they are the first of the stream. A clip that cannot be
+    read, or of a class without videos, is black and has no name.
+    """
+    classes, found, names = len(clips.source.class_names), [], []
     for tile in range(count):
-        if not classes:
-            found.append(np.asarray(clips[tile]["video"]))
-            continue
-        of_class = np.flatnonzero(clips.videos.column("label") == tile % classes)
-        try:
-            number = int(of_class[tile // classes % len(of_class)]) if len(of_class) else 0
-            clip = clips.clip_uint8(number, np.random.default_rng((0, tile)))
-            found.append(clip if len(of_class) else np.zeros_like(clip))
-        except BadVideo:
-            found.append(np.zeros((clips.spec.num_frames, clips.spec.size, clips.spec.size, 3), np.uint8))
-    return found
+        picture, name = np.zeros((clips.spec.num_frames, clips.spec.size, clips.spec.size, 3), np.uint8), ""
+        if classes:
+            of_class = np.flatnonzero(clips.videos.column("label") == tile % classes)
+            with contextlib.suppress(BadVideo):
+                if len(of_class):
+                    number = int(of_class[tile // classes % len(of_class)])
+                    picture = clips.clip_uint8(number, np.random.default_rng((0, tile)))
+                    name = clips.name(number)
+        else:
+            sample = clips[tile]
+            picture, name = np.asarray(sample["video"]), clips.name(int(sample["index"]))
+        found.append(picture)
+        names.append(printable(name))
+    return found, names
 
 
 def scale_latents(vae: Any, config: Any, stream: Any = None) -> None:

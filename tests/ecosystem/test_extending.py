@@ -1,5 +1,6 @@
 """The template of docs/extending.md does what the page says: cache, train, sample, and the four names by their ways."""
 
+import csv
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from data.sources import open_source
 from denoiser.sampling import make_scheduler
 from pipelines import cache_latents, sample, train_latte, train_vae
 from pipelines.export import main as export
+from pipelines.table import main as table
 from tests.ecosystem import bare
 from vae import build_vae, load_vae
 
@@ -93,6 +95,31 @@ x = torch.linspace(-1, 1, 3 * 9 * 64 * 64).view(1, 3, 9, 64, 64)
 print(AutoModel.from_pretrained({str(tmp_path / "share")!r}, trust_remote_code=True).encode(x).latent_dist.mode().sum().item())
 """
     assert float(bare.run(code, site, tmp_path)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_vae_of_ones_own_has_a_row_in_the_table_of_vaes(parts, videos, tmp_path):
+    folder = tmp_path / "blocks"
+    build_vae("blocks").save_pretrained(folder)
+    build_vae("sd2_1", block_out_channels=(8, 8, 8, 8), norm_num_groups=4).save_pretrained(tmp_path / "sd")
+    words = [
+        "--data",
+        str(videos),
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "32",
+        "--frames",
+        "5",
+        "--clips",
+        "2",
+    ]
+    words += ["--index-dir", str(tmp_path / "index"), f"blocks={folder}", f"sd={tmp_path / 'sd'}"]
+    assert table(["vaes", *words]) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "vaes.csv").open()))
+    assert list(rows[0].values())[:2] == ["blocks", "BlockVAE"]
+    assert rows[0]["time x side"] == "1 x 8"
+    assert float(rows[0]["PSNR, dB"]) > 0
+    assert "modelled" in rows[0]["peak MiB"]  # by its class, on the pretended device
 
 
 def test_names_are_found_by_each_registry_and_a_name_is_added_once(parts, videos):

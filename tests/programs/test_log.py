@@ -2,8 +2,10 @@
 
 import json
 import logging
+import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from accelerate import tracking
 
@@ -122,6 +124,80 @@ def test_a_run_goes_to_its_trackers_and_survives_them(recorder, monkeypatch, tmp
     tb = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tb").iterdir())
     assert b"_hparams_/session_start_info" in tb
     assert b"learning_rate = 0.001" in tb
+
+
+class Painter(Recorder):
+    """A tracker that takes pictures too, as those of W&B and TensorBoard do."""
+
+    def log_images(self, values, step):
+        if step in self.fails_at:
+            raise RuntimeError("no room for pictures")
+        self.got.append((step, values))
+
+
+def test_videos_go_as_pictures_to_the_trackers_that_take_them(recorder, tmp_path, monkeypatch, caplog):
+    frames = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(2, 2).repeat(3, 3)
+    painter = Painter("p")
+    log = run_log.MetricLog(tmp_path, -1, tensorboard=False, trackers=[recorder("p"), painter])
+    log.video(7, "samples/ema", frames)
+    (values,) = [values for step, values in painter.got if step == 7]  # one without log_images got nothing
+    (strip,) = values["samples/ema"]
+    assert strip.shape == (4, 6, 3)
+    assert strip[0, ::2, 0].tolist() == [0, 2, 4]  # the first, the middle and the last frame
+    monkeypatch.setattr(Painter, "name", "aim")  # takes one picture, not a list
+    log.video(8, "samples/ema", frames)
+    assert np.array_equal(painter.got[-1][1]["samples/ema"], strip)
+    monkeypatch.setattr(Painter, "fails_at", (9,))
+    log.video(9, "samples/ema", frames)
+    assert "no room for pictures" in caplog.text
+    assert log.lost == {"aim": 1}
+
+
+def test_a_training_sends_its_previews_to_the_tracker(recorder, monkeypatch, tmp_path, vae_settings):
+    from pipelines.train_vae import main
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Painter)
+    main(
+        [
+            *vae_settings,
+            f"run_dir={tmp_path / 'run'}",
+            f"source.index_dir={tmp_path}",
+            "steps=1",
+            "log_with=recorder",
+        ]
+    )
+    pictures = [values for _, values in recorder.got if "val/original_reconstruction_error" in (values or {})]
+    assert len(pictures) == 2  # before the first step and after the last
+
+
+def test_a_tracker_that_cannot_begin_is_one_line_with_a_way_out(
+    recorder, monkeypatch, tmp_path, vae_settings, capsys
+):
+    from data.core.cli import run
+    from pipelines.train_vae import main
+
+    def no_login(self, values):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(Recorder, "store_init_configuration", no_login)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train_vae",
+            *vae_settings,
+            f"run_dir={tmp_path / 'run'}",
+            f"source.index_dir={tmp_path}",
+            "log_with=recorder",
+        ],
+    )
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert said == [
+        "error: log_with=recorder: cannot begin (api_key not configured (no-tty)); log in, or log_with=none"
+    ]
 
 
 def test_none_writes_no_tensorboard_and_loses_nothing(tmp_path, caplog):

@@ -211,7 +211,8 @@ def test_several_runs_are_compared_by_what_differs(tmp_path):
 
 
 def test_runs_stand_side_by_side_step_by_step_in_colours_of_their_own(tmp_path):
-    logs = [{"step": s, "loss": 2.0, "val/psnr": 20, "val/psnr_raw": 21} for s in (40, 50)]
+    scores = {"val/psnr": 20, "val/psnr_raw": 21, "val/loss": 0.4, "val/loss_raw": 0.3}
+    logs = [{"step": s, "loss": 2.0, **scores} for s in (40, 50)]
     logs[1] |= {"gan/logits_real": 1, "gan/logits_fake": 0}
     videos = {"a": (0, 10, 20), "b": (0, 20, 30)}
     runs = []
@@ -260,6 +261,13 @@ def test_tiles_of_a_training_s_grid_have_their_class_names_and_real_clips_beside
     words = [v["aria-label"].split(" (")[0] for v in report(run).all("video")]
     tiles = "row by row: cat, dog, cat | dog, cat"
     assert words == [f"real clips; {tiles}", f"step 10: generated; {tiles}"]
+    (run / "media" / "real.json").write_text(
+        json.dumps({"names": ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"]})
+    )
+    words = next(v["aria-label"] for v in report(run).all("video"))
+    assert words.startswith(
+        "real clips; row by row: cat (a.mp4), dog (b.mp4), cat (c.mp4) | dog (d.mp4), cat (e.mp4)"
+    )
     other = write_run(tmp_path / "other", videos=["samples_00000010.mp4"])
     main([str(run), str(other), "--out", str(tmp_path / "both.html")])
     page = Page(tmp_path / "both.html")

@@ -253,10 +253,84 @@ def test_exported_pipeline_holds_the_ema_weights_and_the_class_names(stage_two):
 
 def test_real_clips_stand_in_the_order_of_the_generated_ones():
     clips = open_clips(SourceConfig(name="demo", demo_videos=8), ClipSpec(num_frames=9, size=16), 0)
-    tiles = real_clips(clips, 6)
+    tiles, names = real_clips(clips, 6)
     for tile, video in enumerate((0, 1, 2, 3, 4, 5)):  # video n of the demo is of class n % 4
         assert np.array_equal(tiles[tile], clips.clip_uint8(video, np.random.default_rng((0, tile))))
-    assert len(real_clips(clips, 20)) == 20
+        assert names[tile] == clips.name(video)
+    assert len(real_clips(clips, 20)[0]) == 20
+
+
+# ---- held-out loss ---------------------------------------------------------------------------------------
+
+HELD = ("source.val_fraction=0.25", "val.every=2", "val.num_videos=2", "steps=4", "save_every=4")
+
+
+def test_the_held_out_loss_of_both_weights_is_logged_and_changes_nothing_of_the_training(stage_two, caplog):
+    caplog.set_level("INFO")
+    run = stage_two("run", *HELD, "ema_decay=0.9")
+    found = {r["step"]: r for r in records(run) if "val/loss" in r}
+    assert sorted(found) == [0, 2, 4]
+    assert found[0]["val/loss"] == found[0]["val/loss_raw"]  # EMA begins where the weights do
+    assert found[4]["val/loss"] != found[4]["val/loss_raw"]
+    assert abs(found[4]["val/loss_raw"] - found[0]["val/loss"]) > abs(
+        found[4]["val/loss"] - found[0]["val/loss"]
+    )
+    assert (
+        f"step 4: held-out loss EMA {found[4]['val/loss']:.4f}; raw {found[4]['val/loss_raw']:.4f}"
+        in caplog.text
+    )
+    off = stage_two("off", *HELD, "ema_decay=0.9", "val.every=0", cache=False)
+    assert equal(weights(run, 4), weights(off, 4))
+    assert [r for r in records(run) if "val/loss" not in r] == records(off)
+
+
+def test_the_held_out_loss_is_the_training_loss_at_fixed_timesteps_and_noise(stage_two, tmp_path, own_vae):
+    """With a network that predicts zero the mean squared error is that of the noise: close to 1, the same for every seed."""
+    first = [
+        next(
+            r["val/loss"]
+            for r in records(stage_two(name, *HELD, f"seed={seed}", f"cache.dir={tmp_path / name}-cache"))
+        )
+        for name, seed in (("a", 0), ("b", 1))
+    ]
+    assert first[0] == pytest.approx(1.0, abs=0.3)
+    assert first[0] == pytest.approx(first[1], rel=1e-3)  # the statistics of the cache are its own seed's
+
+
+def test_another_cache_validates_and_wrong_ones_are_refused(
+    stage_two, tmp_path, latte_settings, own_vae, caplog
+):
+    other, cache = tmp_path / "held", f"val.latents={tmp_path / 'held'}"
+    settings = [*latte_settings, f"vae.path={own_vae}", f"source.index_dir={tmp_path / 'index'}"]
+    cache_latents.main([*settings, f"cache.dir={other}", "source.demo_seed=9", "cache.crops=1"])
+    run = stage_two("run", *HELD[1:], "source.val_fraction=0", cache)
+    assert len([r for r in records(run) if "val/loss" in r]) == 3
+    assert f"{cache}: 8 of its 8 videos have the name of a training video" in caplog.text
+    with pytest.raises(ValueError, match="holds the training's own videos"):
+        stage_two("own", *HELD[1:], f"val.latents={tmp_path / 'cache'}", cache=False)
+    shorter = tmp_path / "shorter"
+    cache_latents.main([*settings, f"cache.dir={shorter}", "source.demo_seed=9", "clip.num_frames=5"])
+    with pytest.raises(ValueError, match="val.latents=.*clip: num_frames: 5 in the cache, 9 asked for"):
+        stage_two("other", *HELD[1:], f"val.latents={shorter}", cache=False)
+
+
+def test_a_cache_keeps_the_names_of_its_videos_and_older_caches_get_them(stage_two, tmp_path):
+    stage_two("run", "steps=1")
+    cache, file = LatentCache(tmp_path / "cache"), tmp_path / "cache" / "videos.jsonl"
+    clips = open_clips(SourceConfig(name="demo", demo_videos=8), ClipSpec(num_frames=9, size=16), 0)
+    assert [cache.video_names[cache[k]["video"]] for k in (0, 15)] == [clips.name(0), clips.name(7)]
+    assert [json.loads(line) for line in file.read_text().splitlines()][3] == {"name": clips.name(3)}
+    kept = file.read_bytes()
+    file.unlink()
+    assert LatentCache(tmp_path / "cache").video_names == []
+    stage_two("run2", "steps=1")  # the same cache_latents command adds them
+    assert file.read_bytes() == kept
+    file.write_text('{"name": "a"}\n')
+    assert list(LatentCache(tmp_path / "cache").verify()) == [
+        f"{file}: 1 names of 8 videos; remove it and cache again"
+    ]
+    file.write_text("garbage")
+    assert "videos.jsonl is damaged" in next(LatentCache(tmp_path / "cache").verify())
 
 
 def test_dry_run_prints_the_plan(capsys, own_vae, tmp_path):

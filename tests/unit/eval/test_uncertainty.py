@@ -7,6 +7,7 @@ from eval.fvd import distances
 from eval.measures import (
     _counts,
     _frechet,
+    _frechets,
     _kernel,
     frechet_distance,
     frechet_interval,
@@ -31,6 +32,32 @@ def test_the_weighted_distance_equals_that_of_the_repeated_set(n, dim, ddof):
         w, v = _counts(np.arange(n), 2, np.random.default_rng(seed))
         repeated = [np.repeat(x, c.astype(int), axis=0) for x, c in ((a, w), (b, v))]
         assert _frechet(a, b, ddof, w, v) == pytest.approx(frechet_distance(*repeated, ddof), rel=1e-6)
+
+
+def along_few_directions(decay: float, n: int = 200, dim: int = 60, seed: int = 0):
+    """Features whose k-th principal variance falls as k^-decay, as those of a trained network do."""
+    rng = np.random.default_rng(seed)
+    scale = np.arange(1, dim + 1) ** (-decay / 2)
+    turn = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    a, b = (rng.standard_normal((2, n, dim)) * scale) @ turn
+    return a, 1.2 * b + 0.1
+
+
+@pytest.mark.parametrize(("decay", "in_full"), [(3, 6), (0, 200)])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_resamples_are_computed_along_the_leading_directions_where_that_is_close(
+    monkeypatch, decay, in_full, ddof
+):
+    a, b = along_few_directions(decay)
+    w, v = (_counts(np.arange(200), 200, np.random.default_rng(seed)) for seed in (0, 1))
+    wanted = np.array([_frechet(a, b, ddof, *counts) for counts in zip(w, v, strict=True)])
+    calls = []
+    monkeypatch.setattr("eval.measures.LEADING", (20, 40))
+    monkeypatch.setattr("eval.measures._frechet", lambda *args: calls.append(0) or _frechet(*args))
+    error = _frechets(a, b, ddof, w, v) - wanted
+    assert len(calls) == in_full
+    assert np.abs(error).max() < 0.05 * wanted.std()
+    assert abs(error.mean()) < 0.01 * wanted.std()
 
 
 def test_the_weighted_kernel_distance_is_the_distance_and_resampling_does_not_raise_it():

@@ -20,6 +20,22 @@ def test_importing_the_room_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+MODEL_COST = """
+import sys
+import diffusers.configuration_utils, diffusers.models.modeling_outputs
+import diffusers.models.modeling_utils, diffusers.utils.accelerate_utils
+before = set(sys.modules)
+import vae.odvae, denoiser.latte
+print({name.partition(".")[0] for name in set(sys.modules) - before} - {"data", "vae", "denoiser"})
+assert "diffusers.models.autoencoders" not in sys.modules and "torchvision" not in sys.modules
+"""
+
+
+def test_importing_the_models_imports_no_more_than_the_base_class_of_diffusers_does():
+    found = subprocess.run([sys.executable, "-c", MODEL_COST], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_the_seven_names_are_listed_and_an_unknown_one_is_refused():
     assert list_vaes() == NAMES
     with pytest.raises(ValueError, match="known names are odvae, sd2_1"):

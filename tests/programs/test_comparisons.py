@@ -1,0 +1,115 @@
+"""python -m pipelines.benchmark KIND: ways to do the same thing in turns, peers from a checkout, and the model of a card."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from pipelines.bench import cases, pairs
+from pipelines.bench.peers import load_peers
+from pipelines.benchmark import KINDS, main
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_measured_against_another_way_that_gives_the_same(kind, tmp_path, capsys):
+    out = tmp_path / "speed.jsonl"
+    words = ["--peer", ""] if kind == "vae" else []
+    assert main([kind, *words, "size=tiny", "rounds=1", "warmup=0", f"out={out}"]) == 0
+    first, *rows = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["machine"]["peaks"].keys() == {"conv", "matmul", "copy"}
+    assert {row["kind"] for row in rows} == {kind}
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["case"] in printed
+        assert row["versions"]["python"]
+        for run in row["runs"].values():
+            assert run["seconds"]["median"] > 0
+            assert run["ratio"]["p10"] <= run["ratio"]["median"] <= run["ratio"]["p90"]
+            assert run.get("difference", 0) < 1e-4
+    assert all(len(row["runs"]) > 1 for row in rows if kind not in ("train", "sample"))
+
+
+def test_ways_take_turns_and_the_ratio_is_that_of_each_round(monkeypatch):
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in ("theirs", "ours")}
+    monkeypatch.setattr(
+        pairs.Clock, "time", lambda self, run: run() or {"theirs": 3.0, "ours": 2.0}[calls[-1]]
+    )
+    best = {"conv": 10.0, "matmul": 1.0, "copy": 1.0}
+    row = pairs.record(pairs.Case("work", runs, flops=10.0), 3, 1, pairs.Clock(CPU), best)
+    assert calls == ["theirs", "ours", *["theirs", "ours"], *["ours", "theirs"], *["theirs", "ours"]]
+    assert row["runs"]["ours"]["ratio"]["median"] == 1.5
+    assert row["runs"]["ours"]["of_floor"] == 0.5
+    assert "1.50 times" in "\n".join(pairs.lines(row))
+
+
+def test_a_peers_model_is_imported_from_its_checkout_without_what_it_does_not_need(tmp_path, monkeypatch):
+    package = tmp_path / "opensora/models/causalvideovae"
+    model = package / "model/causal_vae/modeling_causalvae.py"
+    model.parent.mkdir(parents=True)
+    for folder in (package.parents[1], package.parent, package, model.parents[1], model.parent):
+        (folder / "__init__.py").write_text("raise RuntimeError('imports everything')")
+    (model.parents[1] / "layers.py").write_text("WIDTH = 7")
+    model.write_text(
+        textwrap.dedent(
+            """
+            import pytorch_lightning as pl
+            from torchvision.io import read_video
+            from ...utils.utils import custom_to_video
+            from ..layers import WIDTH
+
+            class CausalVAEModel(pl.LightningModule):
+                width = WIDTH
+            """
+        )
+    )
+    import torchvision
+
+    before, finders = set(sys.modules), list(sys.meta_path)
+    module = load_peers(str(tmp_path))["Open-Sora-Plan"]
+    assert module.CausalVAEModel.width == 7
+    assert sys.modules["torchvision"] is torchvision
+    assert sys.meta_path == finders
+    new = set(sys.modules) - before
+    assert new
+    assert all(name.startswith("opensora") and "utils" not in name for name in new)
+    for name in new:
+        del sys.modules[name]
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"not a checkout of Open-Sora-Plan \(opensora/.*Latte"):
+        main(["data", "size=tiny", f"peer={tmp_path}"])
+    with pytest.raises(ValueError, match="size=huge: one of tiny"):
+        main(["data", "size=huge"])
+
+
+def test_a_peer_has_our_weights_and_takes_the_place_of_the_plain_network(monkeypatch):
+    monkeypatch.setattr("pipelines.bench.peers.latte", lambda module, ours: ours)
+    setup = cases.Setup("tiny", CPU, {"Latte": object()})
+    (case,) = cases.train(setup)
+    assert list(case.runs) == ["Latte", "ours"]
+    assert case.same() == {"ours": 0.0}
+
+
+def test_the_model_tells_what_a_card_would_need_and_inference_copies_no_layout(tmp_path, monkeypatch, capsys):
+    from pipelines.plan.programs import encode_and_decode
+    from vae import ODVAE
+
+    def small(build, frames, size, **kwargs):
+        widths = {"block_out_channels": (32, 32, 32, 32)}
+        return encode_and_decode(lambda: ODVAE.preset("odvae", **widths).eval(), 9, 32, **kwargs)
+
+    monkeypatch.setattr("pipelines.bench.model.encode_and_decode", small)
+    out = tmp_path / "model.jsonl"
+    main(["vae", "--model", "card=h100", "only=odvae", f"out={out}"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["case"] for row in rows] == [f"odvae, 81 x 256 x 256: {way}" for way in ("encode", "decode")]
+    assert all(row["kernels"] > 50 and row["bytes"] > 0 and row["layout_copies"] == 0 for row in rows)
+    assert "layout copies" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="card=k80: known are h100"):
+        main(["vae", "--model", "card=k80"])
