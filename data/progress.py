@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -23,14 +24,22 @@ class Progress(tqdm):
     """A tqdm bar on stderr. Without a terminal it logs `cache: 40 of 300 shards, about 2 min left`, each 5 % or ten minutes.
 
     main: False shows nothing (another process does). initial: units done before, in no time of this loop. once: no more lines
-    than the first, as soon as the time left is known: the caller has lines of its own.
+    than the first, as soon as the time left is known: the caller has lines of its own. note: words at the end of a line.
     """
 
     def __init__(
-        self, total: int, desc: str, unit: str, main: bool = True, initial: int = 0, once: bool = False
+        self,
+        total: int,
+        desc: str,
+        unit: str,
+        main: bool = True,
+        initial: int = 0,
+        once: bool = False,
+        note: Callable[[], str] | None = None,
     ):
         super().__init__(total=total, desc=desc, unit=unit, initial=initial, disable=not main or None)
         self.silent, self.once, self.told = not (main and self.disable), once, None
+        self.note = note
         self.text, self.noun, self.done, self.wanted = desc, unit, initial, total
         self.marks = [(time.monotonic(), initial)]  # the beginning, and the end of the first unit
 
@@ -65,7 +74,7 @@ class Progress(tqdm):
 
     def _tell(self, now: float, then: float, before: int) -> None:
         left = (now - then) / (self.done - before) * (self.wanted - self.done)
-        log.info(
-            "%s: %d of %d %ss, about %s left", self.text, self.done, self.wanted, self.noun, duration(left)
-        )
+        note = f", {self.note()}" if self.note else ""
+        words = self.text, self.done, self.wanted, self.noun, duration(left), note
+        log.info("%s: %d of %d %ss, about %s left%s", *words)
         self.told, self.silent = (now, self.done), self.once

@@ -8,12 +8,14 @@ read; processes share the shards, also those of several launches at once. --veri
 
 import argparse
 import hashlib
+import itertools
 import logging
 import os
 import platform
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from data.core.lazy import lazy
 from data.processes import Pool
 from data.progress import Progress
 from data.video import BadVideo
+from pipelines.beside import Beside, Waits
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 from pipelines.training.config import parse
 from pipelines.training.log import box, command
@@ -52,13 +55,19 @@ log = logging.getLogger(__name__)
 def read_entries(
     config: TrainLatteConfig, clips: "VideoClips", entries: Iterable[int]
 ) -> Iterator[tuple[int, Any]]:
-    """(entry, its pixels uint8 (T, size, size, 3), or the BadVideo that says why not), decoded ahead by `workers` processes."""
+    """(entry, its pixels uint8 (T, size, size, 3), or the BadVideo that says why not), decoded ahead by `workers` processes.
 
-    def job(entry: int) -> tuple:
-        video, draw = divmod(entry, latents.draws(config))
-        return clips.clip_job(
-            video, np.random.default_rng((config.seed, video, draw // 2 if config.cache.flips else draw))
-        )
+    Both mirrored draws of a clip come from one reading, when they follow one another.
+    """
+    flips = config.cache.flips
+    asked: deque[list[int]] = deque()  # entries of a reading that is on its way
+
+    def jobs() -> Iterator[tuple]:
+        for _, group in itertools.groupby(entries, lambda entry: entry // 2 if flips else entry):
+            asked.append(list(group))
+            video, draw = divmod(asked[-1][0], latents.draws(config))
+            crop = draw // 2 if flips else draw
+            yield clips.clip_job(video, np.random.default_rng((config.seed, video, crop)))
 
     def here(function: Any, *args: Any) -> Any:
         try:
@@ -67,58 +76,74 @@ def read_entries(
             return error
 
     with Pool(config.workers) if config.workers else nullcontext() as pool:
-        jobs = map(job, entries)
-        read = pool.in_order(jobs, 2 * config.workers) if pool else (here(*one) for one in jobs)
-        for entry, pixels in zip(entries, read, strict=True):
-            mirrored = config.cache.flips and entry % 2 and not isinstance(pixels, BadVideo)
-            yield entry, pixels[:, :, ::-1].copy() if mirrored else pixels
+        for pixels in pool.in_order(jobs(), 2 * config.workers) if pool else (here(*one) for one in jobs()):
+            for entry in asked.popleft():
+                mirrored = flips and entry % 2 and not isinstance(pixels, BadVideo)
+                yield entry, pixels[:, :, ::-1].copy() if mirrored else pixels
+
+
+class Shard:
+    """Rows of a shard as they come from the device, and the clips that could not be read."""
+
+    def __init__(self, config: TrainLatteConfig, clips: "VideoClips"):
+        self.config, self.clips, self.draws = config, clips, latents.draws(config)
+        self.rows: list[tuple] = []
+        self.failed: list[dict[str, Any]] = []
+
+    def lacks(self, entry: int, error: BadVideo) -> None:
+        """Note an entry whose video could not be read."""
+        name = self.clips.name(entry // self.draws)
+        self.failed.append({"entry": entry, "video": name, "reason": str(error)})
+        log.warning("not cached: %s: %s", printable(name), error)
+
+    def take(self, entries: list[int], posterior: Any) -> None:
+        """Copy a batch's moments from the device. Raises ValueError for latents that are not finite."""
+        dtype = latent_files.DTYPES[self.config.cache.dtype]
+        mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
+        for m, s, entry in zip(mean, logvar, entries, strict=True):
+            if not (m.isfinite().all() and s.isfinite().all()):
+                raise ValueError(
+                    f"the latents of {self.clips.name(entry // self.draws)} are not finite: are the VAE's weights whole? "
+                    "precision=fp32 and cache.dtype=float32 reach farther; the shards before are kept"
+                )
+            self.rows.append((m, s, entry))
+
+    def tensors(self) -> dict[str, Any]:
+        """mean, logvar, label, video, draw, a row for each encoded clip."""
+        none = torch.zeros((0, 1, 1, 1, 1), dtype=latent_files.DTYPES[self.config.cache.dtype])
+        means, logvars, entries = zip(*self.rows, strict=True) if self.rows else ((), (), ())
+        videos = [entry // self.draws for entry in entries]
+        ids = {"video": videos, "draw": [entry % self.draws for entry in entries]}
+        ids["label"] = [self.clips.label(video) for video in videos]
+        moments = {"mean": means, "logvar": logvars}
+        found = {k: torch.stack(v) if v else none for k, v in moments.items()}
+        return found | {k: torch.tensor(v, dtype=torch.int64) for k, v in ids.items()}
 
 
 def encode_shard(
-    config: TrainLatteConfig, vae: Any, clips: "VideoClips", entries: range, device: Any
-) -> tuple[dict, list]:
-    """Tensors (mean, logvar, label, video, draw) of the entries, and those whose video could not be read.
+    shard: Shard, vae: Any, read: Iterable[tuple[int, Any]], device: Any, beside: Beside
+) -> None:
+    """Encode the clips of a shard as they are read; `beside` copies the results while the next batch is computed.
 
     vae: on the device, as `for_inference` returns it.
     """
-    dtype, rows, failed = latent_files.DTYPES[config.cache.dtype], [], []
-    batch: list[tuple[int, Any]] = []
+    good: list[tuple[int, np.ndarray]] = []
 
     def encode() -> None:
-        if not batch:
-            return
-        x = torch.stack([pixels for _, pixels in batch]).to(device, vae.dtype)
-        posterior = vae.encode(x).latent_dist
-        mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
-        for m, s, (entry, _) in zip(mean, logvar, batch, strict=True):
-            if not (m.isfinite().all() and s.isfinite().all()):
-                raise ValueError(
-                    f"the latents of {clips.name(entry // latents.draws(config))} are not finite: are the VAE's weights whole? "
-                    "precision=fp32 and cache.dtype=float32 reach farther; the shards before are kept"
-                )
-        rows.extend((m, s, entry) for m, s, (entry, _) in zip(mean, logvar, batch, strict=True))
-        batch.clear()
+        entries, pixels = zip(*good, strict=True)
+        x = to_float(distributed.send(torch.from_numpy(np.stack(pixels)), device)).to(vae.dtype)
+        beside.do(shard.take, entries, vae.encode(x).latent_dist)
+        good.clear()
 
-    for entry, pixels in read_entries(config, clips, entries):
+    for entry, pixels in read:
         if isinstance(pixels, BadVideo):
-            name = clips.name(entry // latents.draws(config))
-            failed.append({"entry": entry, "video": name, "reason": str(pixels)})
-            log.warning("not cached: %s: %s", printable(name), pixels)
+            shard.lacks(entry, pixels)
             continue
-        batch.append((entry, to_float(pixels)))
-        if len(batch) == config.cache.batch:
+        good.append((entry, pixels))
+        if len(good) == shard.config.cache.batch:
             encode()
-    encode()
-    videos, numbers = (
-        zip(*(divmod(entry, latents.draws(config)) for _, _, entry in rows), strict=True)
-        if rows
-        else ((), ())
-    )
-    ids = {"video": videos, "draw": numbers, "label": [clips.label(v) for v in videos]}
-    moments = {"mean": [m for m, _, _ in rows], "logvar": [s for _, s, _ in rows]}
-    none = torch.zeros((0, 1, 1, 1, 1), dtype=dtype)
-    tensors = {k: torch.stack(v) if v else none for k, v in moments.items()}
-    return tensors | {k: torch.tensor(v, dtype=torch.int64) for k, v in ids.items()}, failed
+    if good:
+        encode()
 
 
 def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
@@ -159,13 +184,32 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
-    with torch.inference_mode(), distributed.matrix_products(config):
-        with Progress(len(mine), "cache", "shard", main) as bar:
-            for shard in mine:
-                if shard in again or not writer.is_written(shard):  # else another launch was quicker
-                    entries = writer.entries(shard)
-                    writer.write(shard, *encode_shard(config, frozen, clips, entries, accelerator.device))
+    waits = Waits()
+    with (
+        torch.inference_mode(),
+        distributed.matrix_products(config),
+        Progress(len(mine), "cache", "shard", main, note=lambda: str(waits)) as bar,
+        Beside(waits, "writing") as beside,
+    ):
+
+        def entries() -> Iterator[int]:
+            for number in mine:
+                if number in again or not writer.is_written(number):
+                    yield from writer.entries(number)
+                else:  # another launch was quicker
+                    bar.update()
+
+        def write(number: int, shard: Shard) -> None:
+            writer.write(number, shard.tensors(), shard.failed)
+
+        with closing(read_entries(config, clips, entries())) as read:
+            waited = waits.over(read, "videos")
+            for number, group in itertools.groupby(waited, lambda one: one[0] // config.cache.shard_size):
+                shard = Shard(config, clips)
+                encode_shard(shard, frozen, group, accelerator.device, beside)
+                beside.do(write, number, shard)
                 bar.update()
+    log.info("%s", waits)
     accelerator.wait_for_everyone()
     if main:
         names = [clips.name(video) for video in range(len(clips))]

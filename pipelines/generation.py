@@ -154,21 +154,20 @@ class LatentVideoPipeline(DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Denoiser latents (N, C, t, h, w) to videos (N, 3, T, H, W) in [-1, 1], one at a time, on the CPU.
 
-        A VAE that can be streamed hands over four frames at a time: the device never holds a
-        whole video.
+        A VAE that can be streamed makes a few frames at a time; a video is copied once, when it is whole.
         """
         z = self.vae.denormalize(latents.to(self._execution_device)).to(self.vae.dtype)
         device = z.device.type
         # half-precision weights say what is wanted; a caller's autocast would run the norms between in float32
         wanted = torch.is_autocast_enabled(device) and z.dtype == torch.float32
         with torch.autocast(device, torch.get_autocast_dtype(device), enabled=wanted):
-            return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2) for one in z])
+            return torch.cat([torch.cat(list(self._decoded(one[None])), dim=2).cpu().float() for one in z])
 
     def _decoded(self, z: Tensor) -> Iterator[Tensor]:
-        """Frames of (1, C, t, h, w) in pieces (1, 3, n, H, W), in [-1, 1], on the CPU."""
+        """Frames of (1, C, t, h, w) in pieces (1, 3, n, H, W), in [-1, 1]."""
         streams = getattr(self.vae, "can_stream", False)
         for frames in self.vae.stream_decode([z]) if streams else [self.vae.decode(z).sample]:
-            yield frames.float().clamp(-1, 1).cpu()
+            yield frames.clamp(-1, 1)
 
 
 def _listed(labels: Tensor | Sequence[int | str] | int | str) -> list[int | str]:

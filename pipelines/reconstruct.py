@@ -8,11 +8,12 @@ IN OUT writes the video itself: its own size, rate, length and sound; `in.mp4 ou
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.core.lazy import lazy
 from data.core.option import option
 from data.encode import write_mp4
+from data.processes import Pool
 from data.progress import Progress
-from data.video import iterate_frames
+from data.video import BadVideo, iterate_frames
 from eval.weights import score_name, weights_line
 from pipelines import video_files
+from pipelines.beside import Beside, Waits
 from pipelines.media import comparison
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary, versions
@@ -62,6 +65,11 @@ class ReconstructConfig:
     lpips_weights: str = option("", "AlexNet file or folder; empty: $OMNILATTE_WEIGHTS or weights/")
     pictures: int = option(4, "side-by-side videos written: original | reconstruction | error x 4")
     seed: int = option(0, "of clip positions, where they are random")
+    workers: int = option(4, "processes that read clips ahead; 0: read in turn", free=True)
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: 0 or more processes")
 
 
 def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
@@ -73,12 +81,22 @@ def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[
     return scores
 
 
-def clip_pairs(
-    config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
-) -> Iterator[tuple[Any, Any]]:
-    """One (original, reconstruction) of the clip of a video."""
-    original = clips.clip_uint8(index, np.random.default_rng((config.seed, index)))
-    x = to_float(original)[None].to(device)
+def read_clips(config: ReconstructConfig, clips: Any, indices: Iterable[int]) -> Iterator[Any]:
+    """The clips of these videos, uint8 (T, size, size, 3), decoded ahead by `workers` processes. Raises BadVideo."""
+    jobs = (clips.clip_job(index, np.random.default_rng((config.seed, index))) for index in indices)
+    if not config.workers:
+        yield from (function(*args) for function, *args in jobs)
+        return
+    with Pool(config.workers) as pool:
+        for clip in pool.in_order(jobs, 2 * config.workers):
+            if isinstance(clip, BadVideo):
+                raise clip
+            yield clip
+
+
+def clip_pairs(config: ReconstructConfig, vae: Any, original: Any, device: Any) -> Iterator[tuple[Any, Any]]:
+    """One (original, reconstruction) of a clip."""
+    x = to_float(distributed.send(torch.from_numpy(original), device))[None]
     if config.stream:
         latents = (posterior.mode() for posterior in vae.stream_encode(x.split(STREAM_CHUNK, dim=2)))
         decoded = torch.cat(list(vae.stream_decode(latents)), dim=2)
@@ -87,9 +105,7 @@ def clip_pairs(
     yield original, to_uint8(decoded)[0]
 
 
-def stream_pairs(
-    config: ReconstructConfig, vae: Any, clips: Any, index: int, device: Any
-) -> Iterator[tuple[Any, Any]]:
+def stream_pairs(vae: Any, clips: Any, index: int, device: Any) -> Iterator[tuple[Any, Any]]:
     """(original, reconstruction) of a few frames at a time; up to three last frames are left out to make T = 4k + 1."""
     clip = clips.videos[index]
     total = (clip.record.num_frames - 1) // 4 * 4 + 1
@@ -107,6 +123,26 @@ def stream_pairs(
         done = to_uint8(decoded)[0]
         yield np.stack(waiting[: len(done)]), done
         del waiting[: len(done)]
+
+
+class Judged:
+    """Scores of a video as its frames come, and what is shown of it: at most 81 frames."""
+
+    def __init__(self, index: int, show: bool):
+        self.index, self.show = index, show
+        self.scores: dict[str, list[float]] = {}
+        self.shown: list[Any] = []
+
+    def add(self, scores: dict[str, list[float]], original: Any, decoded: Any) -> None:
+        for name, values in scores.items():
+            self.scores.setdefault(name, []).extend(values)
+        if self.show and sum(map(len, self.shown)) < 81:
+            self.shown.append(comparison(original, decoded))
+
+    def record(self, video: str) -> dict[str, Any]:
+        """A line of videos.jsonl."""
+        means = {name: float(np.mean(values)) for name, values in self.scores.items()}
+        return {"index": self.index, "video": video, "frames": len(self.scores["psnr"]), **means}
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
@@ -134,25 +170,41 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
-    pairs_of, records = stream_pairs if whole else clip_pairs, []
+    records: list[dict[str, Any]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    bar = Progress(len(mine), "reconstruct", "video", accelerator.is_main_process)
-    for index in mine:
-        scores: dict[str, list[float]] = {}
-        shown: list[Any] = []
+
+    def judge_pair(judged: Judged, original: Any, decoded: Any) -> None:
         with torch.inference_mode():
-            for original, decoded in pairs_of(config, vae, clips, index, accelerator.device):
-                for name, values in score_frames(original, decoded, network, lpips).items():
-                    scores.setdefault(name, []).extend(values)
-                if index < config.pictures and sum(map(len, shown)) < 81:
-                    shown.append(comparison(original, decoded))
-        if shown:
+            judged.add(score_frames(original, decoded, network, lpips), original, decoded)
+
+    def finish(judged: Judged) -> None:
+        records.append(judged.record(clips.name(judged.index)))
+        if judged.shown:
             out.mkdir(parents=True, exist_ok=True)
-            write_mp4(out / f"{index:05d}.mp4", np.concatenate(shown), 8)
-        means = {name: float(np.mean(values)) for name, values in scores.items()}
-        records.append({"index": index, "video": clips.name(index), "frames": len(scores["psnr"]), **means})
-        bar.update()
-    bar.close()
+            write_mp4(out / f"{judged.index:05d}.mp4", np.concatenate(judged.shown), 8)
+
+    waits = Waits()
+    with (
+        torch.inference_mode(),
+        Progress(
+            len(mine), "reconstruct", "video", accelerator.is_main_process, note=lambda: str(waits)
+        ) as bar,
+        Beside(waits, "judging") as beside,
+        contextlib.closing(read_clips(config, clips, mine)) as read,
+    ):
+        for index in mine:
+            if whole:
+                pairs = stream_pairs(vae, clips, index, accelerator.device)
+            else:
+                with waits.waiting("videos"):
+                    original = next(read)
+                pairs = clip_pairs(config, vae, original, accelerator.device)
+            judged = Judged(index, index < config.pictures)
+            for original, decoded in pairs:
+                beside.do(judge_pair, judged, original, decoded)
+            beside.do(finish, judged)
+            bar.update()
+    log.info("%s", waits)
     if accelerator.num_processes > 1:
         records = accelerate.utils.gather_object(records)
     records.sort(key=lambda r: r["index"])

@@ -22,6 +22,7 @@ from data.core.option import option
 from data.encode import write_ffv1, write_mp4
 from data.progress import Progress
 from data.video import read_frames
+from pipelines.beside import Beside, Waits
 from pipelines.media import grid
 from pipelines.training.config import parse
 from pipelines.training.folder import summary, versions
@@ -57,6 +58,11 @@ class SampleConfig:
     tiling_frames: int = option(
         0, "decode in temporal groups of this many frames (odvae; paper 3.3: 33); 0: off"
     )
+    compile: bool = option(
+        False,
+        "torch.compile the denoiser's blocks: fewer and larger kernels, after minutes of compiling",
+        free=True,
+    )
     fps: float = option(8.0, "frames per second written into the files")
 
     def __post_init__(self):
@@ -82,7 +88,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
     decisive = {
         k: v
         for k, v in asdict(config).items()
-        if k not in ("pipeline", "transformer", "out", "num_videos", "batch")
+        if k not in ("pipeline", "transformer", "out", "num_videos", "batch", "compile")
     }
     decisive |= {"precision": config.precision.value, **made_by}
     file, listed, preview = config.folder / "manifest.json", [], None
@@ -165,6 +171,8 @@ def sample(config: SampleConfig) -> Path:
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
     pipe.vae = openers.for_inference(pipe.vae, accelerator.device, config.precision)
+    if config.compile:
+        distributed.compile_blocks(pipe.transformer, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def made(index: int) -> bool:
@@ -176,7 +184,11 @@ def sample(config: SampleConfig) -> Path:
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
     names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
     classes = pipe.transformer.config.num_classes
-    with Progress(len(mine), "sample", "video", accelerator.is_main_process) as bar:
+    waits = Waits()
+    with (
+        Progress(len(mine), "sample", "video", accelerator.is_main_process, note=lambda: str(waits)) as bar,
+        Beside(waits, "writing", 2 * config.batch) as beside,
+    ):
         for start in range(0, len(mine), config.batch):
             batch = mine[start : start + config.batch]
             labels = (
@@ -201,8 +213,9 @@ def sample(config: SampleConfig) -> Path:
                     output_type="video",
                 ).frames
             for index, video in zip(batch, to_uint8(videos), strict=True):
-                write_ffv1(config.folder / file_name(index), video, config.fps)
+                beside.do(write_ffv1, config.folder / file_name(index), video, config.fps)
             bar.update(len(batch))
+    log.info("%s", waits)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())

@@ -356,6 +356,8 @@ def sample(config: Any, trained: Any = None) -> Simulation:
         tile_time(vae, config.tiling_frames, "tiling_frames")
         classes, latte = latte.config.num_classes is not None, latte.to(DEVICE).eval().requires_grad_(False)
         pipe = LatentVideoPipeline(vae=_frozen(vae, DEVICE, config.precision), transformer=latte)
+        if config.compile:
+            latte.compile_repeated_blocks()
         resident, B = costs.live, config.batch
         shape = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):

@@ -183,3 +183,17 @@ def test_compiled_blocks_take_fewer_kernels_less_traffic_and_less_memory():
     assert compiled.peak < 0.75 * plain.peak
     assert compiled.layout_copies < 0.3 * plain.layout_copies
     assert compiled.flops == plain.flops
+
+
+def test_the_frames_of_a_video_are_copied_once():
+    """However many pieces its decoder makes them in."""
+    from pipelines.video_pipeline import LatentVideoPipeline
+    from tests.gpu_rules.test_networks import WIDTHS, latte
+    from vae import ODVAE
+
+    with programs._device() as (gpu, _), torch.inference_mode():
+        vae = ODVAE.preset("odvae", **WIDTHS).eval().to("cuda", torch.bfloat16)
+        pipe = LatentVideoPipeline(vae=vae, transformer=latte().eval().to("cuda"))
+        gpu.syncs.found.clear()
+        assert pipe.decode_latents(torch.zeros(2, 4, 21, 32, 32, device="cuda")).shape == (2, 3, 81, 256, 256)
+        assert len(gpu.syncs.found) == 2

@@ -146,3 +146,46 @@ def test_folders_of_another_kind_are_refused(sample, pipeline, tmp_path):
     (tmp_path / "odd" / "manifest.json").write_text("[]")
     with pytest.raises(ValueError, match="no manifest of samples"):
         sample("odd", "num_videos=1")
+
+
+def test_an_error_of_the_writer_ends_the_program_and_the_same_command_continues(
+    sample, tmp_path, monkeypatch
+):
+    from pipelines import sample as program
+
+    def full(path, *_):
+        if path.name == "000001.mkv":
+            raise OSError(f"{path}: no space left")
+        write(path, *_)
+
+    write = program.write_ffv1
+    monkeypatch.setattr(program, "write_ffv1", full)
+    with pytest.raises(OSError, match=r"000001.mkv: no space left"):
+        sample("run", "num_videos=8", "batch=1")
+    assert list(videos(tmp_path / "run")) == ["000000.mkv"]
+    assert not json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]
+    monkeypatch.setattr(program, "write_ffv1", write)
+    assert len(sample("run", "num_videos=8", "batch=1")) == 8
+
+
+def test_compiled_blocks_sample_the_same_videos_into_the_same_folder(sample, monkeypatch):
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def compile_it(module, **kw):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager", **kw)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_it)
+    torch.compiler.reset()
+    plain = sample("run", "num_videos=2")
+    assert not compiled
+    assert close(plain, sample("other", "num_videos=2", "compile=true"))
+    assert compiled == ["LatteBlock", "TemporalLatteBlock"]
+    assert len(sample("run", "num_videos=3", "compile=true")) == 3  # not another set of samples
+    torch.compiler.reset()
+
+
+def test_a_run_says_how_long_it_waited(sample, caplog):
+    with caplog.at_level("INFO"):
+        sample("run", "num_videos=2")
+    assert any("waiting" in line for line in caplog.messages)

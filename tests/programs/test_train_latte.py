@@ -187,6 +187,28 @@ def test_interrupted_caching_goes_on_and_ends_with_the_same_bytes(stage_two, tmp
     assert {p.name: p.read_bytes() for p in (tmp_path / "cache").glob("*.safetensors")} == whole
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_mirrored_draws_come_from_one_reading_and_workers_change_no_byte(
+    workers, latte_settings, own_vae, tmp_path, monkeypatch
+):
+    settings = [*latte_settings, f"vae.path={own_vae}", "cache.flips=true", "cache.batch=3"]
+
+    def cache(name, *more):
+        cache_latents.main([*settings, f"cache.dir={tmp_path / name}", *more])
+        return {f.name: f.read_bytes() for f in (tmp_path / name).glob("latents-*.safetensors")}
+
+    from data.dataset import VideoClips
+
+    jobs, job = [], VideoClips.clip_job
+    monkeypatch.setattr(VideoClips, "clip_job", lambda self, n, rng: jobs.append(n) or job(self, n, rng))
+    one = cache("one", f"workers={workers}")
+    assert len(jobs) == 16  # 8 videos, 2 crops; a mirrored draw of each
+    assert one == cache("other", "workers=1", "cache.batch=1")
+    rows = LatentCache(tmp_path / "one")
+    assert not torch.equal(rows[0]["mean"], rows[1]["mean"])
+    assert len(rows) == 32
+
+
 def test_a_damaged_shard_is_named_when_it_is_read(stage_two, tmp_path):
     stage_two("run", "steps=1")
     shard = tmp_path / "cache" / "latents-00001.safetensors"
