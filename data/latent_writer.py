@@ -52,7 +52,9 @@ class LatentCacheWriter:
                     f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
                     f"now {num_entries} in shards of {shard_size}; choose another cache folder"
                 )
-        elif any(p for p in self.folder.iterdir() if not p.name.startswith((".", "latents-", "videos.jsonl"))):
+        elif any(
+            p for p in self.folder.iterdir() if not p.name.startswith((".", "latents-", "videos.jsonl"))
+        ):
             raise ValueError(
                 f"cache {self.folder} holds other files and is not a cache; choose another cache folder"
             )
