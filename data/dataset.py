@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span
+from data.core.lazy import lazy
 from data.demo import DemoVideos
 from data.sources import Source, video_frames
 from data.table import Video, VideoTable
 from data.timeline import SAME_RATE, frames_at_rate
 from data.video import BadVideo
+
+torch = lazy("torch")
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +145,6 @@ class VideoClips:
 
     def attempts(self, n: int) -> Attempts:
         """How sample n comes about: yields jobs (a function and its arguments), is sent the clip or a BadVideo, until one is good."""
-        import torch
-
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
         epoch, place = divmod(int(n), len(self))

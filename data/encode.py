@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,18 @@ import numpy as np
 from PIL import Image
 
 from data.core.files import fsync, temporary_name
+from data.core.lazy import lazy
+
+av = lazy("av")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When the frames of a video are shown: rising ticks, of `base` seconds each, from 0 on."""
+
+    base: Fraction
+    ticks: tuple[int, ...]
+
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
@@ -49,15 +62,17 @@ def _writing(
     pixel_format: str,
     options: dict,
     audio: Path | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """A function that adds frames uint8 (n, H, W, 3) to a new file, which is there when the block ends well."""
-    import av
-
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(path))
         container = stack.enter_context(av.open(str(temporary), "w"))
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
+        shown = iter(clock.ticks if clock else ())
+        if clock:
+            stream.codec_context.time_base = clock.base
         source = stack.enter_context(av.open(str(audio))) if audio else None
         sound = source.streams.best("audio") if source else None
         if sound:
@@ -71,7 +86,10 @@ def _writing(
         def add(frames: np.ndarray) -> None:
             for picture in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format=pixel_format)))
+                frame = frame.reformat(format=pixel_format)
+                if clock:
+                    frame.pts, frame.time_base = next(shown), clock.base
+                container.mux(stream.encode(frame))
 
         yield add
         container.mux(stream.encode())
@@ -90,8 +108,6 @@ def _writing(
 @contextmanager
 def _about_sound(path: Path) -> Iterator[None]:
     """Errors, other than the disk's, with the way out for sound that cannot be copied."""
-    import av
-
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
@@ -103,8 +119,6 @@ def _about_sound(path: Path) -> Iterator[None]:
 
 def _begin(path: Path) -> Fraction:
     """When the first picture of a file is shown, in seconds; 0 where the file does not say."""
-    import av
-
     with av.open(str(path)) as container:
         video = container.streams.best("video")
         first = next(container.decode(video), None) if video else None
@@ -123,18 +137,17 @@ def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format
 
 @contextmanager
 def writing_video(
-    path: Path, height: int, width: int, fps: float, audio: Path | None = None
+    path: Path, height: int, width: int, fps: float, audio: Path | None = None, clock: Clock | None = None
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """A function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
 
     The size stays, also an odd one (4:4:4 then, which some players lack). audio: a file whose sound is copied as it is.
+    clock: when each frame is shown, in place of fps apart; a .mkv rounds it to milliseconds.
     Raises ValueError for another suffix, and for sound that the container does not take; OSError where the disk fails.
     """
-    import av
-
     codec, pixel_format, options = _codec_of(path, height, width)
     try:
-        with _writing(path, height, width, fps, codec, pixel_format, options, audio) as add:
+        with _writing(path, height, width, fps, codec, pixel_format, options, audio, clock) as add:
             yield add
     except av.FFmpegError as error:
         if error.errno in _DISK:

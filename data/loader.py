@@ -10,7 +10,11 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from data.core.lazy import lazy
 from data.processes import Pool
+
+torch = lazy("torch")
+torch_data = lazy("torch.utils.data")
 
 
 class StepBatches:
@@ -67,10 +71,7 @@ def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) ->
 
 
 def _collate(samples: list[dict]) -> dict:
-    import torch
-    from torch.utils.data import default_collate
-
-    batch = default_collate(samples)
+    batch = torch_data.default_collate(samples)
     if not torch.cuda.is_available():
         return batch
     return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.core.lazy import lazy
 from data.dataset import Attempts, made_here
 from data.sources import Source
+
+torch = lazy("torch")
 
 if TYPE_CHECKING:
     from data.clip import ClipSpec
@@ -183,8 +186,6 @@ class MixedClips:
 
     def attempts(self, n: int) -> Attempts:
         """How sample n comes about, as of VideoClips; index counts the videos of all parts, part says which source it is of."""
-        import torch
-
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
         part, inner = self.shares[int(n)] if self.train else self.videos.place(int(n) % len(self))

@@ -20,9 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.core.lazy import lazy
 from data.processes import Pool
-from data.timeline import pack_times, rising
+from data.timeline import mean_rate, pack_times, rising
 from data.video import BadVideo, Screen, best_stream, list_frames, reading
+
+av = lazy("av")
 
 _MISSING_ALLOWED = 2  # frames: headers of intact AVI files with dropped frames are off by one or two
 MEMORY_BYTES = 4 << 30  # what one process may allocate
@@ -55,8 +58,6 @@ class ScanRecord:
 @lru_cache(maxsize=1)
 def reader_name() -> str:
     """Name and versions of what reads videos here: a verdict is theirs."""
-    import av
-
     codec = ".".join(map(str, av.library_versions["libavcodec"]))
     return f"av {av.__version__}, libavcodec {codec}"
 
@@ -80,8 +81,6 @@ def scan_file(path: str | Path) -> ScanRecord:
 
 
 def _scan_video(path: Path) -> ScanRecord:
-    import av
-
     sizes, ticks, digests, keys = set(), [], [], []
     corrupt = dropped = packets = 0
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
@@ -126,6 +125,7 @@ def _scan_video(path: Path) -> ScanRecord:
         av.logging.set_skip_repeated(skip_repeated)
     width, height = min(sizes, default=(0, 0))
     times = pack_times(ticks, *tick.as_integer_ratio(), entries) if tick else b""
+    fps = mean_rate(ticks, float(tick), fps) if tick else fps
     return ScanRecord(str(path), count, width, height, fps, reason, times)
 
 
@@ -142,16 +142,12 @@ def _digest(frame) -> int:
 
 def _packets(path: Path) -> int:
     """Packets of a file's video, those that its edit list hides too."""
-    import av
-
     with reading(path), av.open(str(path), options={"ignore_editlist": "1"}) as container:
         return sum(packet.size > 0 for packet in container.demux(best_stream(container)))
 
 
 def _entries(path: Path, ticks: list[int], digests: list[int], keys: list[int]) -> list[int]:
     """Frames where decoding may begin: key frames after which the decoder shows what it shows coming from frame 0."""
-    import av
-
     candidates = [0]
     for key in keys:
         if key - candidates[-1] >= _ENTRIES_APART:
@@ -169,8 +165,6 @@ def _entries(path: Path, ticks: list[int], digests: list[int], keys: list[int]) 
 
 
 def _same(container, stream, ticks: list[int], digests: list[int], entry: int) -> bool:
-    import av
-
     at, end = entry, min(entry + _COMPARED, len(ticks))
     try:
         container.seek(ticks[entry], stream=stream)

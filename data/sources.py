@@ -13,12 +13,13 @@ import numpy as np
 from data import layouts, lists, user_list
 from data.core.files import escaped, printable, unescaped, write_atomic
 from data.core.registry import sources
-from data.cut import TO_THE_END, cut_frames, frames_between
+from data.cut import TO_THE_END, cut_frames
 from data.demo import EDGE, DemoVideos
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
 from data.table import WHOLE, Video, VideoTable
+from data.timeline import cut_between
 from data.video import VIDEO_SUFFIXES, Frames
 
 logger = logging.getLogger(__name__)
@@ -251,17 +252,17 @@ def _scanned(
 def _cut(
     name: str, found: Found, scans: Scans, rows: np.ndarray, columns: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """Put first frame and number of frames of each clip into the columns; returns which clips have any."""
-    spans = [
-        (0, scans.num_frames[row], WHOLE)
-        if cut == (0, TO_THE_END)
-        else frames_between(scans.times[row], *cut)
-        if scans.times[row]
-        else (0, 0, 0)
-        for row, cut in zip(rows, found.cuts, strict=True)
-    ]
-    first, stop, tick = np.array(spans, np.int64).T
+    """Put first frame, number of frames and rate of each clip into the columns; returns which clips have any."""
+    spans = []
+    for row, cut in zip(rows, found.cuts, strict=True):
+        times, rate = scans.times[row], float(scans.fps[row])
+        if cut == (0, TO_THE_END):
+            spans.append((0, scans.num_frames[row], WHOLE, rate))
+        else:
+            spans.append(cut_between(times, *cut, rate) if times else (0, 0, 0, rate))
+    first, stop, tick = np.array([span[:3] for span in spans], np.int64).T
     columns |= {"first": first, "tick": tick, "num_frames": stop - first, "cut": np.array(found.cuts)}
+    columns |= {"fps": np.array([span[3] for span in spans])}
     timeless = sum(not scans.times[n] and n not in scans.damaged for n in set(rows.tolist()))
     if timeless:
         logger.warning("%s: %d videos have no rising time stamps and cannot be cut by time", name, timeless)

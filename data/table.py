@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,9 +86,8 @@ class VideoTable(Sequence):
 
     def select(self, chosen: np.ndarray) -> VideoTable:
         """The videos where `chosen`, bool (len(self),), is true, or those with the numbers `chosen`."""
-        part = object.__new__(VideoTable)
-        part.base, part.columns, part.times = self.base, self.columns, self.times
-        part.files, part.rows = self.files, self.rows[chosen]
+        part = copy.copy(self)
+        part.rows = self.rows[chosen]
         return part
 
     def name(self, index: int) -> str:

@@ -35,7 +35,8 @@ class Timeline:
 
 def rising(ticks: Sequence[int | None]) -> bool:
     """Whether every frame has a time and is shown after the one before."""
-    return len(ticks) > 0 and None not in ticks and bool((np.diff(np.asarray(ticks, np.int64)) > 0).all())
+    known = isinstance(ticks, np.ndarray) or None not in ticks
+    return len(ticks) > 0 and known and bool((np.diff(np.asarray(ticks, np.int64)) > 0).all())
 
 
 def pack_times(
@@ -86,10 +87,39 @@ def rate_taken(fps: float, source_fps: float) -> float:
     return source_fps if SAME_RATE * fps <= source_fps < fps else fps
 
 
-def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int, int]:
-    """(first, stop, tick): frames first <= n < stop have begin <= time < end, times counted from frame 0.
+def mean_rate(ticks: Sequence[int | None], tick_s: float, stated: float) -> float:
+    """Frames a second: the rate that the file states, or, where that is more than a frame off, the mean by the time stamps.
 
-    tick: the presentation time that the file gives the first of them; 0 if there is none.
+    A file of a variable rate often states one that its frames do not have. tick_s: seconds of a tick.
+    """
+    if len(ticks) < 2 or not rising(ticks):
+        return stated
+    steps, seconds = len(ticks) - 1, (ticks[-1] - ticks[0]) * tick_s
+    return stated if stated and abs(seconds * stated - steps) <= 1 else float(steps / seconds)
+
+
+def own_ticks(ticks: Sequence[int | None], tick_s: float, fps: float) -> tuple[int, ...] | None:
+    """The time stamps from the first frame on, of frames that do not come evenly; None: each comes 1 / fps after the last.
+
+    What a clock of milliseconds rounds is even. Without rising times, or a rate, there is nothing to keep.
+    """
+    if not fps or not rising(ticks):
+        return None
+    passed = np.asarray(ticks, np.int64) - ticks[0]
+    uneven = np.abs(passed * tick_s - np.arange(len(passed)) / fps) > max(tick_s, 0.001) + 1e-6
+    return tuple(passed.tolist()) if uneven.any() else None
+
+
+def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int, int]:
+    """The first three of `cut_between`."""
+    return cut_between(packed, begin_ms, end_ms, 0.0)[:3]
+
+
+def cut_between(packed: bytes, begin_ms: int, end_ms: int, fps: float) -> tuple[int, int, int, float]:
+    """(first, stop, tick, rate): frames first <= n < stop have begin <= time < end, times counted from frame 0.
+
+    tick: the presentation time that the file gives the first of them; 0 if there is none. rate: theirs, as `mean_rate`
+    has it where the file states `fps`.
 
     packed: of pack_times; not b"". end_ms: below 0 means to the end. Whole numbers throughout: no rounding puts a frame on the wrong side.
     """
@@ -99,4 +129,5 @@ def frames_between(packed: bytes, begin_ms: int, end_ms: int) -> tuple[int, int,
     first, stop = np.searchsorted(ticks - ticks[0], limits)
     stop = stop if end_ms >= 0 else len(ticks)
     tick = int(ticks[first]) if first < stop else 0
-    return int(first), int(stop), tick
+    rate = mean_rate(ticks[first:stop], numerator / denominator, fps)
+    return int(first), int(stop), tick, rate

@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,8 +22,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.encode import encode_webp, write_ffv1, write_mp4
-from data.timeline import Timeline, pack_times, unpack_times
+from data.core.lazy import lazy
+from data.encode import Clock, encode_webp, write_ffv1, write_mp4
+from data.timeline import Timeline, mean_rate, own_ticks, pack_times, unpack_times
+
+av = lazy("av")
+reformatter = lazy("av.video.reformatter")
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -51,12 +55,16 @@ _NEAR = 64  # frames: not worth a look at the packets of a file
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """num_frames; fps (0.0 when unknown, as for a folder of frames); width and height in pixels, as displayed."""
+    """num_frames; fps (0.0 when unknown, as for a folder of frames); width and height in pixels, as displayed.
+
+    clock: when each frame is shown, where that is not fps apart.
+    """
 
     num_frames: int
     fps: float
     width: int
     height: int
+    clock: Clock | None = field(default=None, compare=False, repr=False)
 
 
 def natural_key(text: str) -> tuple:
@@ -163,8 +171,6 @@ _FOR_NOW = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, er
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Errors about this file become BadVideo with a reason in a few words; those of the machine pass as OSError."""
-    import av
-
     try:
         yield
     except (av.FFmpegError, OSError, UnicodeDecodeError, EOFError, MemoryError) as error:
@@ -192,9 +198,7 @@ class Screen:
     """
 
     def __init__(self, stream):
-        from av.video.reformatter import VideoReformatter
-
-        self.reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+        self.reformatter = reformatter.VideoReformatter()  # one for all frames: it keeps its tables
         ratio = float(stream.sample_aspect_ratio or 1)
         self.stretch = (max(ratio, 1.0), max(1 / ratio, 1.0)) if 1 / 8 <= ratio <= 8 else (1.0, 1.0)
         self.rotation, self.turn = None, (False, 1, 1)
@@ -317,8 +321,6 @@ class Frames:
 
 def _enter(path: Path, wanted: list[int], line: Timeline) -> Iterator[tuple[int, np.ndarray]]:
     """The frames wanted, decoded from the entry before each; ends early where a frame is not the one expected."""
-    import av
-
     if wanted[-1] >= len(line.ticks):
         return
     with reading(path), av.open(str(path)) as container:
@@ -340,8 +342,6 @@ def _enter(path: Path, wanted: list[int], line: Timeline) -> Iterator[tuple[int,
 
 
 def _from_the_beginning(path: Path, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    import av
-
     left, count = set(wanted), 0
     with reading(path), av.open(str(path)) as container:
         stream = best_stream(container)
@@ -364,8 +364,6 @@ def packet_times(path: str | Path) -> bytes:
 @lru_cache(maxsize=256)
 def _packet_times(path: str, _size: int, _changed: int) -> bytes:
     """Only for containers and codecs with one packet a shown frame; each frame read is compared with its time."""
-    import av
-
     ticks, keys, first = [], set(), None
     with reading(path), av.open(path) as container:
         stream = best_stream(container)
@@ -409,8 +407,6 @@ def probe(path: str | Path) -> VideoInfo:
 
     A file is decoded whole: what its header says of the number of frames is often wrong.
     """
-    import av
-
     path = Path(path)
     if path.is_dir():
         frames = list_frames(path)
@@ -423,16 +419,19 @@ def probe(path: str | Path) -> VideoInfo:
     try:
         with reading(path), av.open(str(path)) as container:
             stream = best_stream(container)
-            fps, count, size = float(stream.average_rate or 0), 0, None
+            ticks, size, tick = [], None, stream.time_base
             for frame in container.decode(stream):
-                count, size = count + 1, size or Screen(stream).size(frame)
+                ticks.append(frame.pts)
+                size = size or Screen(stream).size(frame)
+            fps = mean_rate(ticks, float(tick or 0), float(stream.average_rate or 0))
+            own = own_ticks(ticks, float(tick or 0), fps)
             if size is None:
                 raise BadVideo("no frame could be decoded")
     except BadVideo as error:
         raise BadVideo(
             f"{path}: not a readable video ({error}); run the scan of docs/datasets.md", error.final
         ) from error
-    return VideoInfo(count, fps, *size)
+    return VideoInfo(len(ticks), fps, *size, Clock(tick, own) if own else None)
 
 
 def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:
@@ -440,8 +439,6 @@ def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:
 
     Raises ValueError where the video cannot be decoded any further.
     """
-    import av
-
     path = Path(path)
     if path.is_dir():
         yield from (read_image(frame) for frame in list_frames(path))

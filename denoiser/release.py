@@ -7,15 +7,14 @@ dropping the two position tables: those are functions of the geometry, and regen
 
 import logging
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.core.tensors import differences
+from data.core.weights import read_weights
 from denoiser.embeddings import sincos_1d, sincos_2d
 from denoiser.latte import LATTE_SIZES, Latte
 
@@ -32,17 +31,11 @@ def read_release(path: str | Path) -> dict[str, Tensor]:
 
     path: .pt (torch.save) or .safetensors. Raises ValueError if damaged or if it holds more than tensors.
     """
-    path = Path(path)
+    content = read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            return pick_state_dict(load_file(path))
-        return pick_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: holds more than tensors, refused; save its state dict alone") from error
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # torch's reader raises many kinds on what is no checkpoint
-        raise ValueError(f"{path}: damaged or no checkpoint ({error}); fetch it again") from error
+        return pick_state_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch it again, or save its state dict alone") from error
 
 
 def pick_state_dict(content: Mapping) -> dict[str, Tensor]:

@@ -13,8 +13,12 @@ if __name__ == "__main__" and not __package__:
 
 from data.core.cli import run
 from data.core.files import sha256_of
+from data.core.lazy import lazy
 from eval.weight_files import TRUNKS, WEIGHT_FILES
 from eval.weights import accepted_names, find_weights, identify, weights_folder
+
+fidelity = lazy("eval.fidelity")
+weights = lazy("eval.weights")
 
 
 def kind_of(path: Path) -> str:
@@ -30,8 +34,6 @@ def kind_of(path: Path) -> str:
 
 def verify(path: Path) -> tuple[bool, str]:
     """(verified, what was found). Raises ValueError for a file that is missing, wrong, or does not fit."""
-    from eval.fidelity import load_lpips
-    from eval.weights import load_c3d, load_c3d_mean, load_i3d
 
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -43,11 +45,13 @@ def verify(path: Path) -> tuple[bool, str]:
                 f"{path}: not the published file, and a TorchScript file runs code; do not load it"
             )
     elif kind in TRUNKS.values():
-        provenance = load_lpips(path, net=next(net for net, trunk in TRUNKS.items() if trunk == kind))[1]
+        provenance = fidelity.load_lpips(
+            path, net=next(net for net, trunk in TRUNKS.items() if trunk == kind)
+        )[1]
     elif kind == "c3d_mean":
-        provenance = load_c3d_mean(path)[1]
+        provenance = weights.load_c3d_mean(path)[1]
     else:
-        provenance = {"i3d": load_i3d, "c3d": load_c3d}[kind](path)[1]
+        provenance = {"i3d": weights.load_i3d, "c3d": weights.load_c3d}[kind](path)[1]
     if provenance.known:
         return True, provenance.tensors or "the published digest"
     return False, provenance.tensors or f"readable; {WEIGHT_FILES[kind].digest}; sha256 {sha256_of(path)}"

@@ -16,12 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from data.core.lazy import lazy
 from data.processes import Pool
 from data.progress import Progress
 from data.video import BadVideo, natural_key
 from eval.feature_cache import FeatureCache
 from eval.selection import Clip, Selection
 from eval.videos import content_digest, read_clip
+
+feature_networks = lazy("eval.features")
+torch = lazy("torch")
 
 # ---- processes of one judge -----------------------------------------------------------------------------
 
@@ -188,7 +192,6 @@ def _extract_batches(
     clips, size, starts, step, extractor, workers, cache, on_batch
 ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
     """The batches that begin at `starts`: ({start: features}, {index: why a clip cannot be read})."""
-    from eval.features import extract_features
 
     found, failures = {}, {}
     wanted = [n for start in starts for n in range(start, min(start + step, len(clips)))]
@@ -198,7 +201,7 @@ def _extract_batches(
         failures |= {n: clip for n, clip in batch.items() if isinstance(clip, str)}
         if failures:
             continue  # the batch will be made again with other clips in their places
-        found[start] = extract_features(batch.values(), extractor, step)
+        found[start] = feature_networks.extract_features(batch.values(), extractor, step)
         if cache:
             cache.store(start, found[start])
         if on_batch is not None:
@@ -255,7 +258,6 @@ def _plan(
     selection: Selection, num: int, more: int, size: tuple[int, int], extractor, options: RunOptions
 ) -> tuple[list[Clip], FeatureCache | None]:
     """The clips to judge, and where their features are kept."""
-    import torch
 
     clips = selection.take(num)
     if more:

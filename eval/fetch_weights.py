@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -27,6 +28,7 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.files import remove_leftovers, write_atomic
+from data.core.weights import read_weights
 from eval.weight_files import (
     MEMBERS,
     TERMS,
@@ -151,13 +153,9 @@ def convert(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def lpips_heads(kind: str) -> dict[int, np.ndarray]:
     """The five linear heads that the installed `lpips` package has for a trunk."""
-    from importlib.util import find_spec
-
-    import torch
-
     name = next(net for net, trunk in TRUNKS.items() if trunk == kind)
     file = Path(find_spec("lpips").origin).parent / "weights" / "v0.1" / f"{name}.pth"
-    heads = torch.load(file, map_location="cpu", weights_only=True)
+    heads = read_weights(file)
     return {n: heads[f"lin{n}.model.1.weight"].numpy().ravel() for n in range(5)}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.files import claim_file, is_json_object
+from data.core.lazy import lazy
 from data.progress import Progress
 from eval.options import size_argument
 from eval.weight_files import TRUNKS
@@ -32,6 +33,13 @@ from eval.weights import (
     randomise,
     require_weights,
 )
+
+features = lazy("eval.features")
+lpips = lazy("lpips")
+ndimage = lazy("scipy.ndimage")
+records = lazy("eval.records")
+torch = lazy("torch")
+videos = lazy("eval.videos")
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -75,13 +83,11 @@ def ssim(real: np.ndarray, fake: np.ndarray) -> float:
 
 def _blur(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> (H - 10, W - 10, 3): Gaussian mean at the positions where the window fits."""
-    from scipy.ndimage import correlate1d
-
     radius = WINDOW // 2
     weights = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / SIGMA))
     weights /= weights.sum()
-    rows = correlate1d(image, weights, axis=0)[radius:-radius]
-    return correlate1d(rows, weights, axis=1)[:, radius:-radius]
+    rows = ndimage.correlate1d(image, weights, axis=0)[radius:-radius]
+    return ndimage.correlate1d(rows, weights, axis=1)[:, radius:-radius]
 
 
 def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
@@ -104,7 +110,6 @@ def load_lpips(weights=None, device="cpu", net: str = "alex"):
     kind, seed = TRUNKS[net], random_seed(weights)
     path = find_weights(kind, weights) if seed is None else None
     state, provenance = open_weights(kind, path) if path else ({}, None)
-    import lpips
 
     with warnings.catch_warnings():  # torchvision's renamed argument, inside lpips
         warnings.simplefilter("ignore")
@@ -129,10 +134,6 @@ def check_lpips_size(height: int, width: int) -> None:
 
 def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int = 8) -> float:
     """LPIPS, mean over frames. Videos (T, H, W, 3) uint8, >= 31 x 31; network: from `load_lpips`."""
-    import torch
-
-    from eval.features import exact_float32
-
     _check(real, fake)
     check_lpips_size(*real.shape[1:3])
     device = next(network.parameters()).device
@@ -142,7 +143,7 @@ def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int 
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     values = []
-    with exact_float32(device.type):
+    with features.exact_float32(device.type):
         for start in range(0, len(real), batch_size):
             part = slice(start, start + batch_size)
             values.append(network(frames(real[part]), frames(fake[part])).flatten().double().cpu())
@@ -182,9 +183,7 @@ def read_pair(
 
     num_frames: the first N, None for all. Raises ValueError if the two differ in frames or size.
     """
-    from eval.videos import BLOCK_BYTES, fit, read_video, shape_of
-
-    shapes = [shape_of(video) for video in pair]
+    shapes = [videos.shape_of(video) for video in pair]
     frames = [shape[0] if num_frames is None else num_frames for shape in shapes]
     if len({(n, *(size or shape[1:])) for n, shape in zip(frames, shapes, strict=True)}) > 1:
         raise ValueError(
@@ -195,11 +194,11 @@ def read_pair(
         raise ValueError(
             f"{pair[0].name}: --num-frames {num_frames}, the videos have {shapes[0][0]}, {shapes[1][0]}"
         )
-    block = max(1, BLOCK_BYTES // max(3 * shape[1] * shape[2] for shape in shapes))
+    block = max(1, videos.BLOCK_BYTES // max(3 * shape[1] * shape[2] for shape in shapes))
     for start in range(0, frames[0], block):
         indices = np.arange(start, min(start + block, frames[0]))
-        sides = [read_video(video, indices) for video in pair]
-        yield tuple(fit(side, *size) if size else side for side in sides)
+        sides = [videos.read_video(video, indices) for video in pair]
+        yield tuple(videos.fit(side, *size) if size else side for side in sides)
 
 
 # A new metric of frames also goes into pipelines/reconstruct.py, train_vae.evaluate and pipelines/results/card.py.
@@ -244,7 +243,6 @@ def main(argv: list[str] | None = None) -> int | None:
         raise ValueError(f"--num-frames {args.num_frames}: at least 1")
     if not args.no_lpips:
         require_weights("alexnet", args.weights)
-    import torch
 
     pairs = pair_videos(args.real, args.fake)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -262,16 +260,15 @@ def report(
     values: dict[str, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
 ) -> None:
     """Print the means and append the records."""
-    from eval.records import append_record, device_name, environment
-    from eval.videos import content_digest, storage_of
-
-    storage = {side: sorted({storage_of(p[n]) for p in pairs}) for n, side in enumerate(("real", "fake"))}
+    storage = {
+        side: sorted({videos.storage_of(p[n]) for p in pairs}) for n, side in enumerate(("real", "fake"))
+    }
     if args.out:
         claim_file(args.out, is_json_object)
-    made = environment(device_name(device)) if args.out else {}
+    made = records.environment(records.device_name(device)) if args.out else {}
     digests = {
         side: hashlib.sha256(
-            "\n".join(f"{p[n].name}\t{content_digest(p[n])}" for p in pairs).encode()
+            "\n".join(f"{p[n].name}\t{videos.content_digest(p[n])}" for p in pairs).encode()
         ).hexdigest()
         for n, side in enumerate(("real", "fake"))
     }
@@ -290,7 +287,7 @@ def report(
                 "dtype": "float64" if metric != "LPIPS" else "float32",
                 "weights": provenance.as_dict() if metric == "LPIPS" else None,
             }
-            append_record(args.out, {**record, **made})
+            records.append_record(args.out, {**record, **made})
     for side, kinds in storage.items():
         if "lossy" in kinds:
             print(f"note: {side} videos are stored with loss: this lowers PSNR and SSIM by itself")

@@ -20,9 +20,15 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 
 from data.core.cli import run
+from data.core.lazy import lazy
 from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
 from eval.protocol import CHOICES, MAX_FRAMES, PROTOCOLS, Protocol, named_protocol
 from eval.weights import require_weights
+
+extraction = lazy("eval.extraction")
+feature_networks = lazy("eval.features")
+measures = lazy("eval.measures")
+records = lazy("eval.records")
 
 logger = logging.getLogger(__name__)
 RELIABLE_VIDEOS = (
@@ -32,13 +38,11 @@ RELIABLE_VIDEOS = (
 
 def distances(real: np.ndarray, fake: np.ndarray, ddof: int = 1) -> dict[str, float]:
     """{"FVD": ..., "KVD": ...} of two feature arrays (N, 400) of equal N, else ValueError."""
-    from eval.measures import frechet_distance, kernel_distance
-
     if len(real) != len(fake):
         raise ValueError(
             f"{len(real)} real and {len(fake)} fake clips: compare equal numbers, the bias depends on N"
         )
-    return {"FVD": frechet_distance(real, fake, ddof), "KVD": kernel_distance(real, fake)}
+    return {"FVD": measures.frechet_distance(real, fake, ddof), "KVD": measures.kernel_distance(real, fake)}
 
 
 def fvd_of_clips(
@@ -49,10 +53,8 @@ def fvd_of_clips(
     extractor: `eval.features.i3d_extractor(...)`, default the weights of $OMNILATTE_WEIGHTS. The keys carry
     the label of random weights: {"random-feature FVD (I3D, seed 0)": ...}.
     """
-    from eval.features import extract_features, i3d_extractor
-
-    extractor = extractor if extractor is not None else i3d_extractor()
-    features = [extract_features(clips, extractor, batch_size) for clips in (real, fake)]
+    extractor = extractor if extractor is not None else feature_networks.i3d_extractor()
+    features = [feature_networks.extract_features(clips, extractor, batch_size) for clips in (real, fake)]
     values = distances(*features, ddof)
     return {extractor.provenance.metric_name(metric): value for metric, value in values.items()}
 
@@ -104,21 +106,19 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
     protocol = protocol_of(args)
     require_weights("i3d", args.weights)
-    from eval.extraction import joined_ranks, judge_folder
-    from eval.features import default_device, i3d_extractor
 
-    with joined_ranks() as ranks:
+    with extraction.joined_ranks() as ranks:
         options = run_options(args, ranks, args.real, args.fake)
         intervals = {"fake": protocol.fake_interval, "real": protocol.real_interval}
         selections = {s: selection_of(getattr(args, s), protocol, i, options) for s, i in intervals.items()}
         size = ranks.from_main(lambda: protocol.size or selections["fake"].first_shape())
         protocol = replace(protocol, size=tuple(size))
-        device = args.device or default_device(ranks.rank)
-        extractor = i3d_extractor(args.weights, device, protocol.eps, protocol.resize)
+        device = args.device or feature_networks.default_device(ranks.rank)
+        extractor = feature_networks.i3d_extractor(args.weights, device, protocol.eps, protocol.resize)
         judged = {}
         for side, selection in selections.items():
             more = protocol.num_videos if side == "real" and args.floor == "full" else 0
-            judged[side] = judge_folder(
+            judged[side] = extraction.judge_folder(
                 selection, protocol.num_videos, protocol.size, extractor, options, more, side
             )
         if ranks.main:
@@ -132,16 +132,14 @@ def score(real, fake, protocol: Protocol) -> dict[str, dict]:
 
     real may hold clips beyond the first num_videos: they are for the floor only.
     """
-    from eval.measures import frechet_interval, kernel_interval, same_distribution_floor
-
     num = protocol.num_videos
     sides = (real.features[:num], fake.features, real.groups[:num], fake.groups)
     values = distances(*sides[:2], protocol.ddof)
     intervals = {
-        "FVD": frechet_interval(*sides, values["FVD"], protocol.ddof, protocol.seed),
-        "KVD": kernel_interval(*sides, values["KVD"], protocol.seed),
+        "FVD": measures.frechet_interval(*sides, values["FVD"], protocol.ddof, protocol.seed),
+        "KVD": measures.kernel_interval(*sides, values["KVD"], protocol.seed),
     }
-    floor = same_distribution_floor(real.features, num, lambda a, b: distances(a, b, protocol.ddof))
+    floor = measures.same_distribution_floor(real.features, num, lambda a, b: distances(a, b, protocol.ddof))
     return {
         metric: {
             "value": value,
@@ -159,10 +157,8 @@ def floor_of(floor: dict | None, metric: str) -> dict | None:
 
 def report(scores: dict[str, dict], protocol: Protocol, extractor, judged, options, args) -> None:
     """Print the numbers with their protocol, interval and floor, and append the records."""
-    from eval.records import append_record, provenance_of_run
-
     sides = {side: judged[side].summary for side in ("real", "fake")}
-    made = provenance_of_run(extractor, options, args.tag) if args.out else {}
+    made = records.provenance_of_run(extractor, options, args.tag) if args.out else {}
     for metric, found in scores.items():
         name, label = extractor.provenance.metric_name(metric), protocol.label(metric.lower())
         low, high = found["interval"]["low"], found["interval"]["high"]
@@ -173,7 +169,7 @@ def report(scores: dict[str, dict], protocol: Protocol, extractor, judged, optio
         print(f"  floor, real against real: {floor_text(found['floor'])}")
         if args.out:
             record = {"metric": name, "label": label, **found, "protocol": protocol.as_dict(), **sides}
-            append_record(args.out, {**record, **made})
+            records.append_record(args.out, {**record, **made})
     for line in notes(protocol, sides):
         print(line)
 

@@ -7,7 +7,6 @@ VideoGPT, TATS, cd-fvd runs the same weights with 1e-5. That changes the logits 
 """
 
 import math
-from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +138,8 @@ class I3D(nn.Module):
 
         Raises ValueError for another shape or fewer frames.
         """
-        _, features = deque(self.endpoints(x), maxlen=1).pop()
+        for _, features in self.endpoints(x):  # noqa: B007 - the last one counts
+            pass
         return head(self.logits, features)
 
 

@@ -17,9 +17,15 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 
 from data.core.cli import run
+from data.core.lazy import lazy
 from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
 from eval.protocol import CHOICES, INCEPTION_PROTOCOLS, InceptionProtocol
 from eval.weights import require_weights
+
+extraction = lazy("eval.extraction")
+features = lazy("eval.features")
+measures = lazy("eval.measures")
+records = lazy("eval.records")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -57,16 +63,14 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
     protocols = protocols_of(args)
     require_weights("c3d", args.weights)
-    from eval.extraction import joined_ranks, judge_folder
-    from eval.features import c3d_extractor, default_device
 
-    with joined_ranks() as ranks:
+    with extraction.joined_ranks() as ranks:
         options = run_options(args, ranks, args.fake)
         first = protocols[0]
         selection = selection_of(args.fake, first, first.interval, options)
         size = tuple(ranks.from_main(lambda: first.size or selection.first_shape()))
-        extractor = c3d_extractor(args.weights, args.device or default_device(ranks.rank))
-        judged = judge_folder(selection, first.num_videos, size, extractor, options, text="fake")
+        extractor = features.c3d_extractor(args.weights, args.device or features.default_device(ranks.rank))
+        judged = extraction.judge_folder(selection, first.num_videos, size, extractor, options, text="fake")
         if ranks.main:
             for protocol in protocols:
                 report(judged, replace(protocol, size=size), extractor, options, args)
@@ -76,15 +80,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def report(judged, protocol: InceptionProtocol, extractor, options, args: argparse.Namespace) -> None:
     """Score under one protocol, print it and append the record."""
-    from eval.measures import inception_interval, inception_score_from_logits
-    from eval.records import append_record, provenance_of_run
-
     order = np.argsort(judged.places)
     if protocol.shuffle_seed is not None:
         np.random.RandomState(protocol.shuffle_seed).shuffle(order)
     logits, groups = judged.features[order], judged.groups[order]
-    mean, std = inception_score_from_logits(logits, protocol.splits)
-    interval = inception_interval(logits, groups, mean, protocol.splits, protocol.seed)
+    mean, std = measures.inception_score_from_logits(logits, protocol.splits)
+    interval = measures.inception_interval(logits, groups, mean, protocol.splits, protocol.seed)
     name = extractor.provenance.metric_name("IS")
     print(
         f"{name} {mean:.4f} ± {std:.4f} over {protocol.splits} split(s)  95 % [{interval['low']:.4f}, "
@@ -100,7 +101,7 @@ def report(judged, protocol: InceptionProtocol, extractor, options, args: argpar
             "protocol": {**protocol.as_dict(), "num_frames": protocol.num_frames},
             "fake": judged.summary,
         }
-        append_record(args.out, {**record, **provenance_of_run(extractor, options, args.tag)})
+        records.append_record(args.out, {**record, **records.provenance_of_run(extractor, options, args.tag)})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from data.core.files import claim_file, is_json_object
 from eval.extraction import Ranks, RunOptions
 from eval.feature_cache import cache_folder, scan_file
 from eval.protocol import parse_size
+from eval.selection import Selection
 
 
 def size_argument(text: str) -> tuple[int, int]:
@@ -50,17 +51,16 @@ def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptio
 
 def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any:
     """The seeded order of a folder's clips by a protocol, in rank 0; None elsewhere. Errors reach all ranks."""
-    from eval.selection import Selection
-
-    kept = []
+    selection = None
 
     def open_folder() -> None:
+        nonlocal selection
         scans = scan_file(options.cache, root) if options.cache else None
         knobs = (protocol.sampling, protocol.position, protocol.clips_per_video, protocol.seed)
-        kept.append(Selection(root, protocol.num_frames, interval, *knobs, scans, options.workers))
+        selection = Selection(root, protocol.num_frames, interval, *knobs, scans, options.workers)
 
-    options.ranks.from_main(open_folder)
-    return kept[0] if kept else None
+    options.ranks.from_main(open_folder)  # its result would travel to all: a selection may be large
+    return selection
 
 
 def side_notes(side: str, counts: dict, size: tuple[int, int]) -> list[str]:

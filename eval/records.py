@@ -9,6 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from data.core.files import append_line
+from data.core.lazy import lazy
+
+torch = lazy("torch")
 
 
 def git_commit() -> str | None:
@@ -57,14 +60,12 @@ def device_name(device) -> str:
     """ "cpu", or the name of the GPU."""
     if device.type != "cuda":
         return device.type
-    import torch
 
     return torch.cuda.get_device_name(device)
 
 
 def provenance_of_run(extractor, options, tag: str = "") -> dict:
     """Weights, machine, versions and settings of a run of `eval.extraction`, for its records."""
-    import torch
 
     made = {
         "tag": tag,

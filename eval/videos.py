@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.clip import ClipSpec, crop_resize_uint8
 from data.core.files import sha256_of
+from data.core.lazy import lazy
 from data.video import (
     BadVideo,
     Frames,
@@ -29,6 +30,8 @@ from data.video import (
     read_frames,
     reading,
 )
+
+av = lazy("av")
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 DEEP_MODES = ("I", "F")  # Pillow's pixels of 16 bits and more; it would clip them at 255
@@ -246,7 +249,6 @@ def content_digest(video: Video) -> str:
 
 def storage_of(video: Video) -> str:
     """ "lossless" or "lossy": how the pixels of a file were stored. Lossy storage moves every metric."""
-    import av
 
     if video.path.suffix in ARRAY_SUFFIXES:
         return "lossless"

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import re
-import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,8 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data.core.lazy import lazy
 from data.core.tensors import differences
+from data.core.weights import read_weights
 from eval.weight_files import TRUNKS, WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
+
+c3d = lazy("eval.c3d")
+i3d = lazy("eval.i3d")
+torch = lazy("torch")
+weight_files = lazy("eval.weight_files")
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,16 +119,16 @@ def _arrays(state: dict) -> dict[str, np.ndarray]:
 
 def _compare_tensors(kind: str, state: dict[str, np.ndarray]) -> tuple[str, list[str]]:
     """(what was found, tensors that are not the official ones)."""
-    from eval.weight_files import differing_tensors, tensor_digest, tf_table
-
     official, wrong = "TF-Hub deepmind/i3d-kinetics-400/1", []
     if kind != "i3d":
         official = f"the trunk of {WEIGHT_FILES[kind].file}"
-        wrong = [] if tensor_digest(state) == WEIGHT_FILES[kind].tensors else ["tensors"]
+        wrong = [] if weight_files.tensor_digest(state) == WEIGHT_FILES[kind].tensors else ["tensors"]
         return (f"tensors differ from {official}" if wrong else f"all equal to {official}"), wrong
-    wrong = differing_tensors(state)
+    wrong = weight_files.differing_tensors(state)
     text = (
-        f"{len(wrong)} of {len(tf_table())} differ from {official}" if wrong else f"all equal to {official}"
+        f"{len(wrong)} of {len(weight_files.tf_table())} differ from {official}"
+        if wrong
+        else f"all equal to {official}"
     )
     return text, wrong
 
@@ -190,36 +196,12 @@ def weights_line(kind: str, argument: str | os.PathLike | None = None) -> str:
         return f"MISSING: {error}"
 
 
-def unreadable(error: Exception) -> str:
-    """Why a weight file was not read, in a few words; torch's own would advise to run what is in it."""
-    import pickle
-
-    if isinstance(error, (pickle.UnpicklingError, KeyError)):
-        return "it is damaged, or holds Python objects beside tensors, and those are never run"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def read_state(path: Path) -> dict:
     """Tensors of a .pt/.pth (weights only), .safetensors or .npz file. No pickled code is run.
 
     Raises ValueError when the file is none of these, is damaged, or wants to run code.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        with warnings.catch_warnings():  # torch's, on the pickle protocol of what it then refuses
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # the readers raise many kinds on what is no weight file
-        raise ValueError(f"{path}: not a plain weight file ({unreadable(error)})") from error
+    state = read_weights(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
@@ -244,8 +226,6 @@ def randomise(module, seed: int) -> None:
 
     Each tensor is a pure function of (seed, its name). Batch norms stay the identity, biases zero.
     """
-    import torch
-
     last = [name for name, p in module.named_parameters() if p.ndim > 1][-1]
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -264,14 +244,10 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
     A trunk comes without its classifier, `features.INDEX.weight`; a dump of the TF-Hub checkpoint is renamed.
     Raises ValueError for a file known to be a wrong one, or that is not a plain weight file.
     """
-    import torch
-
-    from eval.weight_files import from_tf_names
-
     _refuse_wrong(path, kind)
     state = read_state(path)
     if kind == "i3d":
-        arrays = from_tf_names(_arrays(state))
+        arrays = weight_files.from_tf_names(_arrays(state))
         state = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
     elif kind in TRUNKS.values():
         state = {name: value for name, value in state.items() if name.startswith("features.")}
@@ -282,9 +258,7 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
 
 def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
     """I3D in eval mode and its provenance; weights: as `find_weights`, or random:SEED."""
-    from eval.i3d import I3D
-
-    seed, network = random_seed(weights), I3D(eps)
+    seed, network = random_seed(weights), i3d.I3D(eps)
     if seed is not None:
         randomise(network, seed)
         return network.eval(), Provenance("I3D", f"random:{seed}", "", False, seed)
@@ -296,13 +270,9 @@ def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
 
 def load_c3d(weights: str | os.PathLike | None = None):
     """C3D in eval mode and its provenance; mean2.npz lies beside the weights (.safetensors: inside)."""
-    import torch
-
-    from eval.c3d import C3D
-
     seed = random_seed(weights)
     if seed is not None:
-        network = C3D()
+        network = c3d.C3D()
         randomise(network, seed)
         network.mean.fill_(128.0)
         with torch.no_grad():
@@ -312,16 +282,14 @@ def load_c3d(weights: str | os.PathLike | None = None):
     state, provenance = open_weights("c3d", path)
     if "mean" not in state:
         state["mean"] = load_c3d_mean(find_weights("c3d_mean", path.parent))[0]
-    network = C3D()
+    network = c3d.C3D()
     load_strict(network, state, str(path))
     return network.eval(), provenance
 
 
 def load_c3d_mean(path: Path):
     """The mean clip of C3D's training, as the network sees it, and its provenance."""
-    from eval.c3d import crop_mean
-
     state, provenance = open_weights("c3d_mean", path)
     if "mean" not in state:
         raise ValueError(f"{path}: has {sorted(state)}, not the array `mean`")
-    return crop_mean(state["mean"]), provenance
+    return c3d.crop_mean(state["mean"]), provenance

@@ -21,9 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from data.core.cli import run
+from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training.config import at_least, parse
 from pipelines.training.settings import Precision
+
+cards = lazy("pipelines.plan.cards")
+cases = lazy("pipelines.bench.cases")
+distributed = lazy("pipelines.training.distributed")
+efficiency = lazy("pipelines.efficiency")
+files = lazy("data.core.files")
+model = lazy("pipelines.bench.model")
+pairs = lazy("pipelines.bench.pairs")
+peers = lazy("pipelines.bench.peers")
+plan_report = lazy("pipelines.plan.report")
+programs = lazy("pipelines.plan.programs")
+run_folder = lazy("pipelines.training.folder")
+torch = lazy("torch")
+vaes = lazy("vae")
 
 log = logging.getLogger(__name__)
 
@@ -74,29 +89,25 @@ def compare(argv: list[str]) -> int:
     at_least(config, 0, "warmup")
     if config.size not in ("", "tiny", "reduced", "full"):
         raise ValueError(f"size={config.size}: one of tiny, reduced, full")
-    from data.core.files import append_line, claim_file, is_json_object
-    from pipelines.training.folder import summary, versions
 
     if args.dry_run:
-        print(summary(config))
+        print(run_folder.summary(config))
         return 0
     if config.out:
-        claim_file(config.out, is_json_object)
+        files.claim_file(config.out, files.is_json_object)
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     rows = _modelled(kinds, config) if args.model else _measured(kinds, config)
-    made = {"versions": versions(), "command": sys.argv}
+    made = {"versions": run_folder.versions(), "command": sys.argv}
     for row, text in rows:
         print(text, flush=True)
         if config.out:
-            append_line(config.out, json.dumps({**row, **made}))
+            files.append_line(config.out, json.dumps({**row, **made}))
     return 0
 
 
 def _modelled(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    from pipelines.bench import model
-    from pipelines.plan.cards import find_card
 
-    card = find_card(config.card)
+    card = cards.find_card(config.card)
     for kind in kinds:
         for row in model.rows(kind, card):
             if config.only in row["case"]:
@@ -105,14 +116,10 @@ def _modelled(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[
 
 
 def _measured(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    import torch
-
-    from pipelines.bench import cases, pairs
-    from pipelines.bench.peers import load_peers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
-    modules, clock = load_peers(config.peer), pairs.Clock(device)
+    modules, clock = peers.load_peers(config.peer), pairs.Clock(device)
     best = pairs.peaks(clock, device)
     where = torch.cuda.get_device_name() if clock.cuda else f"{platform.machine()}, {config.threads} threads"
     machine = {"device": where, "clock": clock.unit, "peaks": best}
@@ -134,15 +141,9 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     """One row: encode and decode speed and peak memory of a variant."""
     import resource
 
-    import torch
-
-    from pipelines.efficiency import encoder_speed
-    from pipelines.training.distributed import matrix_products
-    from vae import ODVAE
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    vae = ODVAE.preset(
+    vae = vaes.ODVAE.preset(
         config.preset,
         variant=variant,
         block_out_channels=tuple(config.block_out_channels),
@@ -165,8 +166,11 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     runs = {"encode": lambda x: vae.encode(x).latent_dist.mode()}
     if config.decode:
         runs["decode"] = lambda _: vae.decode(z).sample
-    with matrix_products(config):
-        row |= {name: encoder_speed(go, clip, config.warmup, config.repeats) for name, go in runs.items()}
+    with distributed.matrix_products(config):
+        row |= {
+            name: efficiency.encoder_speed(go, clip, config.warmup, config.repeats)
+            for name, go in runs.items()
+        }
     # kilobytes on Linux, bytes on macOS
     row["host_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -206,27 +210,22 @@ def main(argv: list[str] | None = None) -> int:
         return compare(words)
     config, args = config_from(argv)
     if args.plan:
-        from pipelines.plan import programs
-        from pipelines.plan.report import plan_text
-
-        print(plan_text("benchmark", programs.benchmark, config, args.card))
+        print(plan_report.plan_text("benchmark", programs.benchmark, config, args.card))
         return 0
-    from data.core.files import append_line, claim_file, is_json_object
-    from pipelines.training.folder import summary, versions
 
     if args.dry_run:
-        print(summary(config))
+        print(run_folder.summary(config))
         return 0
     if config.out:
-        claim_file(config.out, is_json_object)
-    made = versions()
+        files.claim_file(config.out, files.is_json_object)
+    made = run_folder.versions()
     for variant in config.variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             row = pool.apply(measure, (config, variant))
         print(line(row), flush=True)
         if config.out:
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            append_line(config.out, json.dumps({**row, "versions": made, "command": sys.argv}))
+            files.append_line(config.out, json.dumps({**row, "versions": made, "command": sys.argv}))
     return 0
 
 

@@ -7,6 +7,7 @@ The VAE must be the one that encoded them.
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from data.core.cli import run
@@ -37,12 +38,17 @@ def main(argv: list[str] | None = None) -> int:
                 f"this one: {digest[:12]}); give that one as --vae-path"
             )
         fps = float(json.loads(header.get("fps", "0"))) or video_files.FALLBACK_FPS
-        with writing_video(out, video.height, video.width, fps) as write:
+        clock = video_files.clock_of(header, video.num_frames, given)
+        with writing_video(out, video.height, video.width, fps, clock=clock) as write:
             for frames in clips.decode_stream(vae, video):
                 write(frames)
         return f"{given} -> {out}: {video.num_frames} frames of {video.width} x {video.height}, {fps:.4g} frames/s"
 
-    return 1 if video_files.each(todo, "decode", work) else 0
+    bad = video_files.each(todo, "decode", work)
+    folder = shlex.quote(str(args.out if args.given.is_dir() else args.out.parent))
+    exact = args.lossless or args.out.suffix == ".mkv"  # what H.264 loses is not the VAE's fault
+    judge = f"python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake {folder}" if exact else ""
+    return video_files.end(args, todo, bad, judge)
 
 
 if __name__ == "__main__":

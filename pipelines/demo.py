@@ -16,9 +16,23 @@ from typing import Any
 
 from data.core.cli import run
 from data.core.files import claim_folder
+from data.core.lazy import lazy
 from data.video import list_videos
 from pipelines.training.config import load
 from pipelines.training.folder import ROOT, versions
+
+cache_latents = lazy("pipelines.cache_latents")
+demo_scores = lazy("pipelines.demo_scores")
+fetch_weights = lazy("eval.fetch_weights")
+media = lazy("pipelines.media")
+omegaconf = lazy("omegaconf")
+pages = lazy("pipelines.results.page")
+sampling = lazy("pipelines.sample")
+train_latte = lazy("pipelines.train_latte")
+train_vae = lazy("pipelines.train_vae")
+training_log = lazy("pipelines.training.log")
+weight_files = lazy("eval.weight_files")
+weights = lazy("eval.weights")
 
 log = logging.getLogger(__name__)
 NUM_VIDEOS = 32  # generated and scored; the page shows the first SHOWN
@@ -50,33 +64,29 @@ def fetch_judges(out: Path) -> None:
 
     They go where every program looks for them; in a checkout that cannot be written to, into the demo's own folder.
     """
-    from eval.fetch_weights import fetch, missing
-    from eval.weight_files import TERMS
-    from eval.weights import weights_folder
-
     if os.environ.get("OMNILATTE_WEIGHTS"):
         return
-    folder = weights_folder()
-    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK) and missing(folder):
+    folder = weights.weights_folder()
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK) and fetch_weights.missing(folder):
         folder = out / "weights"
         os.environ["OMNILATTE_WEIGHTS"] = str(folder)
     try:
-        if missing(folder):
+        if fetch_weights.missing(folder):
             log.info("fetching the judging networks, 111 MB, into %s", folder)
-            log.info("fetched %s, verified. %s", ", ".join(fetch(folder)), " ".join(TERMS))
+            log.info(
+                "fetched %s, verified. %s",
+                ", ".join(fetch_weights.fetch(folder)),
+                " ".join(weight_files.TERMS),
+            )
     except (ValueError, OSError) as error:
         log.warning("%s; the demo continues without them", error)
 
 
 def loss_settings(run_dir: Path) -> list[str]:
     """LPIPS for stage one if its weights are there; a run that has begun keeps what it began with."""
-    from omegaconf import OmegaConf
-
-    from pipelines.demo_scores import weights_of
-
     saved = run_dir / "config.yaml"
-    begun = OmegaConf.load(saved).loss.perceptual_weight > 0 if saved.is_file() else None
-    if begun or (begun is None and weights_of("alexnet")):
+    begun = omegaconf.OmegaConf.load(saved).loss.perceptual_weight > 0 if saved.is_file() else None
+    if begun or (begun is None and demo_scores.weights_of("alexnet")):
         return []
     log.warning("stage one without LPIPS%s", "" if begun is None else ", as this run began")
     return ["loss.perceptual_weight=0"]
@@ -84,9 +94,6 @@ def loss_settings(run_dir: Path) -> list[str]:
 
 def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Settings of the image VAE, stage one, stage two and sampling: the demo's files, the data, the output folder."""
-    from pipelines.sample import SampleConfig
-    from pipelines.train_latte import TrainLatteConfig
-    from pipelines.train_vae import TrainVAEConfig
 
     def settings(kind: type, file: str, *words: str) -> Any:
         return load(kind, ROOT / "configs" / file, [*words, f"seed={args.seed}"])
@@ -106,55 +113,58 @@ def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     latte += [f"vae.path={out / 'vae' / 'vae'}", f"cache.dir={out / 'cache'}"]
     samples = [f"num_videos={NUM_VIDEOS}", f"out={out / 'samples'}", f"pipeline={out / 'latte' / 'pipeline'}"]
     return (
-        settings(TrainVAEConfig, "stage1/demo_image.yaml", *vae, f"run_dir={out / 'image'}"),
-        settings(TrainVAEConfig, "stage1/demo.yaml", *vae, *start),
-        settings(TrainLatteConfig, "stage2/demo.yaml", *latte),
-        settings(SampleConfig, "sample/demo.yaml", *samples),
+        settings(train_vae.TrainVAEConfig, "stage1/demo_image.yaml", *vae, f"run_dir={out / 'image'}"),
+        settings(train_vae.TrainVAEConfig, "stage1/demo.yaml", *vae, *start),
+        settings(train_latte.TrainLatteConfig, "stage2/demo.yaml", *latte),
+        settings(sampling.SampleConfig, "sample/demo.yaml", *samples),
     )
 
 
 def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: float) -> None:
     """report.html of the run folders of both stages."""
-    from pipelines.media import grid
-    from pipelines.results.page import Section, clip_figure, curve_figure, series_of, write_page
-    from pipelines.training.log import read_metrics
-
-    one, two, names = read_metrics(stage_one), read_metrics(stage_two), outcome.class_names
+    one, two, names = (
+        training_log.read_metrics(stage_one),
+        training_log.read_metrics(stage_two),
+        outcome.class_names,
+    )
     labelled = f"classes in turn: {', '.join(names)}; " if names else ""
     shown = {
         f"generated, {labelled}seeds 0 to {SHOWN - 1}": outcome.fake,
         "real, of the training videos": outcome.real,
     }
-    clips = [clip_figure(grid(v[:SHOWN], SHOWN // 2), name, width=PAGE_WIDTH) for name, v in shown.items()]
-    curves = [
-        curve_figure(series_of(one, "loss/rec"), "Stage one: mean absolute error", log_y=True),
-        curve_figure(series_of(one, "val/psnr"), "Stage one: PSNR on held-out clips, dB (EMA weights)"),
-        curve_figure(series_of(two, "loss/mse"), "Stage two: error of the predicted noise", log_y=True),
+    clips = [
+        pages.clip_figure(media.grid(v[:SHOWN], SHOWN // 2), name, width=PAGE_WIDTH)
+        for name, v in shown.items()
     ]
-    decoded = [clip_figure(outcome.decoded, "held-out clips", width=480)]
+    curves = [
+        pages.curve_figure(pages.series_of(one, "loss/rec"), "Stage one: mean absolute error", log_y=True),
+        pages.curve_figure(
+            pages.series_of(one, "val/psnr"), "Stage one: PSNR on held-out clips, dB (EMA weights)"
+        ),
+        pages.curve_figure(
+            pages.series_of(two, "loss/mse"), "Stage two: error of the predicted noise", log_y=True
+        ),
+    ]
+    decoded = [pages.clip_figure(outcome.decoded, "held-out clips", width=480)]
     told = "original | reconstruction | error x 4, on clips the VAE never saw"
     checks = ("check", "untrained -> trained", "rule", "result")
     packages, folded = list(versions().items()), "of Python and the packages"
     sections = [
-        Section("Is learning visible?", header=checks, rows=outcome.checks),
-        Section("Reconstruction", told, figures=decoded),
-        Section("Generation", figures=clips),
-        Section("Scores", header=("score", "value", "protocol"), rows=outcome.scores),
-        Section("Efficiency", header=("figure", "value", "measured on"), rows=outcome.speeds),
-        Section("Curves", figures=curves),
-        Section("Versions", header=("package", "version"), rows=packages, folded=folded),
+        pages.Section("Is learning visible?", header=checks, rows=outcome.checks),
+        pages.Section("Reconstruction", told, figures=decoded),
+        pages.Section("Generation", figures=clips),
+        pages.Section("Scores", header=("score", "value", "protocol"), rows=outcome.scores),
+        pages.Section("Efficiency", header=("figure", "value", "measured on"), rows=outcome.speeds),
+        pages.Section("Curves", figures=curves),
+        pages.Section("Versions", header=("package", "version"), rows=packages, folded=folded),
     ]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.1f} minutes for this run"
     subtitle = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine}"
-    write_page(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
+    pages.write_page(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from pipelines import train_latte, train_vae
-    from pipelines.cache_latents import build_cache
-    from pipelines.demo_scores import judge
-    from pipelines.sample import sample
 
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     fetch_judges(Path(args.out))
@@ -163,10 +173,10 @@ def main(argv: list[str] | None = None) -> int:
     parts = [
         ("an image VAE, in the place of SD2.1-VAE", lambda: train_vae.train(image)),
         ("stage one: OD-VAE from it by tail initialization", lambda: train_vae.train(vae)),
-        ("cache latents", lambda: build_cache(latte)),
+        ("cache latents", lambda: cache_latents.build_cache(latte)),
         ("stage two: train Latte", lambda: train_latte.train(latte)),
-        (f"generate {NUM_VIDEOS} videos", lambda: sample(samples)),
-        ("score and report", lambda: judge(vae, latte, samples, num, args.short)),
+        (f"generate {NUM_VIDEOS} videos", lambda: sampling.sample(samples)),
+        ("score and report", lambda: demo_scores.judge(vae, latte, samples, num, args.short)),
     ]
     began = time.monotonic()
     for number, (name, part) in enumerate(parts, 1):

@@ -7,7 +7,8 @@
 A file has the tensor `latents`, (C, t, h, w) float32, posterior means (codebook entries of a discrete VAE), not
 normalised; and in its header, as text: num_frames, height, width (of the video, without the padding that is in the
 latents), fps, window (frames encoded at once; 0: the whole video as one stream), source, vae, vae_sha256, and what a
-diffusion model normalises by: scaling_factor, latents_mean, latents_std.
+diffusion model normalises by: scaling_factor, latents_mean, latents_std. Of a variable frame rate also when each frame is
+shown: ticks, and tick, the seconds of one as [numerator, denominator].
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.core.cli import run
 from data.core.lazy import lazy
 from data.video import VIDEO_SUFFIXES, iterate_frames, probe
 from pipelines import video_files
+from pipelines.training.log import command
 
 clips = lazy("vae.clips")
 
@@ -42,10 +44,16 @@ def main(argv: list[str] | None = None) -> int:
         video = clips.encode_video(vae, iterate_frames(given), args.window)
         if video.num_frames != info.num_frames:
             raise ValueError(f"{given}: {video.num_frames} of {info.num_frames} frames were read")
-        video_files.save_latents(out, video, about | {"fps": info.fps, "source": given.name})
+        own = {"fps": info.fps, "source": given.name}
+        if info.clock:
+            own |= {"tick": info.clock.base.as_integer_ratio(), "ticks": info.clock.ticks}
+        video_files.save_latents(out, video, about | own)
         return f"{given} -> {out}: {video_files.frames_line(info)}; latents {tuple(video.latents.shape)}"
 
-    return 1 if video_files.each(todo, "encode", work) else 0
+    bad = video_files.each(todo, "encode", work)
+    decoded = args.out.with_suffix(".mp4") if args.given.is_file() else f"{args.out}-decoded"
+    back = command("decode", str(args.out), str(decoded), *video_files.of_vae(args))
+    return video_files.end(args, todo, bad, back)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from the records that are given; what is not given is "not measured".
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from data.core.cli import run
 from data.core.lazy import lazy
+from pipelines.training.log import box, command
 
 hub = lazy("huggingface_hub.utils")
 shared = lazy("pipelines.results.shared")
@@ -39,8 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         hub.validate_repo_id(args.push)
     request = shared.Request(args.model, args.out, args.samples, args.records, args.license, args.push)
     print(f"wrote {shared.export(request)}")
+    rows = {"folder": str(args.out), "how to open it": f"{args.out}/README.md"}
     if args.push:
         print(f"pushed to {shared.push(args.out, args.push, args.public)}")
+    else:
+        words = sys.argv[1:] if argv is None else argv
+        rows["next"] = command("export", *words, "--push", "NAME/REPO")
+    box("finished: export", rows)
     return 0
 
 

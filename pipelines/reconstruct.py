@@ -32,6 +32,7 @@ from pipelines import video_files
 from pipelines.media import comparison
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary, versions
+from pipelines.training.log import box, command
 from pipelines.training.settings import SourceConfig, VAEConfig
 
 torch = lazy("torch")
@@ -225,9 +226,10 @@ FLAGS = {
 
 def config_from(argv: list[str] | None) -> tuple[ReconstructConfig, argparse.Namespace]:
     """The settings of a command line, and its switches."""
-    words = sys.argv[1:] if argv is None else argv
-    words = ["stream=true" if word == "--stream" else word for word in words]
-    return parse(ReconstructConfig, words, "reconstruct", __doc__, FLAGS)
+    switches = {"--stream": "same as stream=true"}
+    config, args = parse(ReconstructConfig, argv, "reconstruct", __doc__, FLAGS, switches)
+    config.stream |= args.stream
+    return config, args
 
 
 def names_files(words: list[str]) -> bool:
@@ -250,6 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     found = reconstruct(config)
     if accelerate.PartialState().is_main_process:
         print(row(found))
+        scores = f"{config.out}/summary.json"
+        rows = {"scores": f"{config.out}/videos.jsonl, {scores}", "pictures": config.out}
+        if model := config.vae.path:
+            rows["next"] = command("export", model, "--out", f"share/{config.vae.name}", "--records", scores)
+        box(f"finished: {found['videos']} videos", rows)
     return 0
 
 

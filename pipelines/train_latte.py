@@ -12,7 +12,6 @@ From top to bottom: settings, networks, loss, one step, the loop, preparation, c
 import argparse
 import logging
 import math
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import box, command
+from pipelines.training.log import end_of_stage_two
 from pipelines.training.settings import CacheType, Mode, Precision, ResumeConfig, SourceConfig, VAEConfig
 from pipelines.training.trainer import Trainer
 
@@ -481,19 +480,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_latte_run(config))
     else:
-        report(config, train(config))
+        end_of_stage_two(config, train(config))
     return 0
-
-
-def report(config: TrainLatteConfig, pipeline: Path) -> None:
-    """Say where things are, and how to go on."""
-    rows = {
-        "pipeline (EMA)": str(pipeline),
-        "curves": f"tensorboard --logdir {shlex.quote(config.run_dir)}",
-        "page": command("run_report", config.run_dir),
-        "next": command("sample", f"pipeline={pipeline}"),
-    }
-    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import math
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from data.core.lazy import lazy
 from data.core.option import option
 from pipelines.training import folder as run_folder
 from pipelines.training.config import at_least, parse
-from pipelines.training.log import box, command
+from pipelines.training.log import end_of_stage_one
 from pipelines.training.settings import (
     GANSchedule,
     Init,
@@ -53,7 +52,6 @@ interface = lazy("vae.interface")
 losses = lazy("vae.losses")
 media = lazy("pipelines.media")
 training_run = lazy("pipelines.training.run")
-vae_registry = lazy("vae.registry")
 plan = lazy("pipelines.plan.report")
 programs = lazy("pipelines.plan.programs")
 openers = lazy("pipelines.training.open")
@@ -568,26 +566,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.dry_run:
         print(start.describe_vae_run(config))
     else:
-        report(config, train(config))
+        end_of_stage_one(config, train(config))
     return 0
-
-
-def report(config: TrainVAEConfig, vae: Path) -> None:
-    """Say where things are, and how to go on."""
-    run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
-    where = [f"vae.path={vae}"]
-    if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
-        where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
-    still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
-    flips = ["cache.flips=true"] * config.clip.flip  # a cache keeps both, it cannot draw
-    rows = {
-        "EMA weights": str(vae),
-        "curves": f"tensorboard --logdir {shlex.quote(run)}",
-        "page": command("run_report", run),
-        "measure": command("reconstruct", *where, **same),
-        "next": command("cache_latents", *where, *flips, **same | {"config": still}),
-    }
-    box(f"finished: {config.steps} steps", rows)
 
 
 if __name__ == "__main__":

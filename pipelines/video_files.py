@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from data.core.files import claim_folder, read_json, remove_leftovers, usual_mode, write_json
 from data.core.lazy import lazy
-from data.encode import atomic_path, writing_video
+from data.encode import Clock, atomic_path, writing_video
 from data.progress import Progress
+from data.timeline import rising
 from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, reading, video_names
 from eval.weights import score_name
+from pipelines.training.log import box, command
 
 torch = lazy("torch")
 clips = lazy("vae.clips")
@@ -143,6 +146,18 @@ def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> 
     return bad
 
 
+def end(args: argparse.Namespace, todo: list[tuple], bad: list, next_command: str = "") -> int:
+    """Say what was done, where it is and how to go on; returns the exit code."""
+    rows = {"in": str(args.out)} | ({"next": next_command} if next_command else {})
+    box(f"finished: {len(todo) - len(bad)} of {len(todo)} videos", rows)
+    return 1 if bad else 0
+
+
+def of_vae(args: argparse.Namespace) -> list[str]:
+    """The words by which another program opens the same VAE."""
+    return ["--vae-path", str(args.vae_path)] if args.vae_path else ["--vae", args.vae]
+
+
 # ---- reconstruct -----------------------------------------------------------------------------------------
 
 
@@ -202,7 +217,7 @@ def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool
     latents = clips.encode_frames(vae, incoming(), window)
     with (
         torch.inference_mode(),
-        writing_video(out, info.height, info.width, info.fps or FALLBACK_FPS, sound) as write,
+        writing_video(out, info.height, info.width, info.fps or FALLBACK_FPS, sound, info.clock) as write,
     ):
         for decoded in clips.decode_frames(vae, latents, window):
             count = min(len(decoded), len(waiting))  # what is more is padding of the last piece
@@ -220,6 +235,7 @@ def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool
 
 def frames_line(info: VideoInfo) -> str:
     rate = f"{info.fps:.4g} frames/s" if info.fps else f"no rate, written at {FALLBACK_FPS:g} frames/s"
+    rate += " in the mean, each at its own time" if info.clock else ""
     return f"all {info.num_frames} frames of {info.width} x {info.height}, {rate}"
 
 
@@ -248,7 +264,9 @@ def reconstruct_main(words: list[str], doc: str) -> int:
     def work(given: Path, out: Path) -> str:
         return reconstruct_file(vae, given, out, judge, not args.no_audio, args.window)
 
-    return 1 if each(todo, "reconstruct", work) else 0
+    latents = args.out.with_suffix(".safetensors") if args.given.is_file() else f"{args.out}-latents"
+    next_command = command("encode", str(args.given), str(latents), *of_vae(args))
+    return end(args, todo, each(todo, "reconstruct", work), next_command)
 
 
 # ---- latents as files ------------------------------------------------------------------------------------
@@ -284,3 +302,16 @@ def read_latents(file: Path) -> tuple[Any, dict[str, str]]:
             f"{file}: latents {tuple(latents.shape)} of {numbers}; (C, t, h, w) of a video is needed"
         )
     return clips.VideoLatents(latents.float(), *numbers), header
+
+
+def clock_of(header: dict[str, str], num_frames: int, file: Path) -> Clock | None:
+    """When each frame is shown, as pipelines.encode notes it of a variable rate. ValueError for another number of frames."""
+    if "ticks" not in header:
+        return None
+    try:
+        clock = Clock(Fraction(*json.loads(header["tick"])), tuple(map(int, json.loads(header["ticks"]))))
+        if len(clock.ticks) != num_frames or not rising(clock.ticks) or clock.base <= 0:
+            raise ValueError(f"{len(clock.ticks)} times of {num_frames} frames")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: its time stamps are damaged ({error}); encode the video again") from error
+    return clock

@@ -21,6 +21,15 @@ if not __package__:  # run as a file, perhaps not installed: import from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.core.cli import run
+from data.core.lazy import lazy
+
+baseline_release = lazy("vae.baselines.release")
+denoiser_release = lazy("denoiser.release")
+denoisers = lazy("denoiser")
+safetensors = lazy("safetensors.torch")
+vae_release = lazy("vae.release")
+vaes = lazy("vae")
+weights = lazy("eval.weights")
 
 BASELINES = ("sd-vae", "vqgan", "tats", "cvvae", "ops")
 JUDGES = {"i3d": "i3d_pretrained_400.safetensors", "c3d": "conv3d_deepnetA_ucf.safetensors"}
@@ -57,29 +66,19 @@ def write_file(dst: Path, save: Callable[[Path], None]) -> None:
 def load_source(family: str, src: Path, **latte: int | None):
     """The model that the official file `src` holds, in eval mode. latte: num_heads and num_frames, for a Latte."""
     if family in BASELINES:
-        from vae.baselines.release import convert_baseline
-
-        return convert_baseline(family, src)
+        return baseline_release.convert_baseline(family, src)
     if family == "open-sora-plan":
-        from vae.release import from_release
-
-        return from_release(src)
+        return vae_release.from_release(src)
     if family == "latte":
-        from denoiser.release import from_release
-
-        return from_release(src, **latte)
-    from eval.weights import load_c3d, load_i3d
-
-    return {"i3d": load_i3d, "c3d": load_c3d}[family](src)[0]
+        return denoiser_release.from_release(src, **latte)
+    return {"i3d": weights.load_i3d, "c3d": weights.load_c3d}[family](src)[0]
 
 
 def convert(family: str, src: Path, dst: Path, **latte: int | None) -> str:
     """Official file or folder -> folder dst; returns what was written, in words."""
     model = load_source(family, src, **latte)
     if family in JUDGES:
-        from safetensors.torch import save_file
-
-        write_folder(dst, lambda folder: save_file(model.state_dict(), folder / JUDGES[family]))
+        write_folder(dst, lambda folder: safetensors.save_file(model.state_dict(), folder / JUDGES[family]))
     else:
         write_folder(dst, model.save_pretrained)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -89,17 +88,11 @@ def convert(family: str, src: Path, dst: Path, **latte: int | None) -> str:
 def export(family: str, src: Path, dst: Path) -> str:
     """Our folder -> upstream's layout; returns what was written, in words."""
     if family == "open-sora-plan":
-        from vae import load_vae
-        from vae.release import save_release
-
-        model = load_vae("odvae", src)
-        write_folder(dst, lambda folder: save_release(model, folder))
+        model = vaes.load_vae("odvae", src)
+        write_folder(dst, lambda folder: vae_release.save_release(model, folder))
     else:
-        from denoiser import Latte
-        from denoiser.release import save_release
-
-        model = Latte.from_pretrained(src)
-        write_file(dst, lambda file: save_release(model, file))
+        model = denoisers.Latte.from_pretrained(src)
+        write_file(dst, lambda file: denoiser_release.save_release(model, file))
     return f"{dst}: {type(model).__name__} in upstream's layout"
 
 

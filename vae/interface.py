@@ -72,7 +72,7 @@ class PointPosterior(VideoGaussian):
 
 
 class VideoVAE:
-    """Mixin of every video VAE; the model's `config` may hold scaling_factor, latents_mean, latents_std.
+    """Mixin of every video VAE, before diffusers' bases; the model's `config` may hold scaling_factor, latents_mean, latents_std.
 
     Class attributes say what the model is; subclasses set them. `causal`: no latent and no decoded frame depends on
     later frames. `frame_rule` names the clip lengths it takes: "any", "4n+1" (a first frame alone, then groups of
@@ -87,6 +87,28 @@ class VideoVAE:
     trainable: bool = True
     has_posterior: bool = True
     frame_rule: str = "any"
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Reconstruct: sample (B, 3, T, H, W) in [-1, 1] -> DecoderOutput of the same shape.
+
+        sample_posterior draws the latents (with `generator`), else the posterior's mode is decoded; a discrete
+        VAE decodes its codes.
+        """
+        if self.discrete:
+            z = self.encode(sample).latents
+        else:
+            posterior = self._posterior(sample, sample_posterior, generator)
+            z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, num_frames=sample.shape[2], return_dict=return_dict)
+
+    def _posterior(self, sample: Tensor, sample_posterior: bool, generator: torch.Generator | None) -> Any:
+        return self.encode(sample).latent_dist
 
     @property
     def latent_channels(self) -> int:

@@ -155,7 +155,7 @@ class Decoder(Checkpointed):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, T, H, W)
 
 
-class ODVAE(ModelMixin, ConfigMixin, VideoVAE):
+class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
     """The omni-dimensional VAE and its variants.
 
     variant: 1 to 4 (paper Fig. 2; 4 is OD-VAE), or "osp_v1_0" / "osp_v1_1", released older layouts.
@@ -169,8 +169,7 @@ class ODVAE(ModelMixin, ConfigMixin, VideoVAE):
 
     _supports_gradient_checkpointing = True
     # Read by diffusers from the class: what a device map keeps together, what compile_repeated_blocks() compiles
-    _no_split_modules = ["ResBlock", "FrameAttention"]  # noqa: RUF012
-    _repeated_blocks = ["ResBlock"]  # noqa: RUF012
+    _no_split_modules = _repeated_blocks = ["ResBlock", "FrameAttention"]  # noqa: RUF012
 
     temporal_compression_ratio = 4
     frame_rule = "4n+1"
@@ -272,18 +271,6 @@ class ODVAE(ModelMixin, ConfigMixin, VideoVAE):
         samples = z.split(1) if self.use_slicing else (z,)
         sample = torch.cat([self._decode_tiled(s) for s in samples])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode, take the mean of the posterior (or draw from it), decode. sample: (B, 3, T, H, W) in [-1, 1]."""
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
         fn = self._moments

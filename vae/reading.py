@@ -3,18 +3,16 @@
 import argparse
 import json
 import logging
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.core.tensors import differences, some
+from data.core.weights import read_weights
 
 logger = logging.getLogger(__name__)
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -76,56 +74,12 @@ def find_file(source: Path) -> Path:
     raise ValueError(f"{source}: no weight file ({', '.join(_SUFFIXES)}) in this folder")
 
 
-class _Inert:
-    """Stands for any Python object in a checkpoint that is not a tensor: takes any arguments, does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _torch_load(file: Path):
-    """torch.load(weights_only=True), with argparse.Namespace read and other foreign classes made inert.
-
-    Lightning stores callbacks beside the weights (taming) and the training arguments as a Namespace (TATS).
-    """
-    allowed = [argparse.Namespace]
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (ValueError, RuntimeError):  # a file in the format before torch 1.6 cannot be listed beforehand
-        unknown = []
-    unknown = [name for name in unknown if name != "argparse.Namespace"]
-    if unknown:
-        logger.warning("%s: ignoring stored objects that are not tensors: %s", file, some(unknown))
-        allowed += [(type("Inert", (_Inert,), {}), name) for name in unknown]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch's reader raises many kinds on what is no checkpoint
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
-            reason = "it is damaged, or holds Python objects that are not tensors"
-        raise ValueError(f"{file}: cannot be read as weights without running code: {reason}") from error
-
-
 def read_checkpoint(file: Path) -> dict:
     """What a .safetensors or torch file holds: tensors by name, in a torch file perhaps in dicts of dicts.
 
     Raises ValueError if the file is damaged, or is not a dict.
     """
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged safetensors file: {error}") from error
-    content = _torch_load(file)
+    content = read_weights(file, inert=True)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
     return content

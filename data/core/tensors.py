@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from data.core.lazy import lazy
+
+torch = lazy("torch")
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -36,8 +40,6 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any], optional: I
 
 def to_float(clip: np.ndarray | Tensor) -> Tensor:
     """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
-    import torch
-
     clip = torch.as_tensor(clip)
     if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
         raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")

@@ -3,27 +3,28 @@
 from collections.abc import Iterator
 from typing import Any
 
+from data.core.lazy import lazy
 from pipelines.plan.cards import Card, seconds
 from pipelines.plan.programs import Simulation, encode_and_decode
+
+tasks = lazy("pipelines.plan.tasks")
+torch = lazy("torch")
+vaes = lazy("vae")
 
 
 def simulations(kind: str) -> Iterator[tuple[str, Simulation]]:
     """(title, simulation) at full size in bf16."""
-    import torch
-
-    from pipelines.plan.tasks import ROWS, simulate
-    from vae import ODVAE
 
     if kind == "vae":
         for preset in ("odvae", "osp_v1_2"):
             found = encode_and_decode(
-                lambda preset=preset: ODVAE.preset(preset).eval(), 81, 256, dtype=torch.bfloat16
+                lambda preset=preset: vaes.ODVAE.preset(preset).eval(), 81, 256, dtype=torch.bfloat16
             )
             yield f"{preset}, 81 x 256 x 256", found
     wanted = {"train": ("train_vae", "train_latte"), "cache": ("cache_latents",), "sample": ("sample",)}
-    for row in ROWS:
+    for row in tasks.ROWS:
         if row.program in wanted.get(kind, ()) and not row.name.startswith("the same"):
-            yield row.name, simulate(row.program, row.config())
+            yield row.name, tasks.simulate(row.program, row.config())
 
 
 def rows(kind: str, card: Card) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from data.core.lazy import lazy
+
+release = lazy("vae.release")
+variants = lazy("vae.variants")
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -113,8 +118,6 @@ def load_peers(folders: str) -> dict[str, ModuleType]:
 
 def open_sora_plan(module: ModuleType, vae: Any) -> Any:
     """Open-Sora-Plan's CausalVAEModel with the size and the weights of an ODVAE of variant 4."""
-    from vae.release import layout_fields
-    from vae.variants import find_layout
 
     config, widths = vae.config, vae.config.block_out_channels
     model = module.CausalVAEModel(
@@ -124,7 +127,7 @@ def open_sora_plan(module: ModuleType, vae: Any) -> Any:
         z_channels=config.latent_channels,
         embed_dim=config.latent_channels,
         attn_resolutions=[],
-        **layout_fields(find_layout(config.variant)),
+        **release.layout_fields(variants.find_layout(config.variant)),
     )
     model.load_state_dict(vae.state_dict())
     return model.eval()

@@ -6,7 +6,10 @@ RTX 4090 architecture papers); memory is what a program can allocate, a little l
 
 from dataclasses import dataclass
 
+from data.core.lazy import lazy
 from pipelines.plan.cost import Cost, Work
+
+torch = lazy("torch")
 
 # Fitted to one H200 (docs/results/gpu): with them most steps are within 20 % of their measured time, all within 25 %
 SHARE = 0.5  # of a card's arithmetic that convolutions and products reach
@@ -52,7 +55,6 @@ def find_card(name: str) -> Card:
 
 def card_here() -> Card | None:
     """The row of the GPU in this machine, None without one or for one that is not in the table."""
-    import torch
 
     if not torch.cuda.is_available():
         return None

@@ -8,11 +8,18 @@ import copy
 import dataclasses
 import difflib
 import enum
+import functools
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from data.core.lazy import lazy
+
+errors = lazy("omegaconf.errors")
+omegaconf = lazy("omegaconf")
+yaml = lazy("yaml")
 
 T = TypeVar("T")
 USUAL_NAMES = {  # other projects' names -> ours, the first that a program has
@@ -107,24 +114,21 @@ def free_keys(config: Any, prefix: str = "") -> set[str]:
 
 def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()) -> T:
     """Merge defaults, the YAML file and `key=value` overrides into `cls`; unknown keys and wrong types are errors."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     for item in overrides:
         if "=" not in item:
             raise ValueError(f"argument {item!r}: settings are written key=value, e.g. steps=100")
-    base = OmegaConf.structured(cls)
+    base = omegaconf.OmegaConf.structured(cls)
     try:
         layers = [base]
         if path:
-            layers.append(OmegaConf.create(_hide(read_yaml(path))))
+            layers.append(omegaconf.OmegaConf.create(_hide(read_yaml(path))))
         typed = [item for item in overrides if not _is_text(cls, item)]
-        layers.append(OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
+        layers.append(omegaconf.OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
         for key, _, text in (item.partition("=") for item in overrides if item not in typed):
             # As it stands: a folder called 001 or 1e3 is not a number. A leading ~ is the home folder.
-            OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
-        return _show(OmegaConf.to_object(OmegaConf.merge(*layers)))
-    except OmegaConfBaseException as error:
+            omegaconf.OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
+        return _show(omegaconf.OmegaConf.to_object(omegaconf.OmegaConf.merge(*layers)))
+    except errors.OmegaConfBaseException as error:
         raise ValueError(_explain(error, flatten(cls()))) from error
 
 
@@ -165,13 +169,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> dict[str, Any]:
     """`read_yaml` of a text."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
+        plain = omegaconf.OmegaConf.to_container(
+            omegaconf.OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False
+        )
+    except (
+        yaml.YAMLError,
+        errors.OmegaConfBaseException,
+        ValueError,
+        RecursionError,
+        AssertionError,
+    ) as error:
         raise ValueError(f"not valid YAML settings: {str(error) or 'no key: value in it'}") from error
     if not isinstance(plain, dict):
         raise ValueError("must be settings (key: value), not a list")
@@ -205,11 +213,9 @@ def at_least(config: Any, least: float, *names: str) -> None:
 
 
 def _explain(error: Exception, known: dict[str, Any]) -> str:
-    from omegaconf.errors import ConfigKeyError
-
     key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "settings")
     first = str(error).splitlines()[0]
-    if isinstance(error, ConfigKeyError) or "not in" in first:
+    if isinstance(error, errors.ConfigKeyError) or "not in" in first:
         usual = [
             name for name in USUAL_NAMES.get(key.rpartition(".")[2].lower(), "").split() if name in known
         ]
@@ -223,9 +229,9 @@ def _explain(error: Exception, known: dict[str, Any]) -> str:
 
 def dump(config: Any) -> str:
     """The resolved configuration as YAML text."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(_hide(copy.deepcopy(config)))).replace(_DOLLAR, "${")
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.structured(_hide(copy.deepcopy(config)))).replace(
+        _DOLLAR, "${"
+    )
 
 
 def _help_lines(cls: type, prefix: str = "") -> list[str]:
@@ -281,9 +287,9 @@ def parse(
     for switch, text in (switches or {}).items():
         parser.add_argument(switch, action="store_true", help=text)
     for flag, key in (flags or {}).items():
-        parser.add_argument(
-            flag, dest="flag:" + key, metavar=key.rsplit(".", 1)[-1].upper(), help=f"same as {key}=..."
-        )
+        word, text = key.rpartition(".")[2].upper(), f"same as {key}=..."
+        as_setting = functools.partial("{}={}".format, key)
+        parser.add_argument(flag, dest="flags", action="append", type=as_setting, metavar=word, help=text)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, e.g. steps=100")
     args = parser.parse_intermixed_args(argv)
     args.card = ""
@@ -291,9 +297,4 @@ def parse(
         cards = [word for word in args.settings if word.startswith("card=")]
         args.settings = [word for word in args.settings if word not in cards]
         args.card = cards[-1].removeprefix("card=") if cards else ""
-    chosen = [
-        f"{name[5:]}={value}"
-        for name, value in vars(args).items()
-        if name.startswith("flag:") and value is not None
-    ]
-    return load(cls, args.config, args.settings + chosen), args
+    return load(cls, args.config, [*args.settings, *(vars(args).get("flags") or [])]), args

@@ -13,9 +13,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
+from data.core.lazy import lazy
 from pipelines.training.folder import ROOT
 from pipelines.training.settings import Precision
 from pipelines.training.trackers import tracker_names
+
+deepspeed = lazy("deepspeed")
+deepspeed_utils = lazy("deepspeed.utils")
 
 PATIENCE = timedelta(hours=2)  # of processes that wait while the main one draws samples or saves
 
@@ -276,7 +280,6 @@ def whole_weights(module: nn.Module, change: bool = False) -> contextlib.Abstrac
     parameters = list(module.parameters())
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
-    import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if change else None)
 
@@ -294,14 +297,13 @@ def optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any) -> dict[
     """torch's state_dict of AdamW with whole moments, on the main process; every process calls it."""
     if not uses_deepspeed(accelerator):
         return optimizer.state_dict()
-    from deepspeed.utils import safe_get_full_optimizer_state
 
     inner, parameters = model.optimizer.optimizer, list(accelerator.unwrap_model(model).parameters())
     states: dict[int, dict[str, Tensor]] = {}
     if inner.state:  # empty until an update was made
         step = next(iter(inner.state.values()))["step"].cpu()
         for number, parameter in enumerate(parameters):
-            full = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            full = {key: deepspeed_utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if accelerator.is_main_process:
                 # each with a counter of its own: torch counts up every one
                 states[number] = {"step": step.clone()} | {k: v.cpu().clone() for k, v in full.items()}
@@ -331,16 +333,15 @@ def load_optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any, sta
 
 
 def _give(parameter: nn.Parameter, value: Tensor, key: str) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not hasattr(parameter, "ds_id"):
-        safe_set_full_optimizer_state(parameter, value, key)
+        deepspeed_utils.safe_set_full_optimizer_state(parameter, value, key)
         return
     # DeepSpeed's own cut fails where a tensor does not divide evenly; its last piece is padded with zeros.
     size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
     padded = nn.functional.pad(
         value.flatten(), (0, size * torch.distributed.get_world_size(group) - value.numel())
     )
-    safe_set_local_optimizer_state(
+    deepspeed_utils.safe_set_local_optimizer_state(
         parameter, padded.narrow(0, size * torch.distributed.get_rank(group), size), key
     )

@@ -4,6 +4,7 @@ Logging never stops a training: what cannot be written is reported once, counted
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -18,11 +19,26 @@ from typing import Any
 import numpy as np
 
 from data.core.files import append_line, fsync
+from data.core.lazy import lazy
 from data.encode import encode_webp
 from data.progress import duration
 from pipelines.training.config import flatten
+from pipelines.training.settings import Init
 
-__all__ = ["MetricLog", "box", "command", "read_metrics", "speed_line", "step_line"]
+protocol = lazy("tensorboard.compat.proto.summary_pb2")
+tb = lazy("torch.utils.tensorboard")
+vae_registry = lazy("vae.registry")
+
+__all__ = [
+    "MetricLog",
+    "box",
+    "command",
+    "end_of_stage_one",
+    "end_of_stage_two",
+    "read_metrics",
+    "speed_line",
+    "step_line",
+]
 log = logging.getLogger(__name__)
 
 
@@ -53,10 +69,8 @@ class MetricLog:
             _cut(file, step)
         if not tensorboard:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         with self._guard("tb"):
-            self.writer = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None)
+            self.writer = tb.SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step > 0 else None)
         if settings:
             self._tensorboard(lambda writer: _write_settings(writer, settings))
 
@@ -88,15 +102,13 @@ class MetricLog:
                 value = strip if tracker.name in ("aim", "clearml") else [strip]
                 with self._guard(tracker.name, Exception):
                     tracker.log_images({name: value}, step=step)
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        image = Summary.Image(
+        image = protocol.Summary.Image(
             height=frames.shape[1],
             width=frames.shape[2],
             colorspace=3,
             encoded_image_string=encode_webp(frames, fps),
         )
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        summary = protocol.Summary(value=[protocol.Summary.Value(tag=name, image=image)])
         self._tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def sync(self) -> None:
@@ -148,10 +160,8 @@ class MetricLog:
 
 def _write_settings(writer: Any, settings: dict[str, Any]) -> None:
     """The settings as a text, and as hyperparameters beside the numbers that a run is judged by."""
-    from torch.utils.tensorboard.summary import hparams
-
     writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in settings.items()))
-    for summary in hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
+    for summary in tb.summary.hparams(settings, dict.fromkeys(("loss", "val/psnr"), 0.0)):
         writer._get_file_writer().add_summary(summary)
 
 
@@ -203,6 +213,35 @@ def command(program: str, *settings: str, config: Any = None, keys: Sequence[str
             f"{k}={_word(v)}" for k, v in now.items() if k.startswith(tuple(keys)) and v != usual.get(k)
         ]
     return f"python -m pipelines.{program} {shlex.join(words)}"
+
+
+def end_of_stage_one(config: Any, vae: Path) -> None:
+    """Say where the weights of a TrainVAEConfig's run are, and how to go on with them."""
+    run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
+    where = [f"vae.path={vae}"]
+    if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
+        where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
+    still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
+    flips = ["cache.flips=true"] * config.clip.flip  # a cache keeps both, it cannot draw
+    rows = {
+        "EMA weights": str(vae),
+        "curves": f"tensorboard --logdir {shlex.quote(run)}",
+        "page": command("run_report", run),
+        "measure": command("reconstruct", *where, **same),
+        "next": command("cache_latents", *where, *flips, **same | {"config": still}),
+    }
+    box(f"finished: {config.steps} steps", rows)
+
+
+def end_of_stage_two(config: Any, pipeline: Path) -> None:
+    """The same of a TrainLatteConfig's run."""
+    rows = {
+        "pipeline (EMA)": str(pipeline),
+        "curves": f"tensorboard --logdir {shlex.quote(config.run_dir)}",
+        "page": command("run_report", config.run_dir),
+        "next": command("sample", f"pipeline={pipeline}"),
+    }
+    box(f"finished: {config.steps} steps", rows)
 
 
 def _word(value: Any) -> str:

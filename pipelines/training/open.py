@@ -91,12 +91,11 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
     if None in weights.values() and any(w is not None for w in weights.values()):
         raise ValueError(f"source.parts: weights {weights}: give one to every part or to none")
     clips = {}
-    for name in weights:
-        part = {**vars(config.parts[name]), "name": config.parts[name].name or name}
-        if part["name"] == "mixture":
+    for name, part in sorted(config.parts.items()):
+        if (kind := part.name or name) == "mixture":
             raise ValueError(f"source.parts.{name}.name=mixture: a mixture holds no other mixture")
-        del part["weight"]
-        one = dataclasses.replace(config, parts={}, labels="none", **part)
+        own = {key: value for key, value in vars(part).items() if key != "weight"}
+        one = dataclasses.replace(config, parts={}, labels="none", **own | {"name": kind})
         clips[name] = open_clips(one, spec, part_seed(seed, name), held_out)
     return MixedClips(clips, None if None in weights.values() else list(weights.values()), seed, not held_out)
 

@@ -16,6 +16,7 @@ from data.demo import DemoVideos
 from data.encode import write_mp4
 from data.latent_writer import LatentCacheWriter
 from eval.feature_cache import FeatureCache, cache_folder
+from eval.records import append_record
 from pipelines import cache_latents, reconstruct, sample, scores, stand_in, train_vae
 from pipelines.training.checkpoints import Checkpoints, replace_folder
 from pipelines.training.folder import ROOT
@@ -363,3 +364,20 @@ def test_a_run_folder_that_is_moved_while_it_trains_gets_no_second_half(vae_sett
         train_vae.main(settings)
     assert Checkpoints(tmp_path / "moved").steps() == [1]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_record_after_a_half_written_one_is_a_line_of_its_own_and_a_short_write_is_taken_back(
+    tmp_path, monkeypatch
+):
+    file, record = tmp_path / "scores.jsonl", {"metric": "FVD", "value": 1.5}
+    half = '{"metric": "FVD", "val'  # of a judge that was killed, or of another program
+    file.write_text(half)
+    append_record(file, record)
+    lines = file.read_text().splitlines()
+    assert lines[0] == half
+    assert json.loads(lines[1])["value"] == 1.5
+    before, write = file.read_bytes(), os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))  # a full disk does so
+    with pytest.raises(OSError, match="7 of .* bytes written"):
+        append_record(file, record)
+    assert file.read_bytes() == before

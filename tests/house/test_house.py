@@ -228,6 +228,40 @@ def test_no_files_import_each_other_in_a_circle():
     assert not wanted.keys() - done, "each of these imports another of them, now or later: break the circle"
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def below(node, kinds):
+    """All nodes of some kinds below a node, but not those below another of `kinds`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, kinds):
+            yield child
+        else:
+            yield from below(child, kinds)
+
+
+def test_imports_inside_functions_are_few():
+    """What waits stands on top as `lazy("module")`; inside stay optional packages and those that have to come late."""
+    found = [
+        f"{identifier(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in SOURCES
+        for function in below(ast.parse(path.read_text()), FUNCTIONS)  # with the functions inside it
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert len(found) <= 60, "\n".join(found)
+
+
+def test_no_function_is_longer_than_150_lines():
+    lengths = {
+        f"{identifier(path)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, FUNCTIONS[:2])
+    }
+    assert not {name: length for name, length in lengths.items() if length > 150}
+
+
 DIALECT = re.compile(
     r"\b(anew|misshapen|goes on\b(?!ce)|so many|the last word|train apart|to the bit|how-manieth|is no folder|is no multiple)"
 )

@@ -63,9 +63,12 @@ def export(*arguments):
     assert main([*map(str, arguments)]) == 0
 
 
-def test_the_exported_vae_is_the_run_s_and_the_card_has_its_numbers(run, summary, tmp_path):
+def test_the_exported_vae_is_the_run_s_and_the_card_has_its_numbers(run, summary, tmp_path, caplog):
     out = tmp_path / "share"
+    caplog.set_level("INFO")
     export(run, "--out", out, "--records", summary, "--license", "mit")
+    words = f"{run} --out {out} --records {summary} --license mit --push NAME/REPO"
+    assert f"python -m pipelines.export {words}" in caplog.messages[-1]
     kept, made = (load_file(f / WEIGHTS) for f in (run / "vae", out))
     assert kept.keys() == made.keys()
     assert all(torch.equal(kept[k], made[k]) for k in kept)

@@ -33,14 +33,21 @@ def measure(own_vae, videos, tmp_path):
     return go
 
 
-def test_records_and_summary_agree_with_the_videos_themselves(measure, own_vae, videos, capsys):
+def test_records_and_summary_agree_with_the_videos_themselves(
+    measure, own_vae, videos, capsys, caplog, tmp_path
+):
     import torch
 
     from data.clip import to_float, to_uint8
     from eval.fidelity import psnr
     from vae import load_vae
 
+    caplog.set_level("INFO")
     rows, summary = measure("clips", "clip.position=start")
+    out = tmp_path / "clips"
+    said = f"python -m pipelines.export {own_vae} --out share/odvae --records {out}/summary.json"
+    assert caplog.messages[-1].startswith("finished: 3 videos\n")
+    assert said in caplog.messages[-1]
     assert [r["video"] for r in rows] == ["0.mkv", "1.mkv", "2.mkv"]
     vae, original = load_vae(own_vae), read_frames(videos / "1.mkv", range(9))
     with torch.inference_mode():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data.core.files import temporary_name
 from data.encode import write_mp4, writing_video
@@ -126,6 +127,89 @@ def test_sound_stays_with_the_picture_of_a_video_that_begins_late(tmp_path, earl
     wanted = times(given, "audio") - begin
     wanted = wanted[wanted + 1024 / 16000 > -0.002]  # packets that end before the first picture are gone
     np.testing.assert_allclose(heard - shown, wanted, atol=0.003)
+
+
+def test_each_program_ends_with_where_things_are_and_the_next_command_which_works(
+    od_folder, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+
+    def ending() -> dict[str, str]:
+        title, *rows = caplog.messages[-1].splitlines()
+        assert title == "finished: 1 of 1 videos"
+        return {name: text.strip() for name, _, text in (row.strip().partition("  ") for row in rows)}
+
+    def words(said, program) -> list[str]:
+        assert said["next"].startswith(f"python -m pipelines.{program} ")
+        return said["next"].split()[3:]
+
+    film(tmp_path / "in.mp4")
+    assert run(reconstruct, "in.mp4", "out.mkv", "--vae-path", od_folder) == 0
+    said = ending()
+    assert said["in"] == "out.mkv"
+    assert run(encode, *words(said, "encode")) == 0
+    said = ending()
+    assert said["in"] == "out.safetensors"
+    assert run(decode, *words(said, "decode")) == 0
+    assert ending() == {"in": "out.mp4"}
+    assert run(decode, "out.safetensors", "exact/out.mkv", "--vae-path", od_folder) == 0
+    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake exact"
+
+
+UNEVEN = [
+    0,
+    40,
+    73,
+    500,
+    510,
+    900,
+    1700,
+    1733,
+    2400,
+    2440,
+    4000,
+]  # ms, of 11 frames; the header says 25 a second
+
+
+def uneven(path):
+    """A video of a variable frame rate."""
+    frames = np.random.default_rng(0).integers(0, 256, (len(UNEVEN), 16, 24, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "bgr0"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for tick, picture in zip(UNEVEN, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
+            frame.pts, frame.time_base = 7000 + tick, Fraction(1, 1000)  # it begins late
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_each_frame_of_a_variable_rate_keeps_its_own_time(od_folder, tmp_path, capsys, suffix):
+    given, latents = uneven(tmp_path / "in.mkv"), tmp_path / "a.safetensors"
+    assert probe(given).fps == pytest.approx(10 / 4.0)  # not what the header says
+    vae = ("--vae-path", od_folder)
+    run(reconstruct, given, tmp_path / f"a{suffix}", *vae)
+    assert "2.5 frames/s in the mean, each at its own time" in capsys.readouterr().out
+    run(encode, given, latents, *vae)
+    run(decode, latents, tmp_path / f"b{suffix}", *vae)
+    for name in "ab":
+        shown = np.sort(times(tmp_path / f"{name}{suffix}", "video"))
+        np.testing.assert_allclose(shown - shown[0], np.array(UNEVEN) / 1000, atol=1e-6)
+    broken = tmp_path / "broken.safetensors"
+    with safe_open(latents, "pt") as file:
+        save_file({"latents": file.get_tensor("latents")}, broken, file.metadata() | {"ticks": "[0, 1]"})
+    with pytest.raises(ValueError, match="its time stamps are damaged .2 times of 11 frames"):
+        run(decode, broken, tmp_path / "c.mkv", *vae)
+
+
+def test_a_steady_rate_has_no_clock_whatever_its_file_rounds(tmp_path):
+    for suffix in (".mp4", ".mkv"):
+        assert probe(film(tmp_path / f"in{suffix}")).clock is None
+    assert probe(film(tmp_path / "late.mkv", begin=150)).clock is None
 
 
 def test_latents_are_decoded_to_what_reconstruct_writes_and_are_read_without_this_project(

@@ -21,32 +21,10 @@ class VideoVQOutput(BaseOutput):
     codes: Tensor
 
 
-class Baseline(ModelMixin, AutoencoderMixin, ConfigMixin, VideoVAE):
+class Baseline(VideoVAE, ModelMixin, AutoencoderMixin, ConfigMixin):
     """Base of the six baselines; a subclass gives `encode`, `decode` and what VideoVAE asks for."""
 
     _tiling_refusal = "it has no temporal tiling"
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ):
-        """Reconstruct: sample (B, 3, T, H, W) in [-1, 1] -> DecoderOutput of the same shape.
-
-        sample_posterior draws the latents (with `generator`), else the posterior's mode is decoded; a discrete
-        VAE decodes its codes.
-        """
-        if self.discrete:
-            z = self.encode(sample).latents
-        else:
-            posterior = self._posterior(sample, sample_posterior, generator)
-            z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, num_frames=sample.shape[2], return_dict=return_dict)
-
-    def _posterior(self, sample: Tensor, sample_posterior: bool, generator: torch.Generator | None):
-        return self.encode(sample).latent_dist
 
     def enable_tiling(self, *args, **kwargs) -> None:
         raise ValueError(f"{type(self).__name__}: tiling cannot be switched on: {self._tiling_refusal}")

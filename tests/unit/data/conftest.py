@@ -1,10 +1,15 @@
 """Small videos of any codec, written on the spot; frame n of them is frame n of a demo scene."""
 
+import shutil
+
 import av
 import numpy as np
 import pytest
 
+from data import index as index_module
 from data.demo import DemoVideos
+from data.encode import write_mp4
+from data.scan import scan_file
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,27 @@ def encode():
         return path
 
     return write
+
+
+@pytest.fixture
+def scan_here(monkeypatch):
+    """Scans run in the test's own process."""
+    monkeypatch.setattr(index_module, "scan_all", lambda names, workers, timeout_s: map(scan_file, names))
+
+
+@pytest.fixture
+def put_below(tmp_path, scene):
+    """put_below(folder) gives put(name, ...): the same video of 20 frames, one every 40 ms, under each name there."""
+    write_mp4(tmp_path / "v.mp4", scene[:20], 25)
+
+    def below(folder):
+        def go(*names):
+            for name in names:
+                path = tmp_path / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(tmp_path / "v.mp4", path)
+            return tmp_path / folder
+
+        return go
+
+    return below

@@ -7,35 +7,20 @@ import shutil
 import numpy as np
 import pytest
 
-from data import index as index_module
 from data import lists
 from data.clip import ClipSpec
 from data.dataset import VideoClips
 from data.encode import write_mp4
 from data.lists import parse_pairs
-from data.scan import scan_file
 from data.sources import open_source, video_frames
 from data.video import read_frames
 
-
-@pytest.fixture(autouse=True)
-def _scan_in_this_process(monkeypatch):
-    monkeypatch.setattr(index_module, "scan_all", lambda names, workers, timeout_s: map(scan_file, names))
+pytestmark = pytest.mark.usefixtures("scan_here")
 
 
 @pytest.fixture
-def put(tmp_path, scene):
-    """put(name, ...): the same short video under each name below data/."""
-    write_mp4(tmp_path / "v.mp4", scene[:20], 25)
-
-    def go(*names):
-        for name in names:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tmp_path / "v.mp4", path)
-        return tmp_path / "data"
-
-    return go
+def put(put_below):
+    return put_below("data")
 
 
 def table(path, head, *rows):

@@ -1,5 +1,8 @@
 """clip.fps: frames by their time stamps, from sources of several rates."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 
@@ -89,3 +92,33 @@ def test_settings_that_make_no_sense_and_fingerprints():
             ClipSpec(**wrong)
     assert {"fps", "repeat"}.isdisjoint(ClipSpec().settings())  # caches of before still open
     assert ClipSpec(fps=8).settings() != ClipSpec(fps=7).settings()
+
+
+def test_lengths_of_a_variable_rate_are_those_of_its_time_stamps(tmp_path):
+    """The header says 25 frames a second; 30 frames come in 12 s, the first 15 of them in 2 s."""
+    ticks = [*np.linspace(0, 2000, 15).astype(int), *np.linspace(2500, 12000, 15).astype(int)]
+    (tmp_path / "data").mkdir()
+    with av.open(str(tmp_path / "data" / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for n, tick in enumerate(ticks):
+            picture = np.full((16, 16, 3), n, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")
+            frame.pts, frame.time_base = int(tick), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    kept = {"index_dir": tmp_path / "index", "workers": 1, "val_fraction": 0}
+    videos = open_source("folder", tmp_path / "data", **kept)
+    assert videos.videos[0].record.fps == pytest.approx(29 / 12)
+    for T, there in ((25, 1), (26, 0)):  # 12 s at 2 frames a second
+        spec = ClipSpec(T, size=16, fps=2, position="start")
+        if there:
+            clip = VideoClips(videos, spec, train=False)[0]["video"][:, 0, 0, 0].tolist()
+            assert clip == [int(np.searchsorted(ticks, 500 * k + 0.5, side="right")) - 1 for k in range(T)]
+        else:
+            with pytest.raises(ValueError, match="1 shorter than 26 frames, the longest 25"):
+                VideoClips(videos, spec)
+    (tmp_path / "list.csv").write_text("path,start_s,end_s\na.mkv,0,2.1\na.mkv,2.2,\n")
+    parts = open_source("csv", tmp_path / "data", list_file=tmp_path / "list.csv", **kept).videos
+    assert [parts[n].record.fps for n in (0, 1)] == pytest.approx([7, 14 / 9.5])  # each part has its own

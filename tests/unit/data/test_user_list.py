@@ -6,31 +6,15 @@ import shutil
 import numpy as np
 import pytest
 
-from data import index as index_module
-from data.encode import write_mp4
-from data.scan import scan_file
 from data.sources import open_source, video_frames
 from data.video import read_frames
 
-
-@pytest.fixture(autouse=True)
-def _scan_in_this_process(monkeypatch):
-    monkeypatch.setattr(index_module, "scan_all", lambda names, workers, timeout_s: map(scan_file, names))
+pytestmark = pytest.mark.usefixtures("scan_here")
 
 
 @pytest.fixture
-def put(tmp_path, scene):
-    """put(name, ...): the same video of 20 frames, one every 40 ms, below lab/."""
-    write_mp4(tmp_path / "v.mp4", scene[:20], 25)
-
-    def go(*names):
-        for name in names:
-            path = tmp_path / "lab" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tmp_path / "v.mp4", path)
-        return tmp_path / "lab"
-
-    return go
+def put(put_below):
+    return put_below("lab")
 
 
 def write(path, text):
