@@ -237,7 +237,7 @@ class LatteTrainer(Trainer):
         # Latents: the posterior of each clip, from the cache or from the VAE.
         device = self.accelerator.device
         if self.encode is None:
-            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+            mean, logvar = (batch[k].to(device, non_blocking=True).float() for k in ("mean", "logvar"))
         else:
             mean, logvar = self.encode(batch)
 
