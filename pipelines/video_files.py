@@ -218,6 +218,7 @@ def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool
             waiting.append(frame)
             yield frame
 
+    # Frames flow through encoder, decoder, judge and file; only those of a piece are in memory.
     latents = clips.encode_frames(vae, incoming(), window)
     with (
         torch.inference_mode(),
