@@ -53,8 +53,8 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         copies = self.conv.kernel_size[0] - 1 if x.shape[2] > 1 else 0
-        if copies:
-            x = torch.cat((x[:, :, :1].expand(-1, -1, copies, -1, -1), x), dim=2)
+        if copies:  # one by one: an expanded tensor would lose the order of the channels in memory
+            x = torch.cat((*[x[:, :, :1]] * copies, x), dim=2)
         return self.conv(x)
 
 
@@ -69,10 +69,25 @@ class VideoGroupNorm(nn.GroupNorm):
         self.scope = scope
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous: torch's channels-last kernel for CPUs loses digits where the mean is far from 0 (vae/ops.py).
-        if self.scope == "clip":
-            return super().forward(x.contiguous())
-        return unfold_time(super().forward(fold_time(x).contiguous()), x.shape[0])
+        if torch.compiler.is_compiling() and x.device.type != "cpu":
+            return self.channels_last(x)
+        y = x if self.scope == "clip" else fold_time(x)
+        if (
+            x.device.type == "cpu"
+        ):  # where torch's channels-last kernel loses digits if the mean is far from 0 (vae/fast.py)
+            y = y.contiguous()
+        y = super().forward(y)
+        return y if self.scope == "clip" else unfold_time(y, x.shape[0])
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """The same of elementary operations, for a compiler to fuse, in the order of memory that convolutions take."""
+        B, C, T, H, W = x.shape
+        G, dims = self.num_groups, (2, 4, 5) if self.scope == "frame" else (2, 3, 4, 5)
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        y = x.float().contiguous(memory_format=torch.channels_last_3d).view(B, G, C // G, T, H, W)
+        var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
+        y = ((y - mean) * (var + self.eps).rsqrt()).view_as(x)
+        return (y * self.weight.view(C, 1, 1, 1) + self.bias.view(C, 1, 1, 1)).to(dtype)
 
 
 def conv3x3(kind: str, in_channels: int, out_channels: int) -> nn.Module:

@@ -169,8 +169,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     # Read by diffusers from the class: what a device map keeps together, what compile_repeated_blocks() compiles
-    _no_split_modules = ["ResBlock", "FrameAttention"]  # noqa: RUF012
-    _repeated_blocks = ["ResBlock"]  # noqa: RUF012
+    _no_split_modules = _repeated_blocks = ["ResBlock", "FrameAttention"]  # noqa: RUF012
 
     temporal_compression_ratio = 4
     frame_rule = "4n+1"

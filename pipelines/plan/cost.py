@@ -21,7 +21,7 @@ GIB = 2**30
 INT32 = 2**31  # kernels that count in 32 bits are wrong, or refuse, from this number of elements on
 aten = torch.ops.aten
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     "view _unsafe_view transpose permute expand unsqueeze squeeze slice select t split split_with_sizes chunk unbind "
     "detach alias as_strided unflatten narrow diagonal view_as lift_fresh expand_as _reshape_alias unfold movedim".split()
 )
@@ -83,6 +83,7 @@ class Costs(TorchDispatchMode):
         super().__init__()
         self.device, self.round_to = device, round_to
         self.live = 0  # bytes
+        self.muted = 0  # above 0: nothing is counted
         self._storages: dict[int, tuple[int, str]] = {}
         self.cost = Cost()
 
@@ -124,6 +125,8 @@ class Costs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -137,21 +140,20 @@ class Costs(TorchDispatchMode):
             self.track(tensor, f"{name} {str(tensor.dtype).removeprefix('torch.')}")
             self.cost.largest = max(self.cost.largest, tensor.numel())
         plain = name.rstrip("_")
-        if plain not in _VIEWS and name not in _NO_WORK:
-            work = self._work(func, name, args, kwargs, out, outs)
+        if plain not in VIEWS and name not in _NO_WORK:
+            work = self.work(func, name, args, kwargs, out, outs)
             if work is not None:
                 self.cost.works[work] += 1
         return out
 
-    def _work(
-        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]
-    ) -> Work | None:
+    def work(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]) -> Work | None:
+        """What one operation costs; None if it is not the device's."""
         space = func.namespace
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         touched = {id(t): t for t in [*inputs, *outs] if t.device.type == self.device}
         if not touched:
             return None
-        moved, kernels, flops = sum(map(_touched_bytes, touched.values())), 1, 0
+        moved, kernels, flops = sum(map(touched_bytes, touched.values())), 1, 0
         counter = flop_registry.get(func._overloadpacket)
         if counter is not None:
             flops = counter(*args, **kwargs, out_val=out)
@@ -164,10 +166,10 @@ class Costs(TorchDispatchMode):
             more, extra = _convolution_backward_copies(args[0], args[1], args[2])
             moved, kernels = moved + more, kernels + extra
         elif name in ("native_group_norm", "native_group_norm_backward", "native_batch_norm"):
-            moved += _touched_bytes(args[0])  # statistics first
+            moved += touched_bytes(args[0])  # statistics first
             kernels += 2
         elif space == "omnilatte" and name == "group_norm":  # two kernels, vae/kernels.py
-            moved, kernels = moved + _touched_bytes(args[0]), 2
+            moved, kernels = moved + touched_bytes(args[0]), 2
         elif "attention_backward" in name:
             kernels += 2
         elif name.startswith(("_foreach", "_fused")):
@@ -185,7 +187,7 @@ def _unit(name: str, dtype: torch.dtype, flops: int) -> str:
     return "matmul32" if flops else "fp32"
 
 
-def _touched_bytes(t: Tensor) -> int:
+def touched_bytes(t: Tensor) -> int:
     """Bytes of the elements that exist: a dimension of stride 0 counts once."""
     count = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pipelines.plan.compiled import compiled_blocks
 from pipelines.plan.cost import Cost, Costs
 from pipelines.plan.pretend import DEVICE, Pretended, pretended_gpu
 from pipelines.training.open import imagined_vae
@@ -59,6 +60,7 @@ def _device() -> Iterator[tuple[Pretended, Costs]]:
         gpu = stack.enter_context(pretended_gpu())
         costs = stack.enter_context(Costs())
         stack.enter_context(mock.patch.object(Accelerator, "device", DEVICE))
+        stack.enter_context(compiled_blocks(costs))
         yield gpu, costs
 
 

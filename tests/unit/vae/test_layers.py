@@ -26,10 +26,13 @@ def test_group_norm_of_channels_last_frames_is_exact_far_from_zero(scope):
         want = torch.stack(frames, 2)
     fast = x.contiguous(memory_format=torch.channels_last_3d)
     assert (norm(x) - want).abs().max() < 2e-5
+    assert (norm.channels_last(x) - want).abs().max() < 2e-5
+    assert norm.channels_last(x).stride() == fast.stride()
     assert (engine.norm(norm, fast) - want).abs().max() < 2e-5
     out = torch.empty_like(fast)
     engine.write_norm_silu(norm, fast, out)
     assert (out - F.silu(want)).abs().max() < 2e-5
+    assert norm.bfloat16().channels_last(x.bfloat16()).dtype is torch.bfloat16
 
 
 def run(layer, x):
