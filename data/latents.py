@@ -138,6 +138,7 @@ class LatentCache:
 
     def verify(self) -> Iterator[str]:
         """One line for every damaged or missing shard and every clip that is not there once; nothing when all is well."""
+        # As many shards as the clips make, names of all videos, then every byte and every clip of each shard.
         size, total = self.index["shard_size"], self.index["num_entries"]
         if len(self.ends) != -(-total // size):
             yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"

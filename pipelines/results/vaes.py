@@ -162,6 +162,7 @@ def measure(
 ) -> tuple[Record, list[np.ndarray]]:
     """(what a row says, the reconstructions) of one VAE."""
     T, size = clips[0].shape[:2]
+    # Reconstruct every clip: times, scores and pictures.
     vae = vae.to(device)
     through(vae, clips[0], device)  # the first call chooses kernels
     reset_peaks(device)
@@ -172,6 +173,7 @@ def measure(
         decoded.append(video)
         times.append(seconds)
         scores.append({name: float(np.mean(values)) for name, values in per_frame.items()})
+    # What the latents cost, in numbers and in memory.
     own = own_length(vae, T)
     numbers = vae.latent_frames(own) * vae.latent_channels * (size // vae.spatial_compression_ratio) ** 2
     mib, how = peak_memory(vae, T, size, memory_peaks(device))
@@ -334,6 +336,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{len(folders)} VAEs: the page tells {len(COLORS)} apart; make two tables")
     if args.clips < 1:
         raise ValueError(f"--clips {args.clips}: at least one")
+    # Open all VAEs before anything is measured: a wrong folder or size shows at once.
     device = default_device()
     vaes = {name: load_vae(folder).requires_grad_(False) for name, folder in folders.items()}
     for name, vae in vaes.items():
@@ -341,6 +344,7 @@ def main(argv: Sequence[str]) -> int:
             vae.check_sides(args.size, args.size)
         except ValueError as error:
             raise ValueError(f"--size {args.size} for {name}: {error}") from error
+    # The same clips for all: the middle of each video, at a length that every VAE takes.
     T = common_length(vaes, args.frames or 17)
     out = Path(args.out)
     source = SourceConfig(root=args.data, val_fraction=0.0, index_dir=args.index_dir)
@@ -358,6 +362,7 @@ def main(argv: Sequence[str]) -> int:
         remarks.append(
             f"Asked for {args.clips} clips: {len(found.short)} videos are shorter than {T} frames."
         )
+    # What a kept measurement must share with this call to stand for it.
     judged = {
         "lpips": lpips if network is not None else None,
         "rfvd": extractor and extractor.provenance.as_dict(),
@@ -366,6 +371,7 @@ def main(argv: Sequence[str]) -> int:
     videos = [found.name(n) for n in range(count)]
     settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judged}
 
+    # Measure each VAE, or take its record of an earlier call; one at a time is on the device.
     records: dict[str, Record] = {}
     shown: dict[str, list[np.ndarray]] = {"original": clips[:4]}
     for name, vae in vaes.items():
