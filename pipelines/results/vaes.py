@@ -25,12 +25,11 @@ from data.dataset import VideoClips
 from data.progress import Progress
 from eval.features import Extractor, default_device, extract_features, i3d_extractor
 from eval.fidelity import check_lpips_size, load_lpips
-from eval.measures import frechet_distance, frechet_interval
 from eval.weights import score_name
 from pipelines.efficiency import memory_peaks, reset_peaks
 from pipelines.plan.pretend import LOWEST_TORCH, too_old
 from pipelines.plan.programs import encode_and_decode
-from pipelines.reconstruct import score_frames
+from pipelines.reconstruct import rfvd_scores, score_frames
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import COLORS, Section, clip_figure, curve_svg, svg_figure, write_page
 from pipelines.scores import read_records
@@ -208,10 +207,7 @@ def rfvd(clips: list[np.ndarray], decoded: list[np.ndarray], extractor: Extracto
     if extractor is None:
         return {}
     real, fake = (extract_features(videos, extractor) for videos in (clips, decoded))
-    value, groups = frechet_distance(real, fake), np.arange(len(clips))
-    interval = frechet_interval(real, fake, groups, groups, value)
-    name = extractor.provenance.metric_name("rFVD")
-    return {name: value, f"{name}_interval": [interval["low"], interval["high"]]}
+    return rfvd_scores(real, fake, extractor.provenance)
 
 
 # ---- the table -------------------------------------------------------------------------------------------
