@@ -147,8 +147,10 @@ class VideoClips:
         """How sample n comes about: yields jobs (a function and its arguments), is sent the clip or a BadVideo, until one is good."""
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
+        # Which pass and which place in it: n alone decides.
         epoch, place = divmod(int(n), len(self))
         order, passed_over = self._pass(epoch), {}
+        # A video that cannot be read is passed over for the next of the same pass.
         for failed in range(len(self)):
             video_index = int(order[(place + failed) % len(self)])
             rng = np.random.default_rng((self.seed, int(n)))

@@ -115,6 +115,7 @@ def scan_paths(
                 damaged[n] = reason
             times.put(n, packed_times)
 
+    # Known and unchanged files come from the store; damage is trusted only if this reader found it.
     todo = dict.fromkeys(range(len(paths)))
     with _store(cache_file) as store:
         for rows in _stored(store, paths):
@@ -124,6 +125,7 @@ def scan_paths(
             for row in same:
                 del todo[row[0]]
                 known_good |= not row[5] and row[10] == reader_name()
+        # The others are scanned by worker processes and stored as they come.
         if todo:
             logger.info("scanning %d of %d videos for damage", len(todo), len(paths))
             for n, record in _scan_and_store(store, paths, todo, workers, timeout_s, known_good):

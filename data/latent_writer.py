@@ -37,6 +37,7 @@ class LatentCacheWriter:
         self.folder, self.num_entries, self.shard_size = Path(folder), num_entries, shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
+        # A cache that was begun must be this one; a folder of anything else is left alone.
         index_file = self.folder / "index.json"
         header = {
             "fingerprint": fingerprint,
@@ -90,6 +91,7 @@ class LatentCacheWriter:
     def write(self, shard: int, tensors: dict[str, torch.Tensor], failed: list[dict[str, Any]]) -> None:
         """tensors: mean, logvar, label, video, draw with one row per encoded clip; failed: {entry, video, reason}."""
         path, sidecar = shard_file(self.folder, shard), sidecar_file(self.folder, shard)
+        # The shard under another name, then its record, then both in their places.
         temporary = temporary_name(path)
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
@@ -115,6 +117,7 @@ class LatentCacheWriter:
             lines = (json.dumps({"name": name}) + "\n" for name in names)
             write_atomic(names_file(self.folder), "".join(lines))
         index = read_index(self.folder)
+        # What is in it and what could not be read; nothing to do if that is sealed already.
         records = [read_sidecar(self.folder, s) for s in range(self.num_shards)]
         rows, failed = [r["rows"] for r in records], [f for r in records for f in r["failed"]]
         if index["complete"] and (index["rows"], index["failed"]) == (rows, failed):

@@ -18,7 +18,6 @@ import json
 import os
 import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,8 @@ def refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> No
 
 
 class LatentCache:
-    """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw.
+    """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw;
+    `cache.stored(k)` the same in the dtype of the file.
 
     expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first read, and every row against
     what it was then, so one that is damaged, or changes meanwhile, is named instead of trained on. A shard that has not
@@ -138,6 +138,7 @@ class LatentCache:
 
     def verify(self) -> Iterator[str]:
         """One line for every damaged or missing shard and every clip that is not there once; nothing when all is well."""
+        # As many shards as the clips make, names of all videos, then every byte and every clip of each shard.
         size, total = self.index["shard_size"], self.index["num_entries"]
         if len(self.ends) != -(-total // size):
             yield f"{self.folder}/index.json: {len(self.ends)} shards, {total} clips make {-(-total // size)}"
@@ -202,16 +203,22 @@ class LatentCache:
         return self.__dict__ | {"_open": {}}
 
     def __getitem__(self, k: int) -> dict[str, Any]:
+        return {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in self.stored(k).items()}
+
+    def stored(self, k: int) -> dict[str, Any]:
+        """Row k, moments in the dtype in which they are stored. IndexError beyond the end, ValueError for a damaged row."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k}: the cache has {len(self)}")
         shard = int(np.searchsorted(self.ends, k, side="right"))
         row = k - (int(self.ends[shard - 1]) if shard else 0)
         try:
-            item = self._shard(shard).row(row)
+            return self._shard(shard).row(row)
         except OSError as error:
             path = shard_file(self.folder, shard)
             raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
-        return {n: v.float() if v.is_floating_point() else int(v) for n, v in item.items()}
+
+
+MOMENTS, IDS = ("mean", "logvar"), ("label", "video", "draw")
 
 
 class _Shard:
@@ -222,9 +229,9 @@ class _Shard:
 
     def __init__(self, path: Path, record: dict[str, Any], again: bool):
         """again: read it through even if a note of an earlier check fits."""
-        self.path = path
+        self.path, self.ids = path, {}
         found = path.stat()
-        now = f"{found.st_size} {found.st_mtime_ns} {record['sha256']}"
+        now = f"words {found.st_size} {found.st_mtime_ns} {record['sha256']}"
         place = hashlib.sha256(bytes(path.resolve())).hexdigest()
         note = Path(tempfile.gettempdir(), f"omnilatte-{os.getuid()}", place)
         sums = None if again else _noted(note, now)
@@ -240,31 +247,42 @@ class _Shard:
                 write_atomic(note, json.dumps({"of": now, "sums": sums}))
 
     def _columns(self, sums: dict[str, list[int]] | None) -> dict[str, tuple]:
-        """{name: (dtype, shape of a row, place of the first, bytes of one, checksums)}."""
+        """{name of a moment: (dtype, shape of a row, place of the first, bytes of one, checksums)}; reads the ids."""
         columns = {}
         with open(self.path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length) if length < 1 << 20 else b"")
-            for name in ("mean", "logvar", "label", "video", "draw"):
+            for name in (*MOMENTS, *IDS):
                 dtype, shape = TYPES[header[name]["dtype"]], header[name]["shape"]
                 start, end = (8 + length + place for place in header[name]["data_offsets"])
                 size = (end - start) // shape[0] if shape[0] else 0
                 file.seek(start)
-                known = sums[name] if sums else [zlib.crc32(file.read(size)) for _ in range(shape[0])]
-                columns[name] = dtype, shape[1:], start, size, known
+                if name in IDS:
+                    self.ids[name] = np.frombuffer(file.read(end - start), np.int64).tolist()
+                else:
+                    known = sums[name] if sums else [_sum(file.read(size)) for _ in range(shape[0])]
+                    columns[name] = dtype, shape[1:], start, size, known
         return columns
 
-    def row(self, row: int) -> dict[str, torch.Tensor]:
-        found, handle = {}, os.open(self.path, os.O_RDONLY)
+    def row(self, row: int) -> dict[str, Any]:
+        found: dict[str, Any] = {name: values[row] for name, values in self.ids.items()}
+        handle = os.open(self.path, os.O_RDONLY)
         try:
             for name, (dtype, shape, start, size, sums) in self.columns.items():
-                data = bytearray(os.pread(handle, size, start + row * size))
-                if zlib.crc32(data) != sums[row]:
+                data = np.empty(size, np.uint8)
+                if os.preadv(handle, [data], start + row * size) != size or _sum(data) != sums[row]:
                     raise OSError(f"row {row} has changed since the shard was checked")
-                found[name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+                found[name] = torch.from_numpy(data).view(dtype).view(shape)
         finally:
             os.close(handle)
         return found
+
+
+def _sum(data: Any) -> int:
+    """A checksum at the speed of memory: the sum of the words, and of the bytes behind the last whole one."""
+    data = np.frombuffer(data, np.uint8)
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int(data[whole:].sum(dtype=np.uint64))
 
 
 def _noted(note: Path, now: str) -> dict[str, list[int]] | None:
@@ -277,7 +295,10 @@ def _noted(note: Path, now: str) -> dict[str, list[int]] | None:
 
 
 class LatentStream:
-    """The cache as an endless, shuffled stream: sample n is a pure function of (seed, n), so resuming = starting at n."""
+    """The cache as an endless, shuffled stream: sample n is a pure function of (seed, n), so resuming = starting at n.
+
+    Moments come in the dtype in which they are stored: half the bytes to copy, pin and send; the trainer widens them.
+    """
 
     def __init__(self, cache: LatentCache, seed: int = 0):
         self.cache, self.seed = cache, seed
@@ -290,4 +311,4 @@ class LatentStream:
         epoch, position = divmod(n, len(self.cache))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.cache)))
-        return self.cache[int(self._order[1][position])] | {"number": n}
+        return self.cache.stored(int(self._order[1][position])) | {"number": n}

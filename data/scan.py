@@ -81,6 +81,7 @@ def scan_file(path: str | Path) -> ScanRecord:
 
 
 def _scan_video(path: Path) -> ScanRecord:
+    # Decode the whole file once: times, sizes, digests and key frames, and all that the decoder complains of.
     sizes, ticks, digests, keys = set(), [], [], []
     corrupt = dropped = packets = 0
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
@@ -103,11 +104,13 @@ def _scan_video(path: Path) -> ScanRecord:
                     digests.append(_digest(frame))
                     corrupt += frame.is_corrupt
                     sizes.add(screen.size(frame))
+        # Frames that the header promises and that neither an edit list cuts nor a packet lacks are missing.
         messages = list(messages)
         count = len(ticks)
         missing = expected - dropped - count
         if missing > _MISSING_ALLOWED and is_mov:
             missing -= _packets(path) - packets  # whole groups of pictures before the cut are not even read
+        # The first of these that holds is why the file is left out.
         reason = ""
         if not count:
             reason = "no frame could be decoded"
@@ -119,6 +122,7 @@ def _scan_video(path: Path) -> ScanRecord:
             reason = f"the frame size changes: {sorted(sizes)}"
         elif messages:
             reason = f"decoder error: {' '.join(messages[0][2].split())[:100]}"
+        # Where reading may begin: key frames from which a seek gives the frames that decoding from 0 gave.
         entries = _entries(path, ticks, digests, keys) if not reason and rising(ticks) else []
     finally:
         av.logging.set_level(level)

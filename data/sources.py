@@ -93,6 +93,7 @@ def open_source(
         raise ValueError(f"source {name!r}: choose one of {', '.join([*SOURCES, *sources])}")
     if reader not in ("pyav", "decord"):
         raise ValueError(f"reader={reader!r}: choose pyav or decord")
+    # Wrong words are refused before anything is looked for.
     splits = _SPLITS.get(name, ("train", "test"))
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
@@ -112,6 +113,7 @@ def open_source(
         raise ValueError(
             f"{name}: root={str(root)!r} is not a folder; see docs/datasets.md for the layout{hint}"
         )
+    # The index lies outside the data, a list belongs to a data set that has lists.
     root = Path(root).absolute() if root else None
     if root and index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"index_dir={index_dir}: lies inside the data; choose a folder outside {root}")
@@ -120,6 +122,7 @@ def open_source(
             f"list_file={list_file}: {', '.join(_LISTS)} have list files; leave it empty for {name}"
         )
     list_file = Path(list_file) if list_file else None
+    # Find the videos, each data set in its own layout; a list names what is missing on disk.
     if own:
         found = user_list.find_csv(root, list_file, split, held_out)
     elif name == "sky_timelapse":
@@ -132,6 +135,7 @@ def open_source(
         raise ValueError(
             f"{name}: no videos in {root or list_file} (files {suffixes}, or folders of frames); see docs/datasets.md for the layout"
         )
+    # Scan them, and hold out a share unless the data set says itself what is held out.
     share = None if found.parted else (val_fraction, held_out)
     return _scanned(name, root or Path(found.base), found, share, index_dir, workers, reader)
 
@@ -216,6 +220,7 @@ def _scanned(
     reader: str,
 ) -> Source:
     """share: (val_fraction, held_out), unless the data set says itself what is held out."""
+    # Scan each file once, also one of which a list cuts several clips; note the damaged ones.
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
@@ -223,6 +228,7 @@ def _scanned(
     damaged = {n: ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()}
     if index_dir is not None:
         _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), list(damaged.values()))
+    # Choose the part, training or held out, by names; what is damaged counts as absent.
     if share is not None:
         found = _hold_out(found, *share, {file for file, n in files.items() if n in damaged})
     rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
@@ -236,6 +242,7 @@ def _scanned(
             f"the first: {Path(damaged[0].path).name}: {damaged[0].damaged}"
         )
     logger.info("%s: %d videos found, %d damaged", name, len(opened), len(damaged))
+    # One row a video: numbers of its file, its reader, class and cut.
     columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
     columns["file"] = rows.astype(np.int32)
     if reader == "decord":

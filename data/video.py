@@ -370,6 +370,7 @@ def _packet_times(path: str, _size: int, _changed: int) -> bytes:
         whole = container.format.name.split(",")[0] in ("mov", "matroska")
         if not whole or stream.codec_context.name not in ("h264", "hevc", "vp9", "libdav1d", "av1"):
             return b""
+        # Times and key frames of all packets that show a frame.
         for packet in container.demux(stream):
             if packet.dts is None and not packet.size:
                 continue  # the end
@@ -381,6 +382,7 @@ def _packet_times(path: str, _size: int, _changed: int) -> bytes:
                 if packet.is_keyframe:
                     keys.add(packet.pts)
         base = stream.time_base
+    # Packets come in the order of decoding, frames in that of their times.
     ticks.sort()
     entries = [n for n, tick in enumerate(ticks) if tick in keys]
     return pack_times(ticks, *base.as_integer_ratio(), entries) if base else b""

@@ -259,6 +259,7 @@ def _plan(
 ) -> tuple[list[Clip], FeatureCache | None]:
     """The clips to judge, and where their features are kept."""
 
+    # More clips are welcome, not needed: they are for the floor.
     clips = selection.take(num)
     if more:
         try:
@@ -267,6 +268,7 @@ def _plan(
             logger.info("no second set of %d real clips: %s", more, error)
     if options.cache is None:
         return clips, None
+    # What decides the features; a change of any of it is another file of the cache.
     content = {
         "clips": [[content_digest(clip.video), clip.indices] for clip in clips],
         "size": size,

@@ -116,15 +116,18 @@ def extract_features(
     extractor = extractor if extractor is not None else i3d_extractor()
     features, shape, done = [], None, 0
     for batch in _batches(clips, batch_size):
+        # All clips have one shape, that of the first.
         shape = shape or batch[0].shape
         for offset, clip in enumerate(batch):
             _check_clip(clip, shape, done + offset)
+        # Prepare each clip as the network wants it, and run the batch in exact float32.
         with exact_float32(extractor.device.type):
             writable = [torch.from_numpy(np.require(clip, requirements=["C", "W"])) for clip in batch]
             inputs = [extractor.prepare(clip.to(extractor.device)) for clip in writable]
             # stacked in (B, T, H, W, C) memory order: the layout of the frames, and of the fast network
             stacked = torch.stack([x.permute(1, 2, 3, 0) for x in inputs]).permute(0, 4, 1, 2, 3)
             output = extractor.network(stacked).float().cpu().numpy()
+        # A score of features that are not numbers would be silently wrong.
         if output.ndim != 2 or len(output) != len(batch):
             raise ValueError(f"the network returned {output.shape} for {len(batch)} clips instead of (B, D)")
         if not np.isfinite(output).all():

@@ -159,6 +159,7 @@ def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
         place = place if video.path.is_dir() or root.is_file() else place.with_suffix("")
         return f"{place} {video.key} {video.row}"
 
+    # Name each video of both folders, without its suffix.
     sides = []
     for root in (Path(real_root), Path(fake_root)):
         videos = list_folder(root).videos
@@ -166,6 +167,7 @@ def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
         if len(named) < len(videos):
             raise ValueError(f"{root}: two videos have one name but for their suffix: pairs are made by name")
         sides.append(named)
+    # Every name must be on both sides: a missing file must not raise the mean.
     alone = set(sides[0]) ^ set(sides[1])
     if alone:
         first = min((sides[0] | sides[1])[name].name for name in alone)
@@ -194,6 +196,7 @@ def read_pair(
         raise ValueError(
             f"{pair[0].name}: --num-frames {num_frames}, the videos have {shapes[0][0]}, {shapes[1][0]}"
         )
+    # A few frames at a time, so that memory does not grow with the video.
     block = max(1, videos.BLOCK_BYTES // max(3 * shape[1] * shape[2] for shape in shapes))
     for start in range(0, frames[0], block):
         indices = np.arange(start, min(start + block, frames[0]))
@@ -244,6 +247,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if not args.no_lpips:
         require_weights("alexnet", args.weights)
 
+    # Pairs and judge, then each pair frame by frame; means over a video, then over videos.
     pairs = pair_videos(args.real, args.fake)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, provenance = (None, None) if args.no_lpips else load_lpips(args.weights, device)

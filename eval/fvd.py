@@ -109,10 +109,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
     with extraction.joined_ranks() as ranks:
         options = run_options(args, ranks, args.real, args.fake)
+        # Clips: a seeded order of each folder; the size is that of the generated videos unless one is asked for.
         intervals = {"fake": protocol.fake_interval, "real": protocol.real_interval}
         selections = {s: selection_of(getattr(args, s), protocol, i, options) for s, i in intervals.items()}
         size = ranks.from_main(lambda: protocol.size or selections["fake"].first_shape())
         protocol = replace(protocol, size=tuple(size))
+        # Features: the same network over exactly num_videos clips of each side, more real ones for the floor.
         device = args.device or feature_networks.default_device(ranks.rank)
         extractor = feature_networks.i3d_extractor(args.weights, device, protocol.eps, protocol.resize)
         judged = {}
@@ -121,6 +123,7 @@ def main(argv: list[str] | None = None) -> int | None:
             judged[side] = extraction.judge_folder(
                 selection, protocol.num_videos, protocol.size, extractor, options, more, side
             )
+        # Distances, intervals and floor; printed, and appended to the record.
         if ranks.main:
             report(
                 score(judged["real"], judged["fake"], protocol), protocol, extractor, judged, options, args

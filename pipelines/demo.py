@@ -127,6 +127,7 @@ def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: fl
         training_log.read_metrics(stage_two),
         outcome.class_names,
     )
+    # Clips that play, curves of both stages, and the tables.
     labelled = f"classes in turn: {', '.join(names)}; " if names else ""
     shown = {
         f"generated, {labelled}seeds 0 to {SHOWN - 1}": outcome.fake,
@@ -158,6 +159,7 @@ def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: fl
         pages.Section("Curves", figures=curves),
         pages.Section("Versions", header=("package", "version"), rows=packages, folded=folded),
     ]
+    # When, where and how long, below the title.
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.1f} minutes for this run"
     subtitle = f"{time.strftime('%Y-%m-%d %H:%M')}, {machine}"
     pages.write_page(path, "OmniLatte demo: OD-VAE and Latte, from clips to scores", subtitle, sections)
@@ -168,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
     claim_folder(args.out, "demo", lambda folder: (folder / "image" / "config.yaml").is_file())
     fetch_judges(Path(args.out))
+    # Settings of all parts first: a wrong one shows before the first part runs.
     image, vae, latte, samples = stages(args)
     num = NUM_SHORT if args.short else NUM_VIDEOS
     parts = [
@@ -178,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         (f"generate {NUM_VIDEOS} videos", lambda: sampling.sample(samples)),
         ("score and report", lambda: demo_scores.judge(vae, latte, samples, num, args.short)),
     ]
+    # One part after the other; each resumes where an earlier start stopped.
     began = time.monotonic()
     for number, (name, part) in enumerate(parts, 1):
         log.info("%d/%d %s", number, len(parts), name)

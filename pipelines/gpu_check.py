@@ -128,12 +128,14 @@ def main(argv: list[str] | None = None) -> int:
         "--no-predictions", action="store_true", help="do not run the planner beside the checks"
     )
     args = parser.parse_args(argv)
+    # Which checks, and whether they can run here.
     names = [name for name, _, _ in checks.CHECKS]
     chosen = args.only.split(",") if args.only else names
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"--only {','.join(unknown)}: the checks are {', '.join(names)}")
     if not (args.tiny or torch.cuda.is_available()):
         raise ValueError("no CUDA device is here; --tiny rehearses the checks on a CPU")
+    # Programs are started from the root, results are written to a folder.
     root = Path(__file__).resolve().parent.parent
     os.chdir(root)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     session = checks.Session(args.tiny, out, device)
     about = versions(session)
     print(json.dumps(about), flush=True)
+    # The planner predicts in other processes while the card is measured.
     with contextlib.ExitStack() as stack:
         if not (args.tiny or args.no_predictions):
             spawn = multiprocessing.get_context("spawn")
@@ -161,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
     with open(out / "gpu_check.jsonl", "a") as file:
         file.write(json.dumps({"about": about, "predictions": predictions}) + "\n")
+    # The records and the page, named by card and day.
     short = "".join(c if c.isalnum() else "-" for c in about["card"].lower().removeprefix("nvidia "))
     name = f"{short}-{time.strftime('%Y-%m-%d')}"
     os.replace(out / "gpu_check.jsonl", out / f"{name}.jsonl")

@@ -29,6 +29,7 @@ from data.encode import write_mp4
 from data.processes import Pool
 from data.progress import Progress
 from data.video import BadVideo, iterate_frames
+from eval.protocol import MIN_FRAMES
 from eval.weights import score_name, weights_line
 from pipelines import video_files
 from pipelines.beside import Beside, Waits
@@ -41,7 +42,9 @@ from pipelines.training.settings import SourceConfig, VAEConfig
 torch = lazy("torch")
 accelerate = lazy("accelerate")
 distributed = lazy("pipelines.training.distributed")
+features = lazy("eval.features")
 fidelity = lazy("eval.fidelity")
+measures = lazy("eval.measures")
 openers = lazy("pipelines.training.open")
 vaes = lazy("vae")
 
@@ -63,6 +66,8 @@ class ReconstructConfig:
     held_out: bool = option(False, "only the clips that training holds out (source.val_fraction)")
     lpips: bool = option(True, "measure LPIPS too (AlexNet)")
     lpips_weights: str = option("", "AlexNet file or folder; empty: $OMNILATTE_WEIGHTS or weights/")
+    rfvd: bool = option(False, "measure rFVD too: FVD of the reconstructions against the clips (I3D)")
+    i3d_weights: str = option("", "I3D file or folder; empty: $OMNILATTE_WEIGHTS or weights/")
     pictures: int = option(4, "side-by-side videos written: original | reconstruction | error x 4")
     seed: int = option(0, "of clip positions, where they are random")
     workers: int = option(4, "processes that read clips ahead; 0: read in turn", free=True)
@@ -79,6 +84,14 @@ def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[
     if network is not None:
         scores[lpips] = [fidelity.lpips_distance(*p, network) for p in pairs]
     return scores
+
+
+def rfvd_scores(real: Any, fake: Any, provenance: Any) -> dict[str, Any]:
+    """{"rFVD": value, "rFVD_interval": [low, high]} of I3D's features (N, 400), under the name that its weights allow."""
+    value, groups = measures.frechet_distance(real, fake), np.arange(len(real))
+    interval = measures.frechet_interval(real, fake, groups, groups, value)
+    name = provenance.metric_name("rFVD")
+    return {name: value, f"{name}_interval": [interval["low"], interval["high"]]}
 
 
 def read_clips(config: ReconstructConfig, clips: Any, indices: Iterable[int]) -> Iterator[Any]:
@@ -132,6 +145,7 @@ class Judged:
         self.index, self.show = index, show
         self.scores: dict[str, list[float]] = {}
         self.shown: list[Any] = []
+        self.features: list[Any] = []  # of the clip and of its reconstruction, each (1, 400)
 
     def add(self, scores: dict[str, list[float]], original: Any, decoded: Any) -> None:
         for name, values in scores.items():
@@ -156,6 +170,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         else (None, None)
     )
     lpips = score_name("lpips", judge.as_dict() if judge else None)
+    i3d = features.i3d_extractor(config.i3d_weights or None, accelerator.device) if config.rfvd else None
     whole = config.stream and config.whole
     if not whole:
         openers.check_clip(vae, config.clip)
@@ -171,14 +186,18 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         if accelerator.is_main_process:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
     records: list[dict[str, Any]] = []
+    judged_features: list[tuple[int, list[Any]]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
 
     def judge_pair(judged: Judged, original: Any, decoded: Any) -> None:
         with torch.inference_mode():
             judged.add(score_frames(original, decoded, network, lpips), original, decoded)
+        if i3d:
+            judged.features = [features.extract_features([video], i3d) for video in (original, decoded)]
 
     def finish(judged: Judged) -> None:
         records.append(judged.record(clips.name(judged.index)))
+        judged_features.append((judged.index, judged.features))
         if judged.shown:
             out.mkdir(parents=True, exist_ok=True)
             write_mp4(out / f"{judged.index:05d}.mp4", np.concatenate(judged.shown), 8)
@@ -207,6 +226,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     log.info("%s", waits)
     if accelerator.num_processes > 1:
         records = accelerate.utils.gather_object(records)
+        judged_features = accelerate.utils.gather_object(judged_features)
     records.sort(key=lambda r: r["index"])
     names = [n for n in ("psnr", "ssim", lpips) if n in records[0]]
     summary = {
@@ -221,6 +241,10 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
     summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
     summary |= {"lpips_weights": judge.as_dict()} if judge else {}
+    if i3d and accelerator.is_main_process:
+        sides = zip(*(pair for _, pair in sorted(judged_features, key=lambda one: one[0])), strict=True)
+        summary |= rfvd_scores(*map(np.concatenate, sides), i3d.provenance)
+        summary |= {"i3d_weights": i3d.provenance.as_dict()}
     if accelerator.is_main_process:
         write_atomic(out / "videos.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
@@ -240,6 +264,12 @@ def prepare(config: ReconstructConfig, vae: Any) -> None:
     """Tiling and padding as asked for; refuses what the VAE does not have and frames too small for LPIPS."""
     if config.lpips:
         fidelity.check_lpips_size(config.clip.size, config.clip.size)
+    if config.rfvd and config.stream and config.whole:
+        raise ValueError("rfvd=true compares clips of one length: with stream=true also whole=false")
+    if config.rfvd and config.clip.num_frames < MIN_FRAMES:
+        raise ValueError(
+            f"rfvd=true, clip.num_frames={config.clip.num_frames}: I3D takes {MIN_FRAMES} frames or more"
+        )
     if config.stream and config.vae.name != "odvae":
         raise ValueError(f"vae.name={config.vae.name}: stream=true is for odvae")
     if config.stream and config.vae.tiling_frames:
@@ -261,9 +291,14 @@ def row(summary: dict[str, Any]) -> str:
     name, value = lpips_of(summary)
     lpips = "not run" if value is None else f"{value:.4f}"
     head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6} {'PSNR':>7} {'SSIM':>7} {name:>8}"
+    more = ""
+    for score, value in summary.items():
+        if "rFVD" in score and not score.endswith("_interval"):
+            low, high = summary[f"{score}_interval"]
+            more += f"\n{score}: {value:.1f}, 95 % [{low:.1f}, {high:.1f}]"
     return (
         f"{head}\n{summary['vae']:8} {summary['vcpr']:5d} {summary['params']:12,d} {summary['videos']:6d} "
-        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>{max(8, len(name))}}"
+        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>{max(8, len(name))}}{more}"
     )
 
 
@@ -298,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     config, args = config_from(argv)
     if args.dry_run:
         print(summary(config))
+        if config.rfvd:
+            print(f"\nI3D: {weights_line('i3d', config.i3d_weights or None)}")
         if config.lpips:
             print(f"\nLPIPS (alex): {weights_line('alexnet', config.lpips_weights or None)}")
         return 0

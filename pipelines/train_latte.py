@@ -237,7 +237,7 @@ class LatteTrainer(Trainer):
         # Latents: the posterior of each clip, from the cache or from the VAE.
         device = self.accelerator.device
         if self.encode is None:
-            mean, logvar = (batch[k].to(device, non_blocking=True) for k in ("mean", "logvar"))
+            mean, logvar = (batch[k].to(device, non_blocking=True).float() for k in ("mean", "logvar"))
         else:
             mean, logvar = self.encode(batch)
 
@@ -268,12 +268,15 @@ class LatteTrainer(Trainer):
         """
         device, count, losses = self.accelerator.device, len(held_out["label"]), []
         for numbers in torch.arange(count * BUCKETS).split(self.config.micro_batch):
+            # Timesteps: number n is of clip n // 4, in the quarter n % 4.
             clip, bucket = numbers // BUCKETS, numbers % BUCKETS
             t = (2 * (bucket * count + clip) + 1) * diffusion.NUM_TRAIN_STEPS // (2 * BUCKETS * count)
             mean, logvar = held_out["mean"][clip].to(device), held_out["logvar"][clip].to(device)
+            # Latents and noise of those numbers, from generators of their own.
             draws = distributed.generators(0, numbers.tolist())
             posterior, noise = (distributed.normal(draws, mean.shape[1:], device) for _ in range(2))
             x0, t = self.vae.normalize(mean + torch.exp(0.5 * logvar) * posterior), t.to(device)
+            # The loss, with the true class of each clip.
             conditional = self.latte.config.num_classes is not None
             labels = {"y": held_out["label"][clip].to(device)} if conditional else {}
             with torch.no_grad(), distributed.autocast(self.accelerator, self.config):

@@ -482,6 +482,7 @@ def evaluate(
     lpips: from `load_lpips`, for LPIPS too. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
     error x 4.
     """
+    # Which scores: LPIPS only where its network is loaded.
     metrics = {"val/psnr": fidelity.psnr, "val/ssim": fidelity.ssim}
     if lpips is not None:
         metrics["val/lpips"] = lambda original, decoded: fidelity.lpips_distance(original, decoded, lpips)
@@ -498,6 +499,7 @@ def evaluate(
         if n < 4:
             rows.append(media.comparison(original, decoded))
     vae.train(was_training)
+    # Means over the clips, under the names of the log.
     means = np.mean(scores, axis=0).tolist()
     return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
 

@@ -73,6 +73,7 @@ def pairs(
     A folder OUT belongs to the program and to its settings (the VAE's digest); what is complete in it stays.
     Raises ValueError for a file that is there already, and where there is nothing to do it with.
     """
+    # One file, or one folder of frames.
     if given.is_file() or (given.is_dir() and out.suffix in {suffix, *VIDEO_SUFFIXES}):  # a folder of frames
         if out.exists():
             raise ValueError(f"{out}: there already; choose another name")
@@ -81,6 +82,7 @@ def pairs(
         raise ValueError(f"{given}: no such file or folder")
     if out.resolve() == given.resolve() or out.resolve().is_relative_to(given.resolve()):
         raise ValueError(f"{out}: lies in {given}; choose a folder of its own")
+    # The files of a folder, and the name that each result will have.
     if kinds == (".safetensors",):
         names = sorted(p.relative_to(given).as_posix() for p in given.rglob("*.safetensors"))
         names = [name for name in names if not Path(name).name.startswith(".")]  # half written
@@ -96,6 +98,7 @@ def pairs(
     counts = Counter(targets)
     if twice := [name for name, target in zip(names, targets, strict=True) if counts[target] > 1]:
         raise ValueError(f"{given}: {', '.join(twice[:4])} would be one file in {out}; rename them")
+    # The folder OUT is of this program and of these settings.
     claim_folder(out, program)
     file = out / "settings.json"
     if file.is_file() and read_json(file) != settings:
@@ -103,6 +106,7 @@ def pairs(
     write_json(file, settings)
     for folder in {target.parent for target in targets}:
         remove_leftovers(folder)
+    # What is complete stays.
     wanted = [(given / name, target) for name, target in zip(names, targets, strict=True)]
     todo = [pair for pair in wanted if not pair[1].exists()]
     if len(todo) < len(wanted):
@@ -214,6 +218,7 @@ def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool
             waiting.append(frame)
             yield frame
 
+    # Frames flow through encoder, decoder, judge and file; only those of a piece are in memory.
     latents = clips.encode_frames(vae, incoming(), window)
     with (
         torch.inference_mode(),

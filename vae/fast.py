@@ -106,6 +106,7 @@ def conv(
     In a stream a CausalConv3d keeps its last kt - st input frames, and every step after the first must bring a
     multiple of st frames. shift: (C,), a bias that x still lacks. biased=False leaves the bias to the next pass.
     """
+    # Each frame by itself: no state, no window.
     if isinstance(layer, FrameConv2d):
         x = norm_silu(before, x, shift)
         kept = state is not None or ops.fused(x)
@@ -115,6 +116,7 @@ def conv(
     kept = state is not None or ops.fused(x)
     if kt == 1:
         return _convolve(layer.conv, norm_silu(before, x, shift), kept, biased)
+    # A later step of a stream: the frames kept, then those that are new, in one window.
     if state is not None and not state.first:
         past = state.frames[layer]
         if past.shape[2] < kt - st:  # the first frame, stored once
@@ -122,6 +124,7 @@ def conv(
         window = _window(x, past, kt - st, before, shift)
         state.frames[layer] = window[:, :, window.shape[2] - (kt - st) :].clone()
         return _convolve(layer.conv, window, kept, biased)
+    # A whole clip: copies of its first frame stand before it.
     if state is None and x.shape[2] > 1:
         return _convolve(layer.conv, _window(x, None, kt - 1, before, shift), kept, biased)
     # The first frame stands at every tap: one 2D convolution with the taps summed, a third of the work.
@@ -156,9 +159,11 @@ def _window(
     x: Tensor, past: Tensor | None, keep: int, before: VideoGroupNorm | None, shift: Tensor | None
 ) -> Tensor:
     """The last `keep` frames before x, or copies of its first, then x, after the norm and SiLU, in one buffer."""
+    # On a CPU a whole clip is normed first; joining is cheap there.
     if past is None and not ops.fused(x):
         x = norm_silu(before, x, shift)
         return torch.cat((x[:, :, :1].expand(-1, -1, keep, -1, -1), x), dim=2)
+    # Else the norm writes straight to its place behind the earlier frames.
     B, C, T, H, W = x.shape
     dtype = x.dtype if past is None else past.dtype
     dtype = ops.compute_dtype(x) if ops.fused(x) else dtype
@@ -222,15 +227,18 @@ def _scales_by_hand(x: Tensor) -> bool:
 def _scale_shift(layer: VideoGroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C, T or 1, 1, 1) twice: normed x = x * scale + shift. Two passes: the mean, then squares around it."""
     B, C, T, _, _ = x.shape
+    # Each set of numbers with a mean of its own: a clip, or a frame.
     sets = B if layer.scope == "clip" else B * T
     rows = x.permute(0, 2, 3, 4, 1).reshape(sets, -1, C)  # a view: x is channels_last_3d
     grouped = (sets, layer.num_groups, C // layer.num_groups)
     mean = rows.mean(1).view(grouped).mean(2, keepdim=True)
     center = mean.expand(grouped).reshape(sets, 1, C)
+    # Squares around the mean, which float32 can sum.
     squares = torch.zeros_like(center)
     for part in rows.split(max(1, 2**18 // (sets * C)), dim=1):  # small enough to stay in cache
         squares += (part - center).square_().sum(1, keepdim=True)
     var = squares.view(grouped).mean(2, keepdim=True) / rows.shape[1]
+    # One scale and one shift a channel stand for the whole norm.
     scale = (var + layer.eps).rsqrt() * layer.weight.view(1, *grouped[1:])
     shift = layer.bias.view(1, *grouped[1:]) - mean * scale
     shape = (B, sets // B, 1, 1, C)
@@ -246,6 +254,7 @@ def resample(layer: nn.Module | None, x: Tensor, state: StreamState | None) -> T
         return x
     if isinstance(layer, Downsample):
         return conv(layer.conv, ops.pad_right_bottom(x), state)
+    # Up in space: the phases of the convolution on the small grid.
     if isinstance(layer, SpatialUpsample):
         inner = _inner(layer.conv)
         kernels = ops.prepared(
@@ -254,6 +263,7 @@ def resample(layer: nn.Module | None, x: Tensor, state: StreamState | None) -> T
         return interleave(x, kernels, inner.bias)
     if isinstance(layer, SpaceTimeUpsample):
         return _upsample_space_time(layer, x, state)
+    # Up in time alone, only in the older layouts.
     if isinstance(layer, (TimeUpsample, TimeUpsampleRes)):
         doubled = _double_linearly(x)
         if isinstance(layer, TimeUpsample):
@@ -265,13 +275,16 @@ def resample(layer: nn.Module | None, x: Tensor, state: StreamState | None) -> T
 
 def _upsample_space_time(layer: SpaceTimeUpsample, x: Tensor, state: StreamState | None) -> Tensor:
     inner = layer.conv.conv
+    # A whole clip is enlarged as the plain network does.
     if state is None:
         linear = layer.temporal == "linear"
         doubled = _double_linearly(x) if linear else double_frames(x, layer.temporal)
         return conv(layer.conv, enlarge(doubled, layer.spatial), state)
+    # Streams: linear enlarging has no phases; frame 0 stays one frame, the others become two.
     if layer.spatial != "nearest":
         x = x if state.first else x.repeat_interleave(2, dim=2)
         return conv(layer.conv, enlarge(x, layer.spatial), state)
+    # Nearest: frame 0 stands at every tap; later ones meet the frame before them.
     if state.first:
         state.frames[layer] = x
         kernels = ops.prepared(inner, x, "first phases", lambda w: _phases_for(x, w.sum(2, keepdim=True)))

@@ -40,6 +40,7 @@ def inflate(
             f"the image VAE does not cover the model: {len(missing)} tensors of the model have no source "
             f"{missing[:4]}, {len(extra)} of the source have no place {extra[:4]}"
         )
+    # Fit each tensor of the model from its source: copied, unsqueezed, or inflated by the method.
     report, filled, wrong_shapes = Counter(), {}, []
     for key, target in own.items():
         given = tensors[names[key]]

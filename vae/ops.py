@@ -110,13 +110,7 @@ def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any
         return tuple(_ready(one, x, dtype, stride, padding) for one in kernel)
     if x.is_cuda:
         return channels_last(kernel.to(dtype))
-    if (
-        not ONEDNN
-        or x.device.type != "cpu"
-        or kernel.dtype != torch.float32
-        or dtype != torch.float32
-        or kernel.shape[-1] == 1
-    ):
+    if not ONEDNN or x.device.type != "cpu" or kernel.dtype != torch.float32 or dtype != torch.float32:
         return kernel
     dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make again in every call
     stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))

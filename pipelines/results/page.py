@@ -203,6 +203,7 @@ def curve_svg(
     with matplotlib.rc_context(dict.fromkeys(inked, INK) | {"svg.fonttype": "none", "svg.hashsalt": ""}):
         canvas = Canvas(figsize=(6.4, 2.9), layout="constrained")
         axes = canvas.subplots()
+        # Curves: the mean, and a band from least to greatest where points were joined.
         for name, (x, y, *band) in series.items():
             if not len(x):
                 continue  # its colour stays its own on a page with several charts
@@ -218,6 +219,7 @@ def curve_svg(
             axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
         elif log_y and _far_apart(series):
             _log_axis(axes)
+        # Axes and legend
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if xlabel == "step":

@@ -19,8 +19,13 @@ from pipelines.training.log import read_metrics
 
 # Settings that say where things lie: no result depends on them
 PLACES = {"root", "init_from", "path", "out", "pipeline", "transformer", "dir", "run_dir", "index_dir"}
-PLACES |= {"lpips_weights"}
-BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False}  # of records older than the setting
+PLACES |= {"lpips_weights", "i3d_weights"}
+BEFORE = {
+    "vae.tiling_frames": 0,
+    "tiling_frames": 0,
+    "held_out": False,
+    "rfvd": False,
+}  # of records older than the setting
 SHOWN = 3  # differences named in one message
 
 
@@ -251,7 +256,9 @@ class Reconstruct(Program):
     file = "summary.json"
 
     def judges(self, config: Any) -> list[str]:
-        return ["alexnet"] if config.lpips and not config.lpips_weights else []
+        networks = {"alexnet": config.lpips and not config.lpips_weights}
+        networks["i3d"] = config.rfvd and not config.i3d_weights
+        return [name for name, wanted in networks.items() if wanted]
 
     def record(self, folder: Path, config: Any, content: dict[str, Any]) -> Record:
         record = super().record(folder, config, content)

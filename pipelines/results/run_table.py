@@ -82,10 +82,12 @@ class Desk:
         found, journal = find(command), {}
         with contextlib.suppress(OSError, ValueError):  # none for a run folder that was moved here
             journal = json.loads(self.file(command, ".json").read_text())
+        # A held lock: the command runs now, here or elsewhere.
         if self.file(command, ".lock").is_file():
             if (handle := self.lock(command)) is None:
                 return State("running", found.note or "just started", found)
             os.close(handle)
+        # A complete record counts, also of a run that was made by hand.
         if found.state == "done" and journal.get("state", "done") == "done":
             return State("done", "", found)
         if found.state == "other":
@@ -93,6 +95,7 @@ class Desk:
         if journal.get("state") == "failed":
             reason = f"{journal.get('reason', '')} (whole output: {self.file(command, '.log')})"
             return State("failed", reason, found)
+        # Not done: for lack of data or weights, half way, or not begun.
         if lacking := self._lacking(command):
             return State("missing", "; ".join(lacking.values()), found, lacking)
         if found.state == "partly" or journal:
@@ -125,6 +128,7 @@ def where_from(what: str, path: Path) -> str:
 
 def row_state(desk: Desk, table: Table, row: Row) -> tuple[str, str]:
     """(word, reason) of a row: running before failed before missing before partly; done only when all commands are."""
+    # One word for a row: the most urgent of its commands.
     states = {command.name: desk.state(command) for command in table.commands_of(row)}
     for word in ("running", "failed", "other"):
         if hit := [f"{name}: {state.reason}" for name, state in states.items() if state.word == word]:
@@ -152,6 +156,7 @@ def to_get(desk: Desk, table: Table) -> list[str]:
 def run_table(desk: Desk, table: Table, launch: str = "") -> int:
     """Run what is missing, row after row; a failed command holds up only what reads from it. Returns how many failed."""
     failed = 0
+    # In the order of the rows; a command that two rows share runs once.
     for name in dict.fromkeys(command.name for row in table.rows for command in table.commands_of(row)):
         command, state = table.commands[name], desk.state(table.commands[name])
         waiting = [before for before in command.after if desk.state(table.commands[before]).word != "done"]
@@ -180,11 +185,13 @@ def run_command(desk: Desk, command: Command, warm: bool, launch: str = "") -> b
             log.info("%s: running elsewhere", command.name)
             return True
         time.sleep(0.05)
+    # Its words; on several GPUs the launcher starts it.
     words = [sys.executable, "-m", command.program, *command.arguments]
     if launch and is_parallel(command):
         words[:1] = shlex.split(launch)
     journal = {"state": "running", "command": words, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
+        # Run it, with its output in a file.
         desk.write(command, journal)
         log.info("%s: %s", command.name, command.text())
         start, log_file = time.monotonic(), desk.file(command, ".log")
@@ -222,6 +229,7 @@ def wait(start: Callable[..., Started], words: list[str], log_file: Path, lock: 
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(log_file, "ab") as output, stop_on_signal() as stopping:
         number, exit_code = start(words, env, output.fileno(), lock)
+        # A signal to the table is passed on once: the command saves and ends.
         told = 0
         while (code := exit_code()) is None:
             if (asked := stopping()) and not told:

@@ -134,6 +134,7 @@ def export(request: Request) -> Path:
     check_out(request.out, [folder, *([request.samples] if request.samples else []), *request.records])
     if len({path.name for path in request.records}) < len(request.records):
         raise ValueError("--records: two files of one name; rename one: they lie side by side in records/")
+    # The model and what is shown with it
     model = load(kind, folder)
     check_samples(request.samples, kind, model)
     found = videos_of(request.samples, owner)
@@ -156,6 +157,7 @@ def export(request: Request) -> Path:
         samples=[name for _, name in found],
     )
 
+    # The folder, written beside its place and renamed
     def write(target: Path) -> None:
         model.save_pretrained(target)
         for file in target.rglob(

@@ -25,11 +25,11 @@ from data.dataset import VideoClips
 from data.progress import Progress
 from eval.features import Extractor, default_device, extract_features, i3d_extractor
 from eval.fidelity import check_lpips_size, load_lpips
-from eval.measures import frechet_distance, frechet_interval
 from eval.weights import score_name
 from pipelines.efficiency import memory_peaks, reset_peaks
+from pipelines.plan.pretend import LOWEST_TORCH, too_old
 from pipelines.plan.programs import encode_and_decode
-from pipelines.reconstruct import score_frames
+from pipelines.reconstruct import rfvd_scores, score_frames
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import COLORS, Section, clip_figure, curve_svg, svg_figure, write_page
 from pipelines.scores import read_records
@@ -138,10 +138,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) -> tuple[float, str]:
-    """(MiB of encode and decode of one clip, measured or modelled): modelled where there is no GPU to measure on."""
+def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) -> tuple[float | None, str]:
+    """(MiB of encode and decode of one clip, measured or modelled): modelled where there is no GPU to measure on.
+
+    (None, why) with a torch that cannot model it.
+    """
     if measured.get("allocated_mib"):
         return measured["allocated_mib"], "measured"
+    if too_old():
+        return None, f"modelled with torch >= {LOWEST_TORCH}"
 
     def same_size() -> Any:
         config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
@@ -156,6 +161,7 @@ def measure(
 ) -> tuple[Record, list[np.ndarray]]:
     """(what a row says, the reconstructions) of one VAE."""
     T, size = clips[0].shape[:2]
+    # Reconstruct every clip: times, scores and pictures.
     vae = vae.to(device)
     through(vae, clips[0], device)  # the first call chooses kernels
     reset_peaks(device)
@@ -166,6 +172,7 @@ def measure(
         decoded.append(video)
         times.append(seconds)
         scores.append({name: float(np.mean(values)) for name, values in per_frame.items()})
+    # What the latents cost, in numbers and in memory.
     own = own_length(vae, T)
     numbers = vae.latent_frames(own) * vae.latent_channels * (size // vae.spatial_compression_ratio) ** 2
     mib, how = peak_memory(vae, T, size, memory_peaks(device))
@@ -200,10 +207,7 @@ def rfvd(clips: list[np.ndarray], decoded: list[np.ndarray], extractor: Extracto
     if extractor is None:
         return {}
     real, fake = (extract_features(videos, extractor) for videos in (clips, decoded))
-    value, groups = frechet_distance(real, fake), np.arange(len(clips))
-    interval = frechet_interval(real, fake, groups, groups, value)
-    name = extractor.provenance.metric_name("rFVD")
-    return {name: value, f"{name}_interval": [interval["low"], interval["high"]]}
+    return rfvd_scores(real, fake, extractor.provenance)
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -242,7 +246,9 @@ HEADS = {
 TAIL = {
     "encode, s": lambda n, r: f"{r['encode_s']:.3g}",
     "decode, s": lambda n, r: f"{r['decode_s']:.3g}",
-    "peak MiB": lambda n, r: f"{r['peak_mib']:,.0f} ({r['peak_how']})",
+    "peak MiB": lambda n, r: (
+        f"not run: {r['peak_how']}" if r["peak_mib"] is None else f"{r['peak_mib']:,.0f} ({r['peak_how']})"
+    ),
     "on": lambda n, r: r["device"],
 }
 
@@ -326,6 +332,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{len(folders)} VAEs: the page tells {len(COLORS)} apart; make two tables")
     if args.clips < 1:
         raise ValueError(f"--clips {args.clips}: at least one")
+    # Open all VAEs before anything is measured: a wrong folder or size shows at once.
     device = default_device()
     vaes = {name: load_vae(folder).requires_grad_(False) for name, folder in folders.items()}
     for name, vae in vaes.items():
@@ -333,6 +340,7 @@ def main(argv: Sequence[str]) -> int:
             vae.check_sides(args.size, args.size)
         except ValueError as error:
             raise ValueError(f"--size {args.size} for {name}: {error}") from error
+    # The same clips for all: the middle of each video, at a length that every VAE takes.
     T = common_length(vaes, args.frames or 17)
     out = Path(args.out)
     source = SourceConfig(root=args.data, val_fraction=0.0, index_dir=args.index_dir)
@@ -350,6 +358,7 @@ def main(argv: Sequence[str]) -> int:
         remarks.append(
             f"Asked for {args.clips} clips: {len(found.short)} videos are shorter than {T} frames."
         )
+    # What a kept measurement must share with this call to stand for it.
     judged = {
         "lpips": lpips if network is not None else None,
         "rfvd": extractor and extractor.provenance.as_dict(),
@@ -358,6 +367,7 @@ def main(argv: Sequence[str]) -> int:
     videos = [found.name(n) for n in range(count)]
     settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judged}
 
+    # Measure each VAE, or take its record of an earlier call; one at a time is on the device.
     records: dict[str, Record] = {}
     shown: dict[str, list[np.ndarray]] = {"original": clips[:4]}
     for name, vae in vaes.items():

@@ -279,6 +279,7 @@ def parse(
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
     )
+    # What only some programs have
     if planned:
         plan = "print memory, time and what fits on a card, from a simulation, then stop; card=h100|h200|a100|a100-40|"
         parser.add_argument(
@@ -291,6 +292,7 @@ def parse(
         as_setting = functools.partial("{}={}".format, key)
         parser.add_argument(flag, dest="flags", action="append", type=as_setting, metavar=word, help=text)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, e.g. steps=100")
+    # card=NAME is a word of --plan, no setting.
     args = parser.parse_intermixed_args(argv)
     args.card = ""
     if planned and args.plan:

@@ -167,7 +167,9 @@ def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
         raise ValueError(
             "compile=true: not with ZeRO-3; use DDP or ZeRO-2 (configs/accelerate), or compile=false"
         )
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    settings = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(settings, limit, max(GRAPHS, getattr(settings, limit)))
     model.compile_repeated_blocks(dynamic=False)
 
 

@@ -61,6 +61,7 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_dir={folder}: a file; give the name of a folder")
+    # A new run wants a place that is new or empty.
     saved = folder / "config.yaml"
     if not saved.is_file():
         if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
@@ -68,6 +69,7 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
                 f"run_dir={folder} is not empty and holds no run (no config.yaml); choose another run_dir"
             )
         return {}
+    # An old one wants the settings it began with, but for free ones and those named in resume.change.
     old, new, free = flatten_yaml(read_yaml(saved)), flatten_yaml(_plain(config)), free_keys(config)
     if not old.keys() & new.keys():
         raise ValueError(
@@ -99,6 +101,7 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     folder = Path(run_dir)
     changed = check_run(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+    # Every start is kept: its time, command, changed settings, and how the code differed from its commit.
     env_file = folder / "env.json"
     starts = read_json(env_file, "starts", way_out="remove it")["starts"] if env_file.is_file() else []
     if not isinstance(starts, list):

@@ -96,6 +96,7 @@ class OnlineLatents:
 
 def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(endless stream, encoder or None, the clips behind it, counts) for the mode; refuses a cache of anything else."""
+    # The clips, whose scan the first process makes and keeps for the others.
     with main_process_first(accelerator):
         if config.mode is Mode.online:
             clips = open_clips(config.source, config.clip, config.seed)
@@ -105,6 +106,7 @@ def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, d
     if config.mode is Mode.online:
         encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
         return clips, encode, clips, counts
+    # A cache must be that of this VAE, these clips and these draws.
     fingerprint = cache_fingerprint(config, vae, clips)
     cache = LatentCache(cache_folder(config, fingerprint), expect=fingerprint)
     counts |= {"cached": len(cache), "cache": str(cache.folder), "failed": len(cache.index["failed"])}

@@ -81,6 +81,7 @@ class MetricLog:
         """
         if not self.enabled:
             return
+        # The exact record, then what is only looked at.
         record = {
             "step": step,
             **{k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()},

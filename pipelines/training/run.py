@@ -84,12 +84,14 @@ class TrainingRun:
             self.untried = self._resume()
             # Records after the checkpoint belong to steps that are made again; without a checkpoint that is all of them.
             last = self.trainer.step if self.untried is not None else -1
+            # Logs, trackers and speed
             with_tb = "tensorboard" in self.config.log_with
             trackers = start_trackers(self.accelerator, self.config, self.folder)
             settings = plain_settings(self.config)
             self.metrics = MetricLog(self.folder, last, self.main, with_tb, trackers, settings)
             stack.callback(self.metrics.close)
             self.meter = Meter(self.accelerator.device, self.mode, self.config.global_batch)
+            # Data from the sample after the last one that counted
             self.lost = Quarantine(
                 self.folder, self.stream, self.config.source.max_failed_share, self.accelerator
             )
@@ -100,6 +102,7 @@ class TrainingRun:
                 log.info(
                     "finished before: step %d of %d; steps=%d makes the run longer", done, steps, 2 * done
                 )
+            # Around the loop: progress, exact matrix products if asked for, signals
             self.bar = Progress(steps, self.details["program"], "step", self.main, done, once=True)
             stack.callback(self.bar.close)
             stack.enter_context(matrix_products(self.config))
@@ -145,6 +148,7 @@ class TrainingRun:
         step = same_everywhere(self.accelerator, newest)
         if step is None:
             return None
+        # The checkpoint must be of this data, these parts and this beginning.
         before, now, folder = self.checkpoints.manifest(step), self.details, self.checkpoints.path(step)
         if before.get("data") != now.get("data"):
             log.warning(
@@ -163,6 +167,7 @@ class TrainingRun:
                 f"run_dir={self.folder} began with other weights (sha256 {began[:12]}; those of init_from are "
                 f"{begins[:12]} now); remove the run to start from these, or restore the old ones"
             )
+        # Weights, optimizers, EMA and counters.
         try:
             self.trainer.load(folder)
         except pickle.UnpicklingError as error:
@@ -206,6 +211,7 @@ class TrainingRun:
         else:  # the votes of the step before have arrived by now: nobody waits for the device
             self.stopping = self._stop_votes is not None and self._stop_votes.read() > 0
             self._stop_votes = any_process(self.accelerator, received)
+        # Verdicts on the steps before: a checkpoint is good once a finite step has followed it.
         config, trainer = self.config, self.trainer
         read_now = self.due(config.log_every) or self.due(config.save_every) or self.stopping
         trainer.settle(read_now)

@@ -58,6 +58,7 @@ def build_vae_model(config: Any) -> Any:
     model = config.model
     if model.init is Init.weights and (cls := adapted_class(needed_source(config))):
         return cls.from_config(cls.load_config(model.init_from, local_files_only=True))
+    # Ours, of the sizes in the settings.
     shape = {
         "variant": model.variant,
         "block_out_channels": tuple(model.block_out_channels),
@@ -97,6 +98,7 @@ def initialize(vae: Any, config: Any) -> None:
         return
     source = needed_source(config)
     warn_if_unfinished(source)
+    # A VAE of diffusers is taken as it is, a video VAE of ours strictly; an image VAE is inflated over time.
     if is_adapted(vae):
         vae.load_state_dict(load_vae(source).state_dict())
         log.info("weights of %s taken as they are", source)

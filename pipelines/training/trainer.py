@@ -117,6 +117,7 @@ class Trainer:
         device = self.accelerator.device
         if device.type not in REHEARSED or distributed.uses_deepspeed(self.accelerator):
             return
+        # What the rehearsal may change, to put it back
         models, now = self.trained(), self.step
         buffers = [b for m in models for b in m.buffers()]
         before = [b.clone() for b in buffers]
@@ -124,6 +125,7 @@ class Trainer:
             # what Adam will hold from the first update on
             trained = [p for m in models for p in m.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            # The step itself, without talking to other processes.
             with contextlib.ExitStack() as alone:
                 for model in models:
                     alone.enter_context(self.accelerator.no_sync(model))

@@ -4,6 +4,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from denoiser import Latte
@@ -122,6 +123,8 @@ def on_cpu(model: nn.Module) -> None:
 
 
 def by_group(model: nn.Module) -> None:
+    if Version(torch.__version__) < Version("2.7") and not torch.accelerator.is_available():
+        pytest.skip("not run: diffusers asks torch 2.6 for a GPU here")
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
 
 
@@ -221,7 +224,8 @@ def test_repeated_blocks_compile_to_one_graph_for_each_kind_of_block(pipe, monke
 
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=1):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
         torch.testing.assert_close(made(pipe), wanted, atol=1e-5, rtol=0)
         made(pipe, seeds=[5, 6], class_labels=[0, 2])
     assert len(graphs) == 2

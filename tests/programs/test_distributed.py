@@ -150,11 +150,16 @@ def test_zero3_that_cuts_every_tensor_saves_what_one_process_reads(
     )
     monkeypatch.setitem(LAUNCHES, "cut", tmp_path / "zero3")
     one, run = tmp_path / "one", tmp_path / "run"
-    settings = [*stage_two, f"run_dir={run}", f"precision={precision}", "samples.every=2"]
+    cache_latents.main([*stage_two, "source.demo_seed=9", f"cache.dir={tmp_path / 'held'}"])
+    held_out = ["val.every=2", f"val.latents={tmp_path / 'held'}"]
+    settings = [*stage_two, f"run_dir={run}", f"precision={precision}", "samples.every=2", *held_out]
     train_latte.main([*settings, f"run_dir={one}", "steps=6"])
     only_until(one, 2, run)
     launch("cut", "train_latte", [*settings, "steps=4"], tmp_path)
     saved = tensors(run, 4, *LATTE)
+    for name in ("val/loss", "val/loss_raw"):  # at step 4 by the first of two processes, with whole weights
+        assert curve(run, name)[-1] == pytest.approx(curve(one, name)[2], rel=tolerance)
+    assert curve(run, "val/loss")[-1] != curve(run, "val/loss_raw")[-1]
     train_latte.main([*settings, "steps=6"])
     assert distance(tensors(one, 6, *LATTE), tensors(run, 6, *LATTE)) < tolerance
     rounded = [torch.equal(v, v.bfloat16().float()) for k, v in saved.items() if "attn.qkv.weight" in k]

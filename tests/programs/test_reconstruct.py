@@ -102,6 +102,29 @@ def test_frames_too_small_for_lpips_are_refused_by_size_before_a_video_is_read(m
     assert measure("large", *words, "clip.size=32")[1]["random-feature lpips (AlexNet, seed 0)"] > 0
 
 
+def test_rfvd_is_the_fvd_of_the_same_clips_before_and_after(measure, own_vae, videos, capsys):
+    import torch
+
+    from data.clip import to_float, to_uint8
+    from eval.features import extract_features, i3d_extractor
+    from eval.measures import frechet_distance
+    from vae import load_vae
+
+    words = ("clip.position=start", "rfvd=true", "i3d_weights=random:0")
+    summary = measure("judged", *words)[1]
+    vae, clips = load_vae(own_vae), [read_frames(videos / f"{n}.mkv", range(9)) for n in range(3)]
+    with torch.inference_mode():
+        decoded = [vae.decode(vae.encode(to_float(c)[None]).latent_dist.mode()).sample for c in clips]
+    i3d = i3d_extractor("random:0")
+    sides = [extract_features(side, i3d) for side in (clips, [to_uint8(d)[0] for d in decoded])]
+    name = i3d.provenance.metric_name("rFVD")
+    assert summary[name] == pytest.approx(frechet_distance(*sides), rel=1e-4)
+    assert "random" in name
+    assert f"{name}: {summary[name]:.1f}, 95 % [" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_frames=5: I3D takes 9 frames or more"):
+        measure("short", *words, "clip.num_frames=5")
+
+
 def test_side_by_side_videos_are_written(measure, tmp_path):
     measure("run", "pictures=1")
     assert [p.name for p in (tmp_path / "run").glob("*.mp4")] == ["00000.mp4"]

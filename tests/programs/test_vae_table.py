@@ -81,7 +81,7 @@ def test_the_table_of_four_and_the_same_again_from_its_records(
     assert rows["wan"]["parameters"] == f"{sum(p.numel() for p in wan.parameters()):,}"
     assert rows["wan"]["FVD of Latte"] == "123.40 (FVD)"
     assert rows["mochi"]["FVD of Latte"] == "not run"
-    assert all("modelled" in row["peak MiB"] for row in rows.values())
+    assert all("modelled" in row["peak MiB"] for row in rows.values())  # or why it is not
     assert "random-feature LPIPS (AlexNet, seed 0)" in rows["sd"]
     low, high = rows["sd"]["random-feature rFVD (I3D, seed 0)"].split("[")[1].rstrip("]").split(", ")
     assert float(low) < float(high)

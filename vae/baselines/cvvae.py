@@ -287,11 +287,12 @@ def _tiled(fn: Callable, x: Tensor, size: int, out_size: int, ratio: float) -> T
             row.append(tile)
         rows.append(row)
     keep = out_size - overlap
+    return _joined([_joined(row, keep, 4) for row in rows], keep, 3)
 
-    def joined(tiles: list[Tensor], dim: int) -> Tensor:
-        return torch.cat([t.narrow(dim, 0, keep) for t in tiles[:-1]] + tiles[-1:], dim=dim)
 
-    return joined([joined(row, 4) for row in rows], 3)
+def _joined(tiles: list[Tensor], keep: int, dim: int) -> Tensor:
+    """The tiles side by side along dim: `keep` entries of each, all of the last."""
+    return torch.cat([t.narrow(dim, 0, keep) for t in tiles[:-1]] + tiles[-1:], dim=dim)
 
 
 def _tile_starts(length: int, size: int, stride: int) -> list[int]:
