@@ -79,11 +79,24 @@ class ReconstructConfig:
 
 def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
     """Per-frame scores of two uint8 videos (T, H, W, 3). lpips: the name that the network's distance may have."""
-    pairs = [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
-    scores = {"psnr": [fidelity.psnr(*p) for p in pairs], "ssim": [fidelity.ssim(*p) for p in pairs]}
-    if network is not None:
-        scores[lpips] = [fidelity.lpips_distance(*p, network) for p in pairs]
-    return scores
+    return pixel_scores(original, decoded) | network_scores(original, decoded, network, lpips)
+
+
+def _frames(original: Any, decoded: Any) -> list[tuple[Any, Any]]:
+    return [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
+
+
+def pixel_scores(original: Any, decoded: Any) -> dict[str, list[float]]:
+    """The part of `score_frames` that needs no network."""
+    pairs = _frames(original, decoded)
+    return {"psnr": [fidelity.psnr(*p) for p in pairs], "ssim": [fidelity.ssim(*p) for p in pairs]}
+
+
+def network_scores(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
+    """The other part: {lpips: a frame's distance}, {} without a network."""
+    if network is None:
+        return {}
+    return {lpips: [fidelity.lpips_distance(*p, network) for p in _frames(original, decoded)]}
 
 
 def rfvd_scores(real: Any, fake: Any, provenance: Any) -> dict[str, Any]:
@@ -189,11 +202,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     judged_features: list[tuple[int, list[Any]]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
 
-    def judge_pair(judged: Judged, original: Any, decoded: Any) -> None:
-        with torch.inference_mode():
-            judged.add(score_frames(original, decoded, network, lpips), original, decoded)
-        if i3d:
-            judged.features = [features.extract_features([video], i3d) for video in (original, decoded)]
+    def judge_pair(judged: Judged, original: Any, decoded: Any, distances: dict[str, list[float]]) -> None:
+        judged.add(pixel_scores(original, decoded) | distances, original, decoded)
 
     def finish(judged: Judged) -> None:
         records.append(judged.record(clips.name(judged.index)))
@@ -220,7 +230,13 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
                 pairs = clip_pairs(config, vae, original, accelerator.device)
             judged = Judged(index, index < config.pictures)
             for original, decoded in pairs:
-                beside.do(judge_pair, judged, original, decoded)
+                # here: the networks that judge turn TF32 off for the whole process, the VAE's too
+                distances = network_scores(original, decoded, network, lpips)
+                if i3d:
+                    judged.features = [
+                        features.extract_features([video], i3d) for video in (original, decoded)
+                    ]
+                beside.do(judge_pair, judged, original, decoded, distances)
             beside.do(finish, judged)
             bar.update()
     log.info("%s", waits)

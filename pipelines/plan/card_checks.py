@@ -302,7 +302,7 @@ TINY = {
 
 def _config(s: Session, row: str) -> Any:
     found = next(r for r in ROWS if r.name == row)
-    cpu = () if s.cuda or found.tf32 else ("precision=fp32",)
+    cpu = () if s.cuda else ("compile=false", *(() if found.tf32 else ("precision=fp32",)))
     return found.config((*TINY[found.program], *cpu) if s.tiny else ())
 
 

@@ -52,8 +52,10 @@ def _one(size: int) -> tuple[str, ...]:
 ROWS = (
     Row("stage one, 25 x 256 x 256, bf16", "train_vae", _one(1)),
     Row("the same, gradient checkpointing", "train_vae", (*_one(1), "gradient_checkpointing=true")),
+    Row("the same, compiled blocks", "train_vae", (*_one(1), "compile=true")),
     Row("the same, fp32", "train_vae", (*_one(1), "precision=fp32")),
     Row("Latte-XL/2 on cached latents of 81 frames, bf16, 1 clip", "train_latte", _one(1)),
+    Row("the same, 1 clip, compiled blocks", "train_latte", (*_one(1), "compile=true")),
     Row("the same, 4 clips", "train_latte", _one(4)),
     Row("the same, 8 clips", "train_latte", _one(8)),
     Row(

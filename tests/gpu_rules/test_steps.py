@@ -158,8 +158,11 @@ def test_caching_and_sampling_run_and_stay_small():
         load(TrainLatteConfig, None, ["precision=bf16", "clip.num_frames=9", "clip.size=64"])
     )
     assert cached.tasks[0].cost.largest < INT32
+    assert cached.syncs == []
     drawn = programs.sample(load(SampleConfig, None, ["precision=bf16", "batch=1", "guidance_scale=4"]))
     assert drawn.peak < 6 * 2**30
+    (encode,), (_, decode) = cached.tasks, drawn.tasks
+    assert (encode.cost.layout_copies, decode.cost.layout_copies) == (0, 0)
 
 
 def test_compiled_blocks_take_fewer_kernels_less_traffic_and_less_memory():

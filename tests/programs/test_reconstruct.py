@@ -147,3 +147,28 @@ def test_the_list_of_vaes_has_the_paper_s_parameter_counts_and_the_autoencoder_s
         "52,192,773",
     ):
         assert count in text
+
+
+def test_only_what_changes_no_setting_of_the_process_is_judged_beside_it_and_workers_change_no_record(
+    measure, monkeypatch
+):
+    """The networks that judge turn TF32 off for the whole process; the VAE would be computed with it or without by chance."""
+    import threading
+
+    from eval import fidelity
+
+    seen = {}
+
+    def noted(name, function):
+        def call(*args):
+            seen.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
+            return function(*args)
+
+        monkeypatch.setattr(fidelity, name, call)
+
+    noted("ssim", fidelity.ssim)
+    noted("lpips_distance", fidelity.lpips_distance)
+    judged = ["clip.size=32", "lpips=true", "lpips_weights=random:0"]
+    ahead, _ = measure("ahead", *judged, "workers=2")
+    assert seen == {"ssim": {False}, "lpips_distance": {True}}
+    assert ahead == measure("in_turn", *judged, "workers=0")[0]
