@@ -49,7 +49,8 @@ class Beside:
     """One thread that does what it is given, in that order. A context manager; its end waits for all that was given.
 
     ahead: pieces that may be on their way; `do` waits for the oldest of more, so that memory stays bounded. An error in a
-    piece ends the program: the next `do` raises it, or the end, and what still waits is not begun.
+    piece ends the program: the next `do` raises it, or the end, and what still waits is not begun. After an error of the
+    caller, or Ctrl-C, what was given is still done: it is finished work.
     """
 
     def __init__(self, waits: Waits, what: str, ahead: int = 4):
@@ -66,7 +67,7 @@ class Beside:
             if kind is None:
                 self._settle(0)
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()
 
     def do(self, function: Callable[..., Any], *args: Any) -> None:
         """Let the thread call function(*args) after what it was given before. Raises the error of an earlier piece."""

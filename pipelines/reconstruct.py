@@ -193,6 +193,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     with accelerator.main_process_first():
         clips = openers.open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
+    if config.rfvd and count < 2:
+        raise ValueError(f"rfvd=true: FVD needs 2 clips or more, here is {count}; rfvd=false")
     out = Path(config.out)
     refuse_in_data(out, "out", config.source)
     with accelerator.main_process_first():
@@ -257,12 +259,12 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
     summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
     summary |= {"lpips_weights": judge.as_dict()} if judge else {}
-    if i3d and accelerator.is_main_process:
-        sides = zip(*(pair for _, pair in sorted(judged_features, key=lambda one: one[0])), strict=True)
-        summary |= rfvd_scores(*map(np.concatenate, sides), i3d.provenance)
-        summary |= {"i3d_weights": i3d.provenance.as_dict()}
     if accelerator.is_main_process:
         write_atomic(out / "videos.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        if i3d:
+            sides = zip(*(pair for _, pair in sorted(judged_features, key=lambda one: one[0])), strict=True)
+            summary |= rfvd_scores(*map(np.concatenate, sides), i3d.provenance)
+            summary |= {"i3d_weights": i3d.provenance.as_dict()}
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
     accelerator.wait_for_everyone()
     return summary

@@ -425,6 +425,7 @@ def train(config: TrainLatteConfig) -> Path:
     stream, encode, clips, counts = latents.open_data(config, accelerator, vae)
     class_names = clips.source.class_names
     latents.scale_latents(vae, config, stream)
+    val_cache = latents.held_out_cache(config, vae, clips)
     log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
 
     # The denoiser.
@@ -450,7 +451,7 @@ def train(config: TrainLatteConfig) -> Path:
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
     held_out = None
     if accelerator.is_main_process and config.val.every:
-        held_out = latents.held_out(config, vae, clips, fast_vae, accelerator.device)
+        held_out = latents.held_out(config, val_cache, fast_vae, accelerator.device)
     info = {
         "data": counts,
         "vae": openers.vae_entry(config.vae, vae),

@@ -114,16 +114,14 @@ def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, d
 
 
 def held_out(
-    config: Any, vae: Any, clips: Any, frozen: Any, device: torch.device
+    config: Any, cache: LatentCache | None, frozen: Any, device: torch.device
 ) -> dict[str, Tensor] | None:
     """Posterior mean, logvar (N, C, t, h, w) float32 and label (N,) of clips for validation; None if nothing is held out.
 
-    From the cache val.latents; else the middle of each video that source.val_fraction holds out, encoded here. clips:
-    those of the training. frozen: the VAE as `for_inference` returns it. Raises ValueError for a cache of another VAE,
-    geometry or classes, or of the training's own videos.
+    From `held_out_cache`; else the middle of each video that source.val_fraction holds out, encoded here. frozen: the VAE
+    as `for_inference` returns it.
     """
-    if config.val.latents:
-        cache = _held_out_cache(config, vae, clips)
+    if cache is not None:
         rows = [cache[row] for row in _spread(config.val.num_videos, len(cache))]
     elif config.source.val_fraction > 0:
         still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
@@ -148,11 +146,21 @@ def _spread(count: int, available: int) -> list[int]:
     return [n * available // count for n in range(count)]
 
 
-def _held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache:
+FREE = ("crop", "flip", "position")  # which part of a video: validation may take another than training
+
+
+def held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache | None:
+    """The cache val.latents, None without one. clips: those of the training.
+
+    Raises ValueError for a cache of another VAE, geometry or classes, or of the training's own videos.
+    """
+    if not (config.val.latents and config.val.every):
+        return None
     cache, wanted = LatentCache(config.val.latents), cache_fingerprint(config, vae, clips)
     place, have = f"val.latents={config.val.latents}", cache.fingerprint
     for key in ("vae", "clip"):
-        if lines := differences(have[key], wanted[key]):
+        sides = ({k: v for k, v in side[key].items() if k not in FREE} for side in (have, wanted))
+        if lines := differences(*sides):
             raise ValueError(
                 f"{place}: {key}: {'; '.join(lines[:4])}; cache the held-out videos with the training's settings"
             )

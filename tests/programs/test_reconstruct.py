@@ -123,6 +123,8 @@ def test_rfvd_is_the_fvd_of_the_same_clips_before_and_after(measure, own_vae, vi
     assert f"{name}: {summary[name]:.1f}, 95 % [" in capsys.readouterr().out
     with pytest.raises(ValueError, match="num_frames=5: I3D takes 9 frames or more"):
         measure("short", *words, "clip.num_frames=5")
+    with pytest.raises(ValueError, match="FVD needs 2 clips or more, here is 1"):
+        measure("one", *words, "num_videos=1")
 
 
 def test_side_by_side_videos_are_written(measure, tmp_path):

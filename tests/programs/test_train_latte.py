@@ -306,6 +306,10 @@ def test_another_cache_validates_and_wrong_ones_are_refused(
     run = stage_two("run", *HELD[1:], "source.val_fraction=0", cache)
     assert len([r for r in records(run) if "val/loss" in r]) == 3
     assert f"{cache}: 8 of its 8 videos have the name of a training video" in caplog.text
+    # which part of a video validates is free: training draws mirrored clips, the cache has none
+    online = ["mode=online", "clip.flip=true", "clip.position=random"]
+    run = stage_two("online", *HELD[1:], "source.val_fraction=0", *online, cache, cache=False)
+    assert len([r for r in records(run) if "val/loss" in r]) == 3
     with pytest.raises(ValueError, match="holds the training's own videos"):
         stage_two("own", *HELD[1:], f"val.latents={tmp_path / 'cache'}", cache=False)
     shorter = tmp_path / "shorter"

@@ -65,6 +65,20 @@ def test_an_error_of_the_caller_is_the_one_that_is_seen():
         give()
 
 
+def test_what_was_given_before_the_caller_failed_is_still_done():
+    done = []
+
+    def give():
+        with Beside(Waits(), "writing", ahead=8) as beside:
+            for n in range(6):
+                beside.do(lambda n: (time.sleep(0.05), done.append(n)), n)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give()
+    assert done == list(range(6))
+
+
 def test_waits_are_shares_of_the_time_by_what_was_waited_for():
     waits = Waits()
     assert str(waits) == "no waiting"
