@@ -87,6 +87,13 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
         main(["data", "size=tiny", f"peer={tmp_path}"])
     with pytest.raises(ValueError, match="size=huge: one of tiny"):
         main(["data", "size=huge"])
+    for kind in ("data", "eval"):
+        with pytest.raises(
+            ValueError, match=f"{kind} --model: no model .*; those with one are vae, train, cache"
+        ):
+            main([kind, "--model"])
+    with pytest.raises(ValueError, match="only=nowhere: no case of data has this in its name"):
+        main(["data", "size=tiny", "only=nowhere"])
 
 
 def test_a_peer_has_our_weights_and_takes_the_place_of_the_plain_network(monkeypatch):
