@@ -118,7 +118,7 @@ class TheirLatte(Latte):
 
 
 class LatteModule:
-    """Stands for their module: the model by the names of their arguments, which all must be given."""
+    """Stands for their module: makes the model from their names of the arguments."""
 
     made: list
 
