@@ -243,12 +243,15 @@ def _frechets(a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndar
     """
     pairs = list(zip(w, v, strict=True))
     full = np.array([_frechet(a, b, ddof, *pair) for pair in pairs[:PROBES]])
-    if min(len(a), len(b)) > 2 * a.shape[1] > 2 * LEADING[0]:
-        short = _ShortWay(a, b, ddof, w, v)
-        for rank in LEADING:
-            error = short.values(rank, PROBES) - full
-            if rank < a.shape[1] and error.std(ddof=1) <= CLOSE * full.std(ddof=1):
-                return short.values(rank) - error.mean()
+    if min(len(a), len(b)) > 2 * a.shape[1] > 2 * LEADING[0] and full.std(ddof=1) > 0:
+        try:
+            short = _ShortWay(a, b, ddof, w, v)
+            for rank in LEADING:
+                error = short.values(rank, PROBES) - full
+                if rank < a.shape[1] and error.std(ddof=1) <= CLOSE * full.std(ddof=1):
+                    return short.values(rank) - error.mean()
+        except scipy.linalg.LinAlgError:  # features without variance: the linear step has no root
+            pass
     return np.append(full, [_frechet(a, b, ddof, *pair) for pair in pairs[PROBES:]])
 
 

@@ -80,15 +80,20 @@ KINDS = ("vae", "train", "cache", "sample", "data", "eval")
 
 def compare(argv: list[str]) -> int:
     """`benchmark KIND [--peer FOLDERS] [--model]`: our ways and others in turns, or what they cost on a card."""
-    model = "print what the work costs at full size on card=h100, from a simulation, then stop"
+    modelled = "print what the work costs at full size on card=h100, from a simulation, then stop"
     kinds = KINDS if argv[0] == "all" else argv[:1]
     config, args = parse(
-        ComparisonConfig, argv[1:], "benchmark", __doc__, {"--peer": "peer"}, {"--model": model}
+        ComparisonConfig, argv[1:], "benchmark", __doc__, {"--peer": "peer"}, {"--model": modelled}
     )
     at_least(config, 1, "rounds", "threads")
     at_least(config, 0, "warmup")
     if config.size not in ("", "tiny", "reduced", "full"):
         raise ValueError(f"size={config.size}: one of tiny, reduced, full")
+    if args.model:
+        kinds = [kind for kind in kinds if kind in model.KINDS]
+        if not kinds:
+            known = ", ".join(model.KINDS)
+            raise ValueError(f"{argv[0]} --model: no model of this kind; those with one are {known}, all")
 
     if args.dry_run:
         print(run_folder.summary(config))
@@ -98,10 +103,14 @@ def compare(argv: list[str]) -> int:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     rows = _modelled(kinds, config) if args.model else _measured(kinds, config)
     made = {"versions": run_folder.versions(), "command": sys.argv}
+    found = False
     for row, text in rows:
+        found = found or "case" in row
         print(text, flush=True)
         if config.out:
             files.append_line(config.out, json.dumps({**row, **made}))
+    if not found:
+        raise ValueError(f"only={config.only}: no case of {', '.join(kinds)} has this in its name")
     return 0
 
 

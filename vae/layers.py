@@ -72,9 +72,8 @@ class VideoGroupNorm(nn.GroupNorm):
         if torch.compiler.is_compiling() and x.device.type != "cpu":
             return self.channels_last(x)
         y = x if self.scope == "clip" else fold_time(x)
-        if (
-            x.device.type == "cpu"
-        ):  # where torch's channels-last kernel loses digits if the mean is far from 0 (vae/fast.py)
+        # There torch's channels-last kernel loses digits if the mean is far from 0 (vae/fast.py)
+        if x.device.type == "cpu":
             y = y.contiguous()
         y = super().forward(y)
         return y if self.scope == "clip" else unfold_time(y, x.shape[0])
@@ -84,7 +83,8 @@ class VideoGroupNorm(nn.GroupNorm):
         B, C, T, H, W = x.shape
         G, dims = self.num_groups, (2, 4, 5) if self.scope == "frame" else (2, 3, 4, 5)
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        y = x.float().contiguous(memory_format=torch.channels_last_3d).view(B, G, C // G, T, H, W)
+        y = x if x.dtype is torch.float64 else x.float()
+        y = y.contiguous(memory_format=torch.channels_last_3d).view(B, G, C // G, T, H, W)
         var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
         y = ((y - mean) * (var + self.eps).rsqrt()).view_as(x)
         return (y * self.weight.view(C, 1, 1, 1) + self.bias.view(C, 1, 1, 1)).to(dtype)

@@ -11,6 +11,9 @@ tasks = lazy("pipelines.plan.tasks")
 torch = lazy("torch")
 vaes = lazy("vae")
 
+# The programs whose tasks are the model of a kind
+KINDS = {"vae": (), "train": ("train_vae", "train_latte"), "cache": ("cache_latents",), "sample": ("sample",)}
+
 
 def simulations(kind: str) -> Iterator[tuple[str, Simulation]]:
     """(title, simulation) at full size in bf16."""
@@ -21,9 +24,8 @@ def simulations(kind: str) -> Iterator[tuple[str, Simulation]]:
                 lambda preset=preset: vaes.ODVAE.preset(preset).eval(), 81, 256, dtype=torch.bfloat16
             )
             yield f"{preset}, 81 x 256 x 256", found
-    wanted = {"train": ("train_vae", "train_latte"), "cache": ("cache_latents",), "sample": ("sample",)}
     for row in tasks.ROWS:
-        if row.program in wanted.get(kind, ()) and not row.name.startswith("the same"):
+        if row.program in KINDS[kind] and not row.name.startswith("the same"):
             yield row.name, tasks.simulate(row.program, row.config())
 
 

@@ -116,6 +116,24 @@ def load_peers(folders: str) -> dict[str, ModuleType]:
     return found
 
 
+def _load(model: Any, weights: dict[str, Any], peer: str, tables: tuple[str, ...] = ()) -> Any:
+    """The peer's model with our weights, ready to answer. tables: its own, which are no weights of ours.
+
+    ValueError with the names of the weights that only one side has, or in another shape.
+    """
+    theirs = model.state_dict()
+    shapes = [{k: tuple(v.shape) for k, v in side.items() if k not in tables} for side in (theirs, weights)]
+    differing = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
+    if differing:
+        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise ValueError(
+            f"peer: {peer}'s model in this checkout has other weights than ours: {', '.join(differing[:8])}{more}; "
+            "pipelines/bench/peers.py says what to check out"
+        )
+    model.load_state_dict(weights, strict=not tables)
+    return model.eval()
+
+
 def open_sora_plan(module: ModuleType, vae: Any) -> Any:
     """Open-Sora-Plan's CausalVAEModel with the size and the weights of an ODVAE of variant 4."""
 
@@ -129,8 +147,7 @@ def open_sora_plan(module: ModuleType, vae: Any) -> Any:
         attn_resolutions=[],
         **release.layout_fields(variants.find_layout(config.variant)),
     )
-    model.load_state_dict(vae.state_dict())
-    return model.eval()
+    return _load(model, vae.state_dict(), "Open-Sora-Plan")
 
 
 def latte(module: ModuleType, ours: Any) -> Any:
@@ -149,5 +166,4 @@ def latte(module: ModuleType, ours: Any) -> Any:
         extras=2,
         class_dropout_prob=c.class_dropout_prob,
     )
-    model.load_state_dict(ours.state_dict(), strict=False)  # their position tables are parameters
-    return model
+    return _load(model, ours.state_dict(), "Latte", ("pos_embed", "temp_embed"))

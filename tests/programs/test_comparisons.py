@@ -7,10 +7,13 @@ import textwrap
 import pytest
 import torch
 
+from denoiser.latte import Latte
 from pipelines.bench import cases, pairs
 from pipelines.bench.peers import load_peers
 from pipelines.benchmark import KINDS, main
 from pipelines.plan.pretend import LOWEST_TORCH, too_old
+from vae import ODVAE
+from vae.release import config_from_upstream
 
 CPU = torch.device("cpu")
 
@@ -87,20 +90,102 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
         main(["data", "size=tiny", f"peer={tmp_path}"])
     with pytest.raises(ValueError, match="size=huge: one of tiny"):
         main(["data", "size=huge"])
+    for kind in ("data", "eval"):
+        with pytest.raises(
+            ValueError, match=f"{kind} --model: no model .*; those with one are vae, train, cache"
+        ):
+            main([kind, "--model"])
+    assert main(["all", "--model", "--dry-run"]) == 0
+    with pytest.raises(ValueError, match="only=nowhere: no case of data has this in its name"):
+        main(["data", "size=tiny", "only=nowhere"])
 
 
-def test_a_peer_has_our_weights_and_takes_the_place_of_the_plain_network(monkeypatch):
-    monkeypatch.setattr("pipelines.bench.peers.latte", lambda module, ours: ours)
-    setup = cases.Setup("tiny", CPU, {"Latte": object()})
-    (case,) = cases.train(setup)
+class TheirLatte(Latte):
+    """Ours with their order of axes, their position tables among the weights, and their guidance."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self._non_persistent_buffers_set.clear()
+        self.bf16 = []
+
+    def forward(self, x, t, y):
+        self.bf16.append(torch.is_autocast_enabled("cpu"))
+        return super().forward(x.transpose(1, 2), t, y).sample.transpose(1, 2)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        with_label, without = self(x, t, y)[:, :, :4].chunk(2)
+        return torch.cat([without + cfg_scale * (with_label - without)] * 2)
+
+
+class LatteModule:
+    """Stands for their module: makes the model from their names of the arguments."""
+
+    made: list
+
+    def __init__(self):
+        self.made = []
+
+    def Latte(self, *, input_size, hidden_size, depth, extras, **same):
+        assert extras == 2  # labels
+        model = TheirLatte(sample_size=input_size, hidden_size=hidden_size, depth=depth, **same)
+        self.made.append(model)
+        return model
+
+
+class CausalVAEModule:
+    def CausalVAEModel(self, **config):
+        return ODVAE(**config_from_upstream(config))
+
+
+@pytest.mark.parametrize("kind", ["train", "sample"])
+def test_a_peers_latte_has_our_weights_and_is_compared_with_ours(kind):
+    (case,) = cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": LatteModule()}))
     assert list(case.runs) == ["Latte", "ours"]
-    assert case.same() == {"ours": 0.0}
+    assert case.same() == {"ours": pytest.approx(0, abs=1e-4)}
+
+
+def test_a_peers_vae_has_our_weights_and_takes_the_place_of_the_plain_network():
+    encode, decode = cases.vae(cases.Setup("tiny", CPU, {"Open-Sora-Plan": CausalVAEModule()}))
+    for case in (encode, decode):
+        assert list(case.runs) == ["Open-Sora-Plan", "odvae", "osp_v1_2"]
+        assert case.same() == {"osp_v1_2": pytest.approx(0, abs=1e-4)}
+
+
+def test_a_peers_latte_with_other_weights_than_ours_is_refused():
+    class Other(LatteModule):
+        def Latte(self, **config):
+            model = super().Latte(**config)
+            model.second_head, model.blocks[0].attn = torch.nn.Linear(1, 1, bias=False), torch.nn.Identity()
+            return model
+
+    with pytest.raises(
+        ValueError, match=r"Latte's .* other weights than ours: blocks\.0\.attn.*, second_head\.weight;"
+    ):
+        next(cases.train(cases.Setup("tiny", CPU, {"Latte": Other()})))
+
+
+@pytest.mark.parametrize("kind", ["train", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_lattes_run_in_the_precision_of_the_machines_own_speed(kind, dtype, monkeypatch):
+    monkeypatch.setattr(cases.Setup, "dtype", dtype)
+    ours, forward = [], Latte.forward
+
+    def watched(model, *args, **kwargs):
+        ours.append(torch.is_autocast_enabled("cpu"))
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(Latte, "forward", watched)
+    module = LatteModule()
+    (case,) = cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": module}))
+    for name, seen in (("Latte", module.made[0].bf16), ("ours", ours)):
+        seen.clear()
+        case.runs[name]()
+        assert seen == [dtype is torch.bfloat16]
 
 
 @pytest.mark.skipif(too_old(), reason=f"not run: the pretended GPU needs torch >= {LOWEST_TORCH}")
 def test_the_model_tells_what_a_card_would_need_and_inference_copies_no_layout(tmp_path, monkeypatch, capsys):
     from pipelines.plan.programs import encode_and_decode
-    from vae import ODVAE
 
     def small(build, frames, size, **kwargs):
         widths = {"block_out_channels": (32, 32, 32, 32)}

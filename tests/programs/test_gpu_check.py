@@ -8,6 +8,7 @@ from pipelines import gpu_check
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # all checks in one process: more than 600 s on a slow machine
 def test_every_check_passes_at_small_sizes_and_leaves_a_page(tmp_path, capsys):
     assert gpu_check.main(["--tiny", "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in next(tmp_path.glob("cpu-*.jsonl")).read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from eval.fvd import distances
 from eval.measures import (
@@ -58,6 +59,28 @@ def test_resamples_are_computed_along_the_leading_directions_where_that_is_close
     assert len(calls) == in_full
     assert np.abs(error).max() < 0.05 * wanted.std()
     assert abs(error.mean()) < 0.01 * wanted.std()
+
+
+def test_resamples_are_computed_in_full_where_the_short_way_finds_no_root(monkeypatch):
+    def fail(*args):
+        raise scipy.linalg.LinAlgError("the leading minor is not positive definite")
+
+    a, b = along_few_directions(3)
+    w, v = (_counts(np.arange(200), 10, np.random.default_rng(seed)) for seed in (0, 1))
+    wanted = [_frechet(a, b, 1, *counts) for counts in zip(w, v, strict=True)]
+    monkeypatch.setattr("eval.measures.LEADING", (20, 40))
+    monkeypatch.setattr("eval.measures._ShortWay._first_order", fail)
+    assert _frechets(a, b, 1, w, v).tolist() == wanted
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])  # the mean of many 0.1 is not quite 0.1
+@pytest.mark.parametrize("n", [120, 900])
+def test_the_interval_of_constant_features_has_no_width_however_many_clips_there_are(n, value):
+    dim = {120: 60, 900: 400}[n]
+    groups = np.arange(n)
+    found = frechet_interval(np.full((n, dim), value), np.full((n, dim), value + 1), groups, groups, dim)
+    assert found["std"] < 1e-6
+    assert found["low"] == pytest.approx(dim) == found["high"]
 
 
 def test_the_weighted_kernel_distance_is_the_distance_and_resampling_does_not_raise_it():

@@ -32,6 +32,8 @@ def test_group_norm_of_channels_last_frames_is_exact_far_from_zero(scope):
     out = torch.empty_like(fast)
     engine.write_norm_silu(norm, fast, out)
     assert (out - F.silu(want)).abs().max() < 2e-5
+    double = norm.double().channels_last(x.double())
+    torch.testing.assert_close(double, norm(x.double()), atol=1e-12, rtol=1e-12)
     assert norm.bfloat16().channels_last(x.bfloat16()).dtype is torch.bfloat16
 
 
