@@ -81,5 +81,7 @@ def test_a_csv_becomes_a_vae_a_finer_one_a_page_and_a_conditional_model(
     assert sample.main(["pipeline=latte/pipeline", "labels=[left]", "num_videos=1", "num_steps=2"]) == 0
     run_report.main(["latte"])
     shown = [v["aria-label"] for v in Page(tmp_path / "latte" / "report.html").all("video")]
-    assert shown[0].startswith("real clips; row by row: left, right | left, right")
+    assert re.match(
+        r"real clips; row by row: left \(\S+\), right \(\S+\) \| left \(\S+\), right \(\S+\) ", shown[0]
+    )
     assert shown[1].startswith("step 2: generated; row by row: left, right | left, right")
