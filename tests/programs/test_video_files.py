@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from data.core.files import temporary_name
 from data.encode import Clock, write_mp4, writing_video
 from data.video import probe, read_frames
+from eval import fidelity
 from eval.fidelity import psnr, ssim
 from pipelines import decode, encode, reconstruct, video_files
 from tests.unit.vae.test_baselines import TINY
@@ -145,16 +146,29 @@ def test_each_program_ends_with_where_things_are_and_the_next_command_which_work
         return said["next"].split()[3:]
 
     film(tmp_path / "in.mp4")
-    assert run(reconstruct, "in.mp4", "out.mkv", "--vae-path", od_folder) == 0
-    said = ending()
-    assert said["in"] == "out.mkv"
-    assert run(encode, *words(said, "encode")) == 0
-    said = ending()
-    assert said["in"] == "out.safetensors"
-    assert run(decode, *words(said, "decode")) == 0
-    assert ending() == {"in": "out.mp4"}
-    assert run(decode, "out.safetensors", "exact/out.mkv", "--vae-path", od_folder) == 0
-    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake exact"
+    frame_folder(tmp_path / "frames")
+    for given in ("in.mp4", "frames"):
+        assert run(reconstruct, given, "out.mp4", "--vae-path", od_folder) == 0
+        said = ending()
+        assert said["in"] == "out.mp4"
+        assert run(encode, *words(said, "encode")) == 0
+        said = ending()
+        assert said["in"] == "out.safetensors"
+        assert run(decode, *words(said, "decode")) == 0
+        assert ending() == {"in": "out-decoded.mp4"}
+        for made in tmp_path.glob("out*.*"):
+            made.unlink()
+
+    assert run(encode, "frames", "all", "--vae-path", od_folder) == 0  # into folders
+    assert words(ending(), "decode")[:2] == ["all", "all-decoded"]
+    assert run(decode, *words(ending(), "decode"), "--lossless") == 0
+    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake all-decoded"
+
+    assert run(encode, "in.mp4", "z.safetensors", "--vae-path", od_folder) == 0
+    assert run(decode, "z.safetensors", "out.mkv", "--vae-path", od_folder) == 0
+    said = ending()["next"].replace("ORIGINAL_VIDEO", "in.mp4").split()
+    assert said == "python eval/fidelity.py --real in.mp4 --fake out.mkv".split()
+    assert fidelity.main([*said[2:], "--no-lpips"]) is None
 
 
 UNEVEN = [
