@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.timeline import frames_between, pack_times, unpack_times
+from data.timeline import pack_times, unpack_times
 from data.video import Frames, packet_times
 
-__all__ = ["frames_between", "pack_times", "parse_time", "read_cut", "show_time"]
+__all__ = ["pack_times", "parse_time", "read_cut", "show_time"]
 
 TO_THE_END = -1  # as an end in ms
 _TIME = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)(?:\.(\d{1,6}))?")

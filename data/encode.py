@@ -28,6 +28,11 @@ class Clock:
     ticks: tuple[int, ...]
 
 
+# Seconds of the finest tick. A .mkv has no other; a .mp4 has 31 bits for the ticks of a frame, too few for nanoseconds.
+_FINEST = {".mp4": Fraction(1, 90000), ".mkv": Fraction(1, 1000)}
+_MOST_LATE = (
+    10  # ticks: frames nearer than a tick are moved apart, but a whole video of them is not stretched
+)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
 
@@ -142,10 +147,13 @@ def writing_video(
     """A function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
 
     The size stays, also an odd one (4:4:4 then, which some players lack). audio: a file whose sound is copied as it is.
-    clock: when each frame is shown, in place of fps apart; a .mkv rounds it to milliseconds.
-    Raises ValueError for another suffix, and for sound that the container does not take; OSError where the disk fails.
+    clock: when each frame is shown, in place of fps apart. A .mp4 rounds it to 1/90000 s, a .mkv to milliseconds; a frame
+    that would have the time of the one before is shown one such step after it.
+    Raises ValueError for another suffix, for sound that the container does not take, and for frames so fast that one would
+    be over ten such steps late; OSError where the disk fails.
     """
     codec, pixel_format, options = _codec_of(path, height, width)
+    clock = _countable(clock, path) if clock else None
     try:
         with _writing(path, height, width, fps, codec, pixel_format, options, audio, clock) as add:
             yield add
@@ -153,6 +161,24 @@ def writing_video(
         if error.errno in _DISK:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise ValueError(f"{path}: {error}") from error
+
+
+def _countable(clock: Clock, path: Path) -> Clock:
+    """The clock, or one as fine as the container of `path` counts, with ticks that rise all the same."""
+    finest = _FINEST[path.suffix]
+    if clock.base >= finest:
+        return clock
+    up, down = (clock.base / finest).as_integer_ratio()
+    ticks: list[int] = []
+    for tick in clock.ticks:
+        nearest = (2 * tick * up + down) // (2 * down)
+        ticks.append(max(nearest, ticks[-1] + 1) if ticks else nearest)
+        if ticks[-1] - nearest > _MOST_LATE:
+            raise ValueError(
+                f"{path}: its frames come faster than it counts time, {1 / finest} a second; "
+                f"a .mp4 counts finest, {1 / _FINEST['.mp4']}"
+            )
+    return Clock(finest, tuple(ticks))
 
 
 def _codec_of(path: Path, height: int, width: int) -> tuple[str, str, dict]:

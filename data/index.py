@@ -22,6 +22,7 @@ from data.processes import Pool
 from data.progress import Progress
 from data.scan import MEMORY_BYTES, ScanRecord, plausible, reader_name, scan_all
 from data.table import Blobs
+from data.timeline import packed_rate
 from data.video import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def scan_paths(
         for rows in _stored(store, paths):
             same = [row for row in rows if row[7:10] == _stamp(paths[row[0]])]
             same = [row for row in same if not row[5] or row[10] == reader_name()]
-            keep([row[:7] for row in same])
+            # An index of before has the rate that the file states, which the time stamps may not have.
+            keep([(*row[:4], packed_rate(row[6], row[4]), *row[5:7]) for row in same])
             for row in same:
                 del todo[row[0]]
                 known_good |= not row[5] and row[10] == reader_name()

@@ -53,9 +53,7 @@ class LatentCacheWriter:
                     f"cache {self.folder} was begun with {old['num_entries']} entries in shards of {old['shard_size']}, "
                     f"now {num_entries} in shards of {shard_size}; choose another cache folder"
                 )
-        elif any(
-            p for p in self.folder.iterdir() if not p.name.startswith((".", "latents-", "videos.jsonl"))
-        ):
+        elif any(not _may_be_ours(p) for p in self.folder.iterdir()):
             raise ValueError(
                 f"cache {self.folder} holds other files and is not a cache; choose another cache folder"
             )
@@ -130,6 +128,17 @@ class LatentCacheWriter:
         index |= {"statistics": latent_statistics(self.folder, self.num_shards), **extra}
         write_json(self.folder / "index.json", index)
         return index
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file of a folder without an index may be a cache's: its names are told from a list of the user's own."""
+    if path.name != "videos.jsonl":
+        return path.name.startswith((".", "latents-"))
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return False
+    return lines != [] and all(isinstance(line, dict) and line.keys() == {"name"} for line in lines)
 
 
 def latent_statistics(folder: Path, num_shards: int) -> dict[str, list[float]]:

@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         return f"{given} -> {out}: {video.num_frames} frames of {video.width} x {video.height}, {fps:.4g} frames/s"
 
     bad = video_files.each(todo, "decode", work)
-    folder = shlex.quote(str(args.out if args.given.is_dir() else args.out.parent))
     exact = args.lossless or args.out.suffix == ".mkv"  # what H.264 loses is not the VAE's fault
-    judge = f"python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake {folder}" if exact else ""
+    original = "ORIGINAL_VIDEO" if args.out.is_file() else "FOLDER_OF_ORIGINALS"
+    judge = f"python eval/fidelity.py --real {original} --fake {shlex.quote(str(args.out))}" if exact else ""
     return video_files.end(args, todo, bad, judge)
 
 

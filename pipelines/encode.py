@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         return f"{given} -> {out}: {video_files.frames_line(info)}; latents {tuple(video.latents.shape)}"
 
     bad = video_files.each(todo, "encode", work)
-    decoded = args.out.with_suffix(".mp4") if args.given.is_file() else f"{args.out}-decoded"
+    one = args.out.is_file()
+    decoded = args.out.with_name(f"{args.out.stem}-decoded.mp4") if one else f"{args.out}-decoded"
     back = command("decode", str(args.out), str(decoded), *video_files.of_vae(args))
     return video_files.end(args, todo, bad, back)
 

@@ -269,7 +269,8 @@ def reconstruct_main(words: list[str], doc: str) -> int:
     def work(given: Path, out: Path) -> str:
         return reconstruct_file(vae, given, out, judge, not args.no_audio, args.window)
 
-    latents = args.out.with_suffix(".safetensors") if args.given.is_file() else f"{args.out}-latents"
+    one = args.out.suffix in VIDEO_SUFFIXES
+    latents = args.out.with_suffix(".safetensors") if one else f"{args.out}-latents"
     next_command = command("encode", str(args.given), str(latents), *of_vae(args))
     return end(args, todo, each(todo, "reconstruct", work), next_command)
 

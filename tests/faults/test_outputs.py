@@ -111,6 +111,19 @@ def test_a_cache_fills_no_folder_of_other_things(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    "mine", ['{"path": "a.mp4"}\n', '{"name": "a", "cap": "a dog"}\n', '{"name": "a"}\n[1]\n', "a.mp4\n", ""]
+)
+def test_a_list_of_the_users_own_is_not_taken_for_the_names_of_a_cache(tmp_path, mine):
+    file = tmp_path / "videos.jsonl"
+    file.write_text(mine)
+    with pytest.raises(ValueError, match="holds other files and is not a cache"):
+        LatentCacheWriter(tmp_path, {}, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["videos.jsonl"]
+    file.write_text('{"name": "a"}\n{"name": "b"}\n')  # as a cache writes it
+    LatentCacheWriter(tmp_path, {}, 4)
+
+
 def test_a_preview_of_the_users_own_stays_and_a_number_in_a_name_costs_no_memory(
     latte_settings, own_vae, tmp_path, caplog
 ):

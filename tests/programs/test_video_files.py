@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.core.files import temporary_name
-from data.encode import write_mp4, writing_video
+from data.encode import Clock, write_mp4, writing_video
 from data.video import probe, read_frames
+from eval import fidelity
 from eval.fidelity import psnr, ssim
 from pipelines import decode, encode, reconstruct, video_files
 from tests.unit.vae.test_baselines import TINY
@@ -145,16 +146,29 @@ def test_each_program_ends_with_where_things_are_and_the_next_command_which_work
         return said["next"].split()[3:]
 
     film(tmp_path / "in.mp4")
-    assert run(reconstruct, "in.mp4", "out.mkv", "--vae-path", od_folder) == 0
-    said = ending()
-    assert said["in"] == "out.mkv"
-    assert run(encode, *words(said, "encode")) == 0
-    said = ending()
-    assert said["in"] == "out.safetensors"
-    assert run(decode, *words(said, "decode")) == 0
-    assert ending() == {"in": "out.mp4"}
-    assert run(decode, "out.safetensors", "exact/out.mkv", "--vae-path", od_folder) == 0
-    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake exact"
+    frame_folder(tmp_path / "frames")
+    for given in ("in.mp4", "frames"):
+        assert run(reconstruct, given, "out.mp4", "--vae-path", od_folder) == 0
+        said = ending()
+        assert said["in"] == "out.mp4"
+        assert run(encode, *words(said, "encode")) == 0
+        said = ending()
+        assert said["in"] == "out.safetensors"
+        assert run(decode, *words(said, "decode")) == 0
+        assert ending() == {"in": "out-decoded.mp4"}
+        for made in tmp_path.glob("out*.*"):
+            made.unlink()
+
+    assert run(encode, "frames", "all", "--vae-path", od_folder) == 0  # into folders
+    assert words(ending(), "decode")[:2] == ["all", "all-decoded"]
+    assert run(decode, *words(ending(), "decode"), "--lossless") == 0
+    assert ending()["next"] == "python eval/fidelity.py --real FOLDER_OF_ORIGINALS --fake all-decoded"
+
+    assert run(encode, "in.mp4", "z.safetensors", "--vae-path", od_folder) == 0
+    assert run(decode, "z.safetensors", "out.mkv", "--vae-path", od_folder) == 0
+    said = ending()["next"].replace("ORIGINAL_VIDEO", "in.mp4").split()
+    assert said == "python eval/fidelity.py --real in.mp4 --fake out.mkv".split()
+    assert fidelity.main([*said[2:], "--no-lpips"]) is None
 
 
 UNEVEN = [
@@ -204,6 +218,36 @@ def test_each_frame_of_a_variable_rate_keeps_its_own_time(od_folder, tmp_path, c
         save_file({"latents": file.get_tensor("latents")}, broken, file.metadata() | {"ticks": "[0, 1]"})
     with pytest.raises(ValueError, match="its time stamps are damaged .2 times of 11 frames"):
         run(decode, broken, tmp_path / "c.mkv", *vae)
+
+
+NS = Fraction(1, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "base", "ticks", "wanted"),  # wanted: seconds
+    [
+        (".mp4", NS, [0, 33_000_000, 70_000_000, 4_400_000_000], [0, 0.033, 0.07, 4.4]),
+        (".mp4", NS, [0, 10, 20, 4_400_000_000], [0, 1 / 90000, 2 / 90000, 4.4]),
+        (".mkv", NS, [0, 33_000_000, 33_300_000, 4_400_000_000], [0, 0.033, 0.034, 4.4]),
+        (".mkv", Fraction(1, 90000), [0, 3000, 3010, 3020], [0, 0.033, 0.034, 0.035]),
+        (".mp4", Fraction(1, 90000), [0, 3000, 3010, 3020], [0, 3000 / 90000, 3010 / 90000, 3020 / 90000]),
+    ],
+)
+def test_times_finer_than_a_file_counts_still_rise(tmp_path, suffix, base, ticks, wanted):
+    out = tmp_path / f"out{suffix}"
+    with writing_video(out, 16, 24, 25, clock=Clock(base, tuple(ticks))) as write:
+        write(np.zeros((len(ticks), 16, 24, 3), np.uint8))
+    np.testing.assert_allclose(np.sort(times(out, "video")), wanted, atol=6e-6)
+
+
+def test_a_video_far_faster_than_its_file_counts_is_refused_and_not_stretched(tmp_path):
+    fast = Clock(Fraction(1, 10_000), tuple(range(40)))
+    with pytest.raises(
+        ValueError, match="out.mkv: its frames come faster .* 1000 a second; a .mp4 counts finest"
+    ):
+        with writing_video(tmp_path / "out.mkv", 16, 24, 25, clock=fast):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_steady_rate_has_no_clock_whatever_its_file_rounds(tmp_path):

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import video as video_module
-from data.cut import frames_between, pack_times, parse_time, read_cut, show_time
+from data.cut import pack_times, parse_time, read_cut, show_time
 from data.scan import scan_file
+from data.timeline import cut_between
 from data.video import read_frames
 
 COUNT = 90
@@ -67,7 +68,7 @@ def test_a_cut_begins_at_the_first_frame_not_before_and_ends_with_the_last_befor
     assert len(cuts) > 42
     for begin, end in cuts:
         inside = [n for n, t in enumerate(times) if Fraction(begin, 1000) <= t < Fraction(end, 1000)]
-        first, stop, tick = frames_between(packed, begin, end)
+        first, stop, tick = cut_between(packed, begin, end, 0.0)[:3]
         assert list(range(first, stop)) == inside
         if len(inside) > 1 and begin % 3 == 0:
             frames = read_cut(path, first, tick, range(stop - first))
@@ -77,7 +78,7 @@ def test_a_cut_begins_at_the_first_frame_not_before_and_ends_with_the_last_befor
 def test_a_cut_reads_the_frames_that_reading_from_the_beginning_gives(video, monkeypatch):
     path, times = video
     packed = scan_file(path).times
-    first, stop, tick = frames_between(packed, 1500, int(times[-1] * 1000))
+    first, stop, tick = cut_between(packed, 1500, int(times[-1] * 1000), 0.0)[:3]
     expected = read_frames(path, [first + n for n in (5, 0, 3, 0)], None)
     asked = []
     slow = video_module._from_the_beginning
@@ -93,7 +94,7 @@ def test_a_cut_reads_the_frames_that_reading_from_the_beginning_gives(video, mon
 
 def test_a_first_frame_that_is_not_at_zero_counts_as_zero(tmp_path):
     path = write(tmp_path / "v.mkv", [500 + 40 * n for n in range(30)], Fraction(1, 1000), bf=0, g=5)
-    first, stop, tick = frames_between(scan_file(path).times, 80, 200)
+    first, stop, tick = cut_between(scan_file(path).times, 80, 200, 0.0)[:3]
     assert (first, stop) == (2, 5)
     assert [number_of(f) for f in read_cut(path, first, tick, range(3))] == [2, 3, 4]
 
@@ -102,8 +103,8 @@ def test_times_that_do_not_rise_or_are_unknown_cannot_be_cut():
     assert pack_times([0, 2, 1], 1, 25) == b""
     assert pack_times([0, None], 1, 25) == b""
     assert pack_times([], 1, 25) == b""
-    assert frames_between(pack_times([7], 1, 25), 0, 40) == (0, 1, 7)
-    assert frames_between(pack_times([7], 1, 25), 40, 80) == (1, 1, 0)
+    assert cut_between(pack_times([7], 1, 25), 0, 40, 0.0)[:3] == (0, 1, 7)
+    assert cut_between(pack_times([7], 1, 25), 40, 80, 0.0)[:3] == (1, 1, 0)
     assert len(pack_times(range(0, 100_000 * 512, 512), 1, 12800)) < 2000  # an hour
 
 

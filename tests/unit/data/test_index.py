@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 from data import index as index_module
 from data.index import build_index, scan_paths
 from data.scan import scan_file
+from tests.unit.data.test_cut import write
+
+UNEVEN = [0, 40, 73, 500, 510, 900, 1700, 1733, 2400, 2440, 4000, 4400]  # ms
 
 
 @pytest.fixture
@@ -60,6 +64,19 @@ def test_a_file_that_is_no_index_is_set_aside_and_the_scan_begins_anew(
     (tmp_path / "folder.sqlite").mkdir()
     with pytest.raises(OSError, match="cannot be read or written"):
         build_index([path], tmp_path / "folder.sqlite")
+
+
+def test_the_rate_of_an_index_of_before_is_that_of_the_time_stamps(tmp_path, asked):
+    write(tmp_path / "a.mkv", UNEVEN, Fraction(1, 1000))
+    write(tmp_path / "b.mkv", range(0, 480, 40), Fraction(1, 1000))
+    cache, paths = tmp_path / "x.sqlite", [str(tmp_path / name) for name in ("a.mkv", "b.mkv")]
+    fresh = scan_paths(paths, cache).fps
+    assert fresh.tolist() == pytest.approx([11 / 4.4, 25])
+    with sqlite3.connect(cache) as store:  # what was kept then: the rate that the file states
+        store.execute("UPDATE scans SET fps = 30")
+    store.close()
+    assert scan_paths(paths, cache).fps.tolist() == fresh.tolist()
+    assert [len(names) for names in asked if names] == [2]  # and nothing was scanned again
 
 
 def test_the_order_and_the_names_asked_do_not_matter(tmp_path, scene, encode, asked):

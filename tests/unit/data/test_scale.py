@@ -13,6 +13,7 @@ import pytest
 from data import index as index_module
 from data.scan import ScanRecord, reader_name
 from data.table import VideoTable
+from data.timeline import pack_times
 
 PROGRAM = """
 import json, os, sys, time
@@ -59,6 +60,7 @@ def start(tmp_path, count):
         rows.writerows(
             [n, f"https://x/{n}.mp4", "PT00H00M15S", f"{n % 1000:06d}", "a road, snow"] for n in range(count)
         )
+    times = {frames: pack_times(range(0, 1001 * frames, 1001), 1, 30000) for frames in range(60, 560)}
     (tmp_path / "index").mkdir()
     with index_module._store(tmp_path / "index" / "webvid-index.sqlite") as store:
         for n in range(count):
@@ -69,7 +71,7 @@ def start(tmp_path, count):
                 336,
                 29.97,
                 "" if n % 1000 else "cut short",
-                b"x" * 60,
+                times[60 + n % 500],
                 reader_name(),
             )
             store.execute(index_module._STORE, (path, 1, 2, 3, *values))
