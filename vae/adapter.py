@@ -129,7 +129,7 @@ class Adapted(VideoVAE):
             moments = self._moments(x) if moments is None else moments
         finally:
             self._clean()
-        # Moments (B, 2C, t, h, w), or a point: some classes store it with a log-variance that means nothing.
+        # Moments (B, 2C, t, h, w); of an encoder that gives a point, the first C channels.
         if self.has_posterior:
             posterior = VideoGaussian(moments)
         else:

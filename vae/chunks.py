@@ -95,7 +95,7 @@ class WanChunks(Chunks):
         return [None] * self.vae._cached_conv_counts[self.stage]
 
     def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
-        # Wan's decoder does not double the first frame in time; QwenImage's finds that out itself.
+        # Wan's decoder has to be told which piece is the first; QwenImage's takes no such argument.
         marked = {"first_chunk": True} if first and self.stage == "decoder" and self._wan else {}
         count = [0]  # the network's own counter of its convolutions
         output = self.network(piece, feat_cache=carried, feat_idx=count, **marked)

@@ -468,7 +468,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
         A clip no larger than a tile is never split. Independent of `enable_tiling`.
         """
-        # Side and distance of tiles in latents. No more than half may overlap: a third tile would reach into two.
+        # Side and distance of tiles in latents; they may overlap by half at most.
         side = size // self.spatial_compression_ratio
         step = int(side * (1 - overlap))
         if size % self.spatial_compression_ratio or side < 2 or not 0 <= overlap < 1 or side > 2 * step:
