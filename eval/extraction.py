@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from data.core.lazy import lazy
+from data.decoder import BadVideo
+from data.finding import natural_key
 from data.processes import Pool
 from data.progress import Progress
-from data.video import BadVideo, natural_key
 from eval.feature_cache import FeatureCache
 from eval.selection import Clip, Selection
 from eval.videos import content_digest, read_clip

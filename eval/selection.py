@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from data.clip import ClipSpec, frame_indices, span
+from data.decoder import BadVideo
+from data.finding import IMAGE_SUFFIXES
 from data.index import build_index
-from data.video import IMAGE_SUFFIXES, BadVideo
 from eval.videos import Video, content_digest, find_videos, refuse_deep_pictures, shape_of, storage_of
 
 logger = logging.getLogger(__name__)

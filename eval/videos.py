@@ -20,16 +20,9 @@ from PIL import Image
 from data.clip import ClipSpec, crop_resize_uint8
 from data.core.files import sha256_of
 from data.core.lazy import lazy
-from data.video import (
-    BadVideo,
-    Frames,
-    list_frames,
-    list_videos,
-    natural_key,
-    probe,
-    read_frames,
-    reading,
-)
+from data.decoder import BadVideo, reading
+from data.finding import list_frames, list_videos, natural_key
+from data.video import Frames, probe, read_frames
 
 av = lazy("av")
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from data import processes, scan
+from data.finding import list_videos
 from data.index import build_index
 from data.scan import scan_file
-from data.video import list_videos
 
 # In the folder of damaged clips, but only odd: few frames, a small or an odd size.
 ODD = {"odd_size.mkv", "one_frame.mp4", "three_frames.mp4", "tiny_16x16.mp4"}
