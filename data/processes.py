@@ -225,7 +225,7 @@ class Pool:
             return None
         if late:  # one that was stopped, or whose disk was away, has used no time
             return job, BadVideo(
-                f"not decoded within {process.timeout_s:.0f} s", used > process.timeout_s / 4
+                f"not decoded within {process.timeout_s:.0f} s", used > process.timeout_s / 8
             )
         return job, BadVideo("the decoder crashed on this file", -code in _CRASHES)
 

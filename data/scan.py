@@ -130,7 +130,7 @@ def _scan_video(path: Path) -> ScanRecord:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
     width, height = min(sizes, default=(0, 0))
-    times = pack_times(ticks, *tick.as_integer_ratio(), entries) if tick else b""
+    times = pack_times(ticks, tick.numerator, tick.denominator, entries) if tick else b""
     fps = mean_rate(ticks, float(tick), fps) if tick else fps
     return ScanRecord(str(path), count, width, height, fps, reason, times)
 

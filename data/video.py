@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -193,7 +194,7 @@ def _packet_times(path: str, _size: int, _changed: int) -> bytes:
     # Packets come in the order of decoding, frames in that of their times.
     ticks.sort()
     entries = [n for n, tick in enumerate(ticks) if tick in keys]
-    return pack_times(ticks, *base.as_integer_ratio(), entries) if base else b""
+    return pack_times(ticks, base.numerator, base.denominator, entries) if base else b""
 
 
 def read_frames(path: str | Path, indices: Sequence[int], times: bytes | None = b"") -> np.ndarray | Frames:
@@ -244,7 +245,9 @@ def probe(path: str | Path) -> VideoInfo:
         raise BadVideo(
             f"{path}: not a readable video ({error}); run the scan of docs/datasets.md", error.final
         ) from error
-    return VideoInfo(len(ticks), fps, *size, Clock(tick, own) if own else None)
+    return VideoInfo(
+        len(ticks), fps, *size, Clock(Fraction(tick.numerator, tick.denominator), own) if own else None
+    )
 
 
 def iterate_frames(path: str | Path) -> Iterator[np.ndarray]:

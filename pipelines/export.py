@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--public: only with --push REPO")
     if args.push:
         hub.validate_repo_id(args.push)
-    request = shared.Request(args.model, args.out, args.samples, args.records, args.license, args.push)
-    print(f"wrote {shared.export(request)}")
+    shared.export(args.model, args.out, args.samples, args.records, args.license, args.push)
+    print(f"wrote {args.out}")
     rows = {"folder": str(args.out), "how to open it": f"{args.out}/README.md"}
     if args.push:
         print(f"pushed to {shared.push(args.out, args.push, args.public)}")

@@ -66,30 +66,24 @@ def read_records(paths: Sequence[Path]) -> list[dict]:
 
 def summary_records(path: Path) -> list[dict]:
     """The scores in a summary.json as records of a judge. Raises ValueError if it is something else."""
-    summary = read_json(
-        path,
-        "weights_sha256",
-        "settings",
-        "psnr",
-        "ssim",
-        way_out="give the judges' JSONL or reconstruct's summary.json",
-    )
-    name, lpips = reconstruct.lpips_of(summary)
-    clip, tag = (
-        summary["settings"]["clip"],
-        f"{summary['settings']['source']['name']}/{summary.get('vae', '')}",
-    )
-    protocol = {
-        "name": "reconstruct",
-        "num_videos": summary["videos"],
-        "num_frames": clip["num_frames"],
-        "size": clip["size"],
+    way_out = "give the judges' JSONL or reconstruct's summary.json"
+    summary = read_json(path, "weights_sha256", "settings", "psnr", "ssim", way_out=way_out)
+    try:
+        clip, source = summary["settings"]["clip"], summary["settings"]["source"]["name"]
+        protocol = {"num_videos": summary["videos"], "num_frames": clip["num_frames"], "size": clip["size"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no summary of pipelines.reconstruct ({error}); {way_out}") from error
+    shared = {
+        "protocol": {"name": "reconstruct", **protocol},
+        "tag": f"{source}/{summary.get('vae', '')}",
+        "git": (summary.get("versions") or {}).get("git"),
     }
-    values = {"PSNR": summary["psnr"], "SSIM": summary["ssim"], name: lpips}
-    shared = {"protocol": protocol, "tag": tag, "git": (summary.get("versions") or {}).get("git")}
-    return [
-        {"metric": metric, "value": value, **shared} for metric, value in values.items() if value is not None
-    ]
+    name, lpips = reconstruct.lpips_of(summary)
+    records = []
+    for metric, value in {"PSNR": summary["psnr"], "SSIM": summary["ssim"], name: lpips}.items():
+        if value is not None:
+            records.append({"metric": metric, "value": value, **shared})
+    return records
 
 
 def row_of(record: dict) -> dict[str, str]:

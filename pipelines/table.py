@@ -37,25 +37,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m pipelines.table", description=__doc__, formatter_class=formatter
     )
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="table1 to table4, figure4, norm_scope, variant_speed; or all",
-    )
+    known = "table1 to table4, figure4, norm_scope, variant_speed; or all"
+    sizes = ("paper", "small", "scenes", "tiny")
+    default = "$OMNILATTE_WEIGHTS, else weights/ of the repository"
+    add("names", nargs="*", metavar="NAME", help=known)
     add("--list-vaes", action="store_true", help="the seven VAEs of Table 1")
     add("--run", action="store_true", help="run what is missing, then render")
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
     add("--rows", default="", help="only these rows: NAME[;NAME...]")
     add("--dataset", default="", help="only the columns of this data set, e.g. ucf101")
-    add(
-        "--preset",
-        default="paper",
-        choices=("paper", "small", "scenes", "tiny"),
-        help="sizes (default paper)",
-    )
+    add("--preset", default="paper", choices=sizes, help="sizes (default paper)")
     add("--data", default="data-sets", help="folder with one sub-folder per data set (default data-sets)")
-    default = "$OMNILATTE_WEIGHTS, else weights/ of the repository"
     add("--weights-dir", help=f"folder of VAEs and judges (default {default})")
     add("--out", help="folder of runs, logs and tables (default runs/tables-PRESET)")
     add("--launch", default="", help='for several GPUs: "accelerate launch --config_file FILE"')
@@ -99,15 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_vaes:
         list_vaes()
         return 0
-    folders = (
-        args.data,
-        args.weights_dir or weights.weights_folder(),
-        args.out or f"runs/tables-{args.preset}",
-    )
-    places = tables.Places(*(str(Path(folder).expanduser().absolute()) for folder in folders))
+    # The tables that were asked for, all read before the first is run: a wrong name shows at once.
+    weights_dir, out = args.weights_dir or weights.weights_folder(), args.out or f"runs/tables-{args.preset}"
+    folders = (str(Path(folder).expanduser().absolute()) for folder in (args.data, weights_dir, out))
+    places = tables.Places(*folders)
     chosen = [name for name in args.rows.split(";") if name]
     wanted = tables.names(args.preset) if args.names == ["all"] else args.names
     loaded = [tables.load_table(name, args.preset, places, chosen, args.dataset) for name in wanted]
+    # Run what is missing, show the rows, write the files.
     desk, failed = running.Desk(places), 0
     for table in loaded:
         if args.dry_run:

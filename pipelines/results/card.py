@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipelines.reconstruct import lpips_of
+from data.core.files import read_json
 from pipelines.results.bundle import needs_code
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import is_number
@@ -73,39 +73,30 @@ def read_scores(paths: Sequence[Path], digest: str) -> list[Score]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"--records {path}: no such file")
+        records = read_records([path])
+        # Of a summary: that it is of this VAE, and how it was made
+        made = ""
         if path.suffix == ".json":
-            found += _summary_scores(path, digest)
-            continue
-        for record in read_records([path]):
+            summary = read_json(path)
+            made_by, settings = summary["weights_sha256"], summary["settings"]
+            if made_by != digest:
+                raise ValueError(
+                    f"--records {path}: measured with another VAE (weights {made_by[:12]}, exported {digest[:12]}); measure this one"
+                )
+            whole = settings.get("stream", False) and settings.get("whole", True)
+            frames = "all" if whole else settings["clip"]["num_frames"]
+            made = f"{settings['source']['name']}, {summary['videos']} videos, {frames} frames of "
+            made += f"{settings['clip']['size']} pixels, on uint8 in memory"
+        for record in records:
             row = row_of(record)
-            made = f"{row['protocol']}, N = {row['N']}, weights {row['weights']}, {row['device']}"
             interval = f" (95 %: {row['95 % interval']})" if row["95 % interval"] else ""
-            how = public(f"{row['tag']}: {made}" if row["tag"] else made)
+            how = f"{row['protocol']}, N = {row['N']}, weights {row['weights']}, {row['device']}"
+            how = made or public(f"{row['tag']}: {how}" if row["tag"] else how)
             dataset = row["tag"].partition("/")[0] or "unknown"
             found.append(
                 Score(row["metric"], record["value"], row["ours"] + interval, how, dataset, path.name)
             )
     return found
-
-
-def _summary_scores(path: Path, digest: str) -> list[Score]:
-    try:
-        summary = json.loads(path.read_text())
-        clip, source = summary["settings"]["clip"], summary["settings"]["source"]["name"]
-        values = {m: float(summary[m.lower()]) for m in ("PSNR", "SSIM")}
-        name, lpips = lpips_of(summary)
-        values |= {} if lpips is None else {name: float(lpips)}
-        whole = summary["settings"].get("stream", False) and summary["settings"].get("whole", True)
-        videos, made_by = summary["videos"], summary["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--records {path}: no summary of pipelines.reconstruct ({error})") from error
-    if made_by != digest:
-        raise ValueError(
-            f"--records {path}: measured with another VAE (weights {made_by[:12]}, exported {digest[:12]}); measure this one"
-        )
-    frames = "all" if whole else clip["num_frames"]
-    how = f"{source}, {videos} videos, {frames} frames of {clip['size']} pixels, on uint8 in memory"
-    return [Score(m, v, f"{v:.4f}", how, source, path.name) for m, v in values.items()]
 
 
 def training_score(run: Run | None) -> list[Score]:
@@ -120,20 +111,16 @@ def training_score(run: Run | None) -> list[Score]:
 
 def card_data(card: Card) -> ModelCardData:
     """The card's YAML head, with the Hub's model-index; scores of random weights are not in it."""
-    results = []
+    task, results = TASKS[card.kind], []
     for score in card.scores:
         if " " not in score.metric and is_number(score.value):
-            args = {
-                "task_type": TASKS[card.kind],
-                "dataset_type": score.dataset,
-                "dataset_name": score.dataset,
-            }
-            metric = {"metric_type": score.metric.lower(), "metric_value": score.value}
-            results.append(EvalResult(**args, **metric, metric_name=f"{score.metric} ({score.protocol})"))
+            where = {"task_type": task, "dataset_type": score.dataset, "dataset_name": score.dataset}
+            what = {"metric_type": score.metric.lower(), "metric_value": score.value}
+            results.append(EvalResult(**where, **what, metric_name=f"{score.metric} ({score.protocol})"))
     return ModelCardData(
         license=card.licence,
         library_name="diffusers",
-        tags=["omnilatte", "video", TASKS[card.kind]],
+        tags=["omnilatte", "video", task],
         metrics=sorted({result.metric_type for result in results}),
         model_name=card.name if results else None,
         eval_results=results or None,
@@ -144,9 +131,11 @@ def render(card: Card) -> str:
     """The whole README.md, with its YAML head."""
     vae = card.model if card.kind == "vae" else card.model.vae
     latte = None if card.kind == "vae" else card.model.transformer
+    # The table of scores: what was measured, and what one would expect and was not
+    rows = [score.cells() for score in card.scores]
     named = {score.metric for score in card.scores}
-    missing = [[metric, "not measured", "", ""] for metric in SCORES[card.kind] if metric not in named]
-    rows = [*(score.cells() for score in card.scores), *missing]
+    rows += [[metric, "not measured", "", ""] for metric in SCORES[card.kind] if metric not in named]
+    # The words that card.md.j2 fills in
     words = {
         "plain": plain,
         "vae": vae,
@@ -160,10 +149,8 @@ def render(card: Card) -> str:
         "side": 8 * vae.spatial_compression_ratio,
     }
     if latte:
-        words |= {
-            "frames": vae.pixel_frames(latte.config.num_frames),
-            "class_names": list(map(plain, card.model.config.class_names)),
-        }
+        words["frames"] = vae.pixel_frames(latte.config.num_frames)
+        words["class_names"] = list(map(plain, card.model.config.class_names))
     words |= vars(card) | (_training(card.run) if card.run else {})
     template = Path(__file__).parent / "card.md.j2"
     return ModelCard.from_template(card_data(card), str(template), **words).content.rstrip() + "\n"
@@ -172,17 +159,18 @@ def render(card: Card) -> str:
 def _training(run: Run) -> dict[str, Any]:
     """How a model was trained, in words of the template."""
     data = [f"{v:,} {k}" for k, v in run.checkpoint.get("data", {}).items() if isinstance(v, int)]
-    cores = sorted({start.get("host_cores") for start in run.starts if start.get("host_cores")})
-    memory, speed = run.efficiency.get("tmem", {}).get("device_mib"), run.efficiency.get("tspeed")
-    timed = f"{speed:.3f} steps/s, mode {run.efficiency.get('mode')}" if is_number(speed) else "not measured"
+    cores = {start["host_cores"] for start in run.starts if start.get("host_cores")}
+    speed = run.speed_text("steps/s")
     code = [f"{k} {v}" for k, v in run.versions.items() if k in ("git", "python", "torch", "diffusers")]
-    kept = {k: public(v) for k, v in run.settings.items() if k not in HIDDEN}
-    settings = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in kept.items()]
+    settings = []
+    for key, value in run.settings.items():
+        if key not in HIDDEN:
+            settings.append(f"{key}: {json.dumps(public(value), ensure_ascii=False)}")
     return {
         "data_counts": ", ".join(data) or "counts not known",
-        "speed": timed,
-        "memory": f"{memory:,.0f} MiB" if is_number(memory) else "not measured",
-        "cores": " or ".join(map(str, cores)),
+        "speed": f"{speed}, mode {run.efficiency.get('mode')}" if speed else "not measured",
+        "memory": run.memory_text(),
+        "cores": " or ".join(map(str, sorted(cores))),
         "code": ", ".join(code),
         "teacher": run.starts[-1].get("weights", {}).get("loss") if run.starts else None,
         "settings": "\n".join(settings).replace("```", ""),

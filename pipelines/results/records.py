@@ -20,12 +20,8 @@ from pipelines.training.log import read_metrics
 # Settings that say where things lie: no result depends on them
 PLACES = {"root", "init_from", "path", "out", "pipeline", "transformer", "dir", "run_dir", "index_dir"}
 PLACES |= {"lpips_weights", "i3d_weights"}
-BEFORE = {
-    "vae.tiling_frames": 0,
-    "tiling_frames": 0,
-    "held_out": False,
-    "rfvd": False,
-}  # of records older than the setting
+# Of records older than the setting
+BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False, "rfvd": False}
 SHOWN = 3  # differences named in one message
 
 
@@ -72,6 +68,7 @@ def find(command: Command) -> Record:
 
     A record that cannot be read is unfinished work, with the reason as its note.
     """
+    # The newest record with the settings asked for, and the newest with others
     program, newest, other = PROGRAMS[command.program], None, None
     try:
         config = config_of(command.program, command.arguments)
@@ -81,13 +78,14 @@ def find(command: Command) -> Record:
             if difference or record.state == "other":
                 other = replace(record, state="other", note=difference or record.note)
             else:
-                record.values = (
-                    newest.values if newest else {}
-                ) | record.values  # FVD and KVD are two records
+                # FVD and KVD are two records: together they are the numbers of the command.
+                record.values = (newest.values if newest else {}) | record.values
                 newest = record
     except (OSError, ValueError, KeyError, TypeError) as error:
         note = f"its record cannot be read ({' '.join(str(error).split())[:200]})"
         return Record(state="partly", note=note)
+
+    # Whether that is all that the command should leave
     found = newest or other or Record(state="none")
     missing = [name for name in program.numbers if name not in found.values]
     if found.state == "done" and missing:
@@ -122,8 +120,11 @@ def judges_of(command: Command) -> list[str]:
 
 def comparable(flat: dict[str, Any]) -> dict[str, Any]:
     """Flat settings without those that only say where things lie; of a list file its name counts."""
-    kept = {k: v for k, v in flat.items() if k.rsplit(".", 1)[-1] not in PLACES}
-    return {k: Path(v).name if k.endswith("list_file") and v else v for k, v in kept.items()}
+    kept = {}
+    for key, value in flat.items():
+        if key.rsplit(".", 1)[-1] not in PLACES:
+            kept[key] = Path(value).name if key.endswith("list_file") and value else value
+    return kept
 
 
 def differences(asked: dict[str, Any], recorded: dict[str, Any]) -> str:
@@ -132,10 +133,11 @@ def differences(asked: dict[str, Any], recorded: dict[str, Any]) -> str:
     def plain(value: Any) -> Any:
         return json.loads(json.dumps(value, default=str))
 
-    recorded = BEFORE | comparable(recorded)
-    both = [k for k in asked if k in recorded and plain(asked[k]) != plain(recorded[k])]
-    text = ", ".join(f"{k} is {recorded[k]!r}, asked {asked[k]!r}" for k in both[:SHOWN])
-    return text + (f" and {len(both) - SHOWN} more" if len(both) > SHOWN else "")
+    recorded, found = BEFORE | comparable(recorded), []
+    for key, value in asked.items():
+        if key in recorded and plain(value) != plain(recorded[key]):
+            found.append(f"{key} is {recorded[key]!r}, asked {value!r}")
+    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def flat_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,8 +175,10 @@ class Program:
 
     def wanted(self, config: Any) -> dict[str, Any]:
         """The settings that decide the result, flat: without places and speed settings."""
-        free = free_keys(config)
-        return comparable({k: v for k, v in flatten(config).items() if k not in free})
+        flat = flatten(config)
+        for key in free_keys(config):
+            flat.pop(key, None)
+        return comparable(flat)
 
     def judges(self, config: Any) -> list[str]:
         """The judging networks whose weights it reads."""
@@ -206,13 +210,16 @@ class Training(Program):
     def records(self, folder: Path, config: Any) -> Iterator[Record]:
         if not (folder / "config.yaml").is_file():
             return
+        # What the run says of itself
         metrics, speed = read_metrics(folder), folder / "efficiency.json"
         reached = max((line["step"] for line in metrics), default=0)
         settings = flat_tree(read_yaml(folder / "config.yaml")) | {"steps": reached}
         git = json.loads((folder / "env.json").read_text())["versions"].get("git", "")
         record = Record(folder, settings, git=git)
+        # The last value of each name
         for line in [*metrics, flat_tree(json.loads(speed.read_text()) if speed.is_file() else {})]:
-            record.values |= {k: v for k, v in line.items() if v is not None}  # the last value of each name
+            record.values |= {k: v for k, v in line.items() if v is not None}
+        # Finished: at the step asked for, and with its export
         exports = (folder / "vae" / "config.json", folder / "pipeline" / "model_index.json")
         if reached > config.steps:
             record.state, record.note = "other", f"steps is {reached}, asked {config.steps}"
@@ -256,9 +263,8 @@ class Reconstruct(Program):
     file = "summary.json"
 
     def judges(self, config: Any) -> list[str]:
-        networks = {"alexnet": config.lpips and not config.lpips_weights}
-        networks["i3d"] = config.rfvd and not config.i3d_weights
-        return [name for name, wanted in networks.items() if wanted]
+        found = ["alexnet"] if config.lpips and not config.lpips_weights else []
+        return found + (["i3d"] if config.rfvd and not config.i3d_weights else [])
 
     def record(self, folder: Path, config: Any, content: dict[str, Any]) -> Record:
         record = super().record(folder, config, content)
@@ -304,11 +310,9 @@ class StandIn(Program):
 class Judge(Program):
     """A judge of eval/ with one line per score. protocol_of: of its parsed command line."""
 
-    def __init__(
-        self, module: Any, protocol_of: Callable[[Any], Any], numbers: Sequence[str], *networks: str
-    ):
+    def __init__(self, module: Any, protocol_of: Callable, numbers: tuple[str, ...], *networks: str):
         super().__init__(module.main, module.parse)
-        self.protocol_of, self.numbers, self.networks = protocol_of, tuple(numbers), networks
+        self.protocol_of, self.numbers, self.networks = protocol_of, numbers, networks
 
     def folder(self, config: Any) -> Path:
         return Path(config.out).parent
@@ -317,29 +321,35 @@ class Judge(Program):
         return [] if config.weights else list(self.networks)
 
     def wanted(self, config: Any) -> dict[str, Any]:
-        knobs = dataclasses.asdict(self.protocol_of(config))
-        asked = {k: v for k, v in knobs.items() if v is not None}
+        asked = {k: v for k, v in dataclasses.asdict(self.protocol_of(config)).items() if v is not None}
         return asked | {"random weights": str(config.weights or "").startswith("random:")}
 
     def records(self, folder: Path, config: Any) -> Iterator[Record]:
         for row in _lines(folder / "scores.jsonl"):
-            for name in [name for name in self.numbers if name in row["metric"].split()]:
-                random = row["metric"].startswith("random-feature")
-                settings, values = row["protocol"] | {"random weights": random}, {name: row["value"]}
-                label, git = "random-feature score" if random else "", row.get("git") or ""
+            random = row["metric"].startswith("random-feature")
+            settings, git = row["protocol"] | {"random weights": random}, row.get("git") or ""
+            label = "random-feature score" if random else ""
+            for name in set(self.numbers) & set(row["metric"].split()):
+                values = {name: row["value"]}
                 yield Record(folder / "scores.jsonl", settings, values, git, label, shared=True)
 
 
+def _settings(module: Any) -> Callable[[list[str]], Any]:
+    return lambda argv: module.config_from(argv)[0]
+
+
+def _tgan(args: Any) -> Any:
+    return inception_score.protocols_of(args)[0]
+
+
 PROGRAMS: dict[str, Program] = {
-    "pipelines.train_vae": Training(train_vae.main, lambda argv: train_vae.config_from(argv)[0]),
-    "pipelines.train_latte": Training(train_latte.main, lambda argv: train_latte.config_from(argv)[0]),
-    "pipelines.cache_latents": Cache(cache_latents.main, lambda argv: cache_latents.config_from(argv)[0]),
-    "pipelines.sample": Sample(sample.main, lambda argv: sample.config_from(argv)[0]),
-    "pipelines.reconstruct": Reconstruct(reconstruct.main, lambda argv: reconstruct.config_from(argv)[0]),
-    "pipelines.benchmark": Benchmark(benchmark.main, lambda argv: benchmark.config_from(argv)[0]),
+    "pipelines.train_vae": Training(train_vae.main, _settings(train_vae)),
+    "pipelines.train_latte": Training(train_latte.main, _settings(train_latte)),
+    "pipelines.cache_latents": Cache(cache_latents.main, _settings(cache_latents)),
+    "pipelines.sample": Sample(sample.main, _settings(sample)),
+    "pipelines.reconstruct": Reconstruct(reconstruct.main, _settings(reconstruct)),
+    "pipelines.benchmark": Benchmark(benchmark.main, _settings(benchmark)),
     "pipelines.stand_in": StandIn(stand_in.main, stand_in.config_from),
     "eval.fvd": Judge(fvd, fvd.protocol_of, ("FVD", "KVD"), "i3d"),
-    "eval.inception_score": Judge(
-        inception_score, lambda args: inception_score.protocols_of(args)[0], ("IS",), "c3d", "c3d_mean"
-    ),
+    "eval.inception_score": Judge(inception_score, _tgan, ("IS",), "c3d", "c3d_mean"),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 from markupsafe import Markup, escape
 
 from data.core.files import claim_folder, write_atomic
@@ -18,7 +19,7 @@ from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import Figure, Section, Series, curve_svg, svg_figure, write_page
 from pipelines.results.records import Command, wanted
 from pipelines.results.run_table import Desk
-from pipelines.results.tables import Column, Curve, Row, Table
+from pipelines.results.tables import Column, Curve, Row, Table, chain
 from pipelines.training.log import read_metrics
 
 CSV = ["table", "preset", "row", "column", "value", "paper", "reason", "label", "step", "record", "commit"]
@@ -58,7 +59,7 @@ TEX = Format(r"\textbf{{{}}}", r"\underline{{{}}}", tex, r" $\uparrow$", r" $\do
 class Source:
     """One number of ours and its record, seen from the table's folder; value None: `reason` says why, `detail` in full."""
 
-    command: str
+    step: str  # name of its command
     value: float | None
     reason: str = ""
     detail: str = ""
@@ -126,13 +127,15 @@ Cells = dict[tuple[str, str], Cell]
 
 def cells_of(desk: Desk, table: Table) -> Cells:
     """Every cell of the table by (row name, column title), with its marks."""
-    cells = {}
+    # What each command has measured
+    cells: Cells = {}
     for row in table.rows:
         for column in table.columns:
             cell = cells[row.name, column.title] = Cell(row, column)
             if not cell.blank:
-                names = table.sources[row.name, column.source]
-                cell.sources = [_source(desk, table, table.commands[name], column) for name in names]
+                for name in table.sources[row.name, column.source]:
+                    cell.sources.append(_source(desk, table, table.commands[name], column))
+    # The best and second of each column: ours among ours, the paper's among the paper's
     for column in table.columns:
         here = [cells[row.name, column.title] for row in table.rows if row.marked]
         ours = [(cell, cell.mean) for cell in here if cell.mean is not None and not cell.label]
@@ -144,36 +147,35 @@ def cells_of(desk: Desk, table: Table) -> Cells:
 
 
 def _source(desk: Desk, table: Table, command: Command, column: Column) -> Source:
+    """What a command has measured for a column."""
     found = desk.state(command).found
     if desk.state(command).word != "done":
         return Source(command.name, None, *why_not(desk, table, command))
     value = found.values.get(column.key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         return Source(command.name, None, "not measured", f"{found.file} has no {column.key}")
+    # How it was measured: the settings that decide it
     record = os.path.relpath(found.file, Path(desk.places.out) / table.name)
     shown = wanted(command).keys() | {"steps", "size", "device"}
-    settings = [f"{k}={json.dumps(v, default=str)}" for k, v in sorted(found.settings.items()) if k in shown]
-    protocol = "; ".join([column.protocol, *settings] if column.protocol else settings)
-    # a label belongs to the number that random weights made, not to its neighbours in the record
+    protocol = [column.protocol] if column.protocol else []
+    for key, setting in sorted(found.settings.items()):
+        if key in shown:
+            protocol.append(f"{key}={json.dumps(setting, default=str)}")
+    # A label belongs to the number that random weights made, not to its neighbours in the record.
     labelled = found.label.split(" ")[-1] in ("score", column.key.upper())
     label = found.label if labelled else ""
-    return Source(command.name, value * column.scale, "", "", record, found.git, protocol, label)
+    return Source(command.name, value * column.scale, "", "", record, found.git, "; ".join(protocol), label)
 
 
 def why_not(desk: Desk, table: Table, command: Command) -> tuple[str, str]:
     """(in a few words, in full): what keeps a command from being done, looked for in it and all that it waits for."""
-    for name in _chain(table, command):
+    for name in chain(table.commands, command.name):
         state = desk.state(table.commands[name])
         if state.word in ("missing", "failed", "other", "running"):
             short = {"failed": f"failed: {name}", "other": "other protocol"}.get(state.word, state.word)
             return next(iter(state.lacking), short), f"{name}: {state.reason}"
     state = desk.state(command)
     return state.word, state.reason or "run it with --run"
-
-
-def _chain(table: Table, command: Command) -> list[str]:
-    before = [name for earlier in command.after for name in _chain(table, table.commands[earlier])]
-    return [*dict.fromkeys(before), command.name]
 
 
 def _ranked(numbers: list[tuple[Cell, float]], column: Column) -> list[tuple[Cell, str]]:
@@ -201,12 +203,10 @@ def panels_of(desk: Desk, table: Table, cells: Cells) -> list[tuple[Figure, str]
 
 def mean_and_spread(runs: list[list[tuple[int, float]]]) -> np.ndarray:
     """(4, n): step, mean, mean - s, mean + s at the steps that all runs have; s: standard deviation, 0 for one run."""
-    tables = [dict(run) for run in runs]
-    steps = sorted(set.intersection(*(set(t) for t in tables)))
-    values = np.array([[t[s] for s in steps] for t in tables], dtype=np.float64)
-    mean = values.mean(axis=0)
-    spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
-    return np.array([steps, mean, mean - spread, mean + spread])
+    values = pd.concat([pd.Series(dict(run), dtype=np.float64) for run in runs], axis=1, join="inner")
+    values = values.sort_index()
+    mean, spread = values.mean(axis=1), values.std(axis=1).fillna(0.0)
+    return np.array([values.index, mean, mean - spread, mean + spread])
 
 
 def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[Series, list[str]]:
@@ -215,10 +215,14 @@ def _lines(desk: Desk, table: Table, curve: Curve) -> tuple[Series, list[str]]:
     seeds = max(len(table.sources[row.name, curve.source]) for row in rows)
     notes = ["line: mean, band: standard deviation over seeds" if seeds > 1 else "one seed"]
     for row in rows:
+        # One run per seed; what is missing is told
         runs = []
-        for command in [table.commands[name] for name in table.sources[row.name, curve.source]]:
-            records = read_metrics(command.folder)
-            points = [(r["step"], r[curve.key]) for r in records if r.get(curve.key) is not None]
+        for name in table.sources[row.name, curve.source]:
+            command = table.commands[name]
+            points = []
+            for record in read_metrics(command.folder):
+                if record.get(curve.key) is not None:
+                    points.append((record["step"], record[curve.key]))
             if desk.state(command).word != "done":
                 notes.append(f"{command.name}: {why_not(desk, table, command)[0]}")
             elif not points:
@@ -252,10 +256,12 @@ def render(desk: Desk, table: Table) -> Path:
     folder = Path(desk.places.out) / table.name
     claim_folder(folder, "table", lambda folder: (folder / f"{table.name}.tex").is_file())
     cells = cells_of(desk, table)
-    panels = panels_of(desk, table, cells)
-    for number, (_, svg) in enumerate(panels, 1):
+    # The panels, as pictures of their own
+    figures = []
+    for number, (figure, svg) in enumerate(panels_of(desk, table, cells), 1):
         write_atomic(folder / f"{table.name}-{number}.svg", svg)
-    figures = [figure for figure, _ in panels]
+        figures.append(figure)
+    # The table in each format
     write_atomic(folder / f"{table.name}.md", markdown(table, cells, figures))
     write_atomic(folder / f"{table.name}.csv", comma_separated(table, cells))
     write_atomic(folder / f"{table.name}.tex", latex(table, cells))
@@ -271,27 +277,56 @@ def frame(table: Table, cells: Cells, form: Format) -> pd.DataFrame:
     return pd.DataFrame(rows, index=[form.escape(row.name) for row in table.rows], columns=columns)
 
 
+def numbers(table: Table, cells: Cells) -> pd.DataFrame:
+    """One line per number of ours, or the reason why there is none: a cell has one per seed."""
+    lines = []
+    for (row, column), cell in cells.items():
+        for source in cell.sources or [Source("", None, cell.blank)]:
+            lines.append({"row": row, "column": column, "paper": cell.paper, **vars(source)})
+    return pd.DataFrame(lines).rename(columns={"git": "commit"}).assign(table=table.name, preset=table.preset)
+
+
+def differences(table: Table, cells: Cells) -> pd.DataFrame:
+    """Each row against the first, paired by seed: mean difference, its 95 % interval (paired t) and whether it excludes 0.
+
+    Empty when no two seeds are measured. The intervals are of single comparisons, not corrected for their number.
+    """
+    lines = []
+    for column in table.columns:
+        first = cells[table.rows[0].name, column.title]
+        for row in table.rows[1:]:
+            cell = cells[row.name, column.title]
+            # Seeds that both rows have; a number that no seed changes stands alone and has no pair
+            both = zip(cell.sources, first.sources, strict=False)
+            pairs = [(ours.value, base.value) for ours, base in both if None not in (ours.value, base.value)]
+            if len(pairs) < 2 or cell.label or first.label:
+                continue
+            test = scipy.stats.ttest_rel(*np.transpose(pairs))
+            low, high = test.confidence_interval(0.95)
+            by = float(np.mean([a - b for a, b in pairs]))
+            told = "differs" if low > 0 or high < 0 else "no difference shown"
+            mean, *ends = (f"{value:+.{column.digits}f}" for value in (by, low, high))
+            names = f"{row.name} against {first.row.name}"
+            lines.append((column.title, names, mean, f"{ends[0]} to {ends[1]}", len(pairs), told))
+    return pd.DataFrame(lines, columns=["column", "rows", "difference", "95 % interval", "seeds", "result"])
+
+
 def remarks(table: Table, cells: Cells) -> list[str]:
     """The rows' notes, then each reason why a cell is empty, once, with the columns that it concerns."""
     notes = [f"{row.name}: {row.note}" for row in table.rows if row.note]
-    reasons: dict[str, list[str]] = {}
-    for (row, column), cell in cells.items():
-        for source in cell.sources:
-            if source.value is None:
-                reasons.setdefault(f"{row}: {source.reason}. {source.detail}", []).append(column)
-        if cell.blank:
-            reasons.setdefault(f"{row}: {cell.blank}", []).append(column)
-    return notes + [f"{text} [{', '.join(dict.fromkeys(where))}]" for text, where in reasons.items()]
+    lines = numbers(table, cells)
+    empty = lines[lines.value.isna()]
+    for (row, reason, detail), where in empty.groupby(["row", "reason", "detail"], sort=False):
+        text = f"{row}: {reason}. {detail}" if detail else f"{row}: {reason}"
+        notes.append(f"{text} [{', '.join(where.column.unique())}]")
+    return notes
 
 
-def traces(cells: Cells) -> pd.DataFrame:
-    """Row, column, value, record, commit and protocol of each number of ours."""
-    found = []
-    for (row, column), cell in cells.items():
-        for s in cell.sources:
-            if s.value is not None:
-                found.append((row, column, f"{s.value:.6g}", s.record, s.git or "unknown", s.protocol))
-    return pd.DataFrame(found, columns=["row", "column", "value", "record", "commit", "protocol"])
+def traces(table: Table, cells: Cells) -> pd.DataFrame:
+    """Row, column, value, record, commit and protocol of each number of ours, as text."""
+    lines = numbers(table, cells)
+    made = lines[lines.value.notna()][["row", "column", "value", "record", "commit", "protocol"]]
+    return made.assign(value=made.value.map("{:.6g}".format), commit=made.commit.replace("", "unknown"))
 
 
 def markdown(table: Table, cells: Cells, figures: list[Figure]) -> str:
@@ -302,23 +337,23 @@ def markdown(table: Table, cells: Cells, figures: list[Figure]) -> str:
     parts.append(markdown_table(["", *shown.columns], shown.reset_index().values))
     for number, figure in enumerate(figures, 1):
         parts += [f"![{figure.alt}]({table.name}-{number}.svg)", plain(figure.caption)]
+    if len(found := differences(table, cells)):
+        parts += [
+            "## Differences, paired by seed",
+            markdown_table(found.columns, found.map(str).map(plain).values),
+        ]
     if notes := remarks(table, cells):
         parts += ["## Notes", "\n".join(f"- {plain(text)}" for text in notes)]
-    made = traces(cells).drop(columns="protocol").map(plain)
+    made = traces(table, cells).drop(columns="protocol").map(plain)
     parts += ["## Where each number comes from", markdown_table(made.columns, made.values)]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def comma_separated(table: Table, cells: Cells) -> str:
     """One line per number or its absence: a cell has one per seed."""
-    lines = []
-    for (row, column), cell in cells.items():
-        for s in cell.sources or [Source("", None, cell.blank)]:
-            value, reason = "" if s.value is None else repr(s.value), s.reason
-            reason += f" ({s.detail})" if s.detail else ""
-            line = (table.name, table.preset, row, column, value, cell.paper, reason, s.label)
-            lines.append((*line, s.command, s.record, s.git, s.protocol))
-    return pd.DataFrame(lines, columns=CSV).to_csv(index=False, lineterminator="\n")
+    lines = numbers(table, cells)
+    lines.reason += lines.detail.map(lambda detail: f" ({detail})" if detail else "")
+    return lines[CSV].to_csv(index=False, lineterminator="\n")
 
 
 def latex(table: Table, cells: Cells) -> str:
@@ -331,15 +366,19 @@ def latex(table: Table, cells: Cells) -> str:
 
 def write_html(path: Path, table: Table, cells: Cells, figures: list[Figure]) -> None:
     """The same as a page."""
-    shown = frame(table, cells, HTML)
-    rows = [(row.name, *map(Markup, line)) for row, line in zip(table.rows, shown.values, strict=True)]
+    shown, made = frame(table, cells, HTML), traces(table, cells)
     heads = ["", *map(Markup, shown.columns)]
-    sections = [Section("Ours, and the paper's in brackets", table.text, heads, rows, dim_from=len(heads))]
-    if figures:
-        sections.append(Section("Curves", figures=figures))
+    rows = [(row.name, *map(Markup, line)) for row, line in zip(table.rows, shown.values, strict=True)]
     notes = [(text,) for text in remarks(table, cells)] or [("none",)]
-    sections.append(Section("Notes", header=["bold: best, underlined: second"], rows=notes, dim_from=1))
-    made = traces(cells)
-    title = "Where each number comes from"
-    sections.append(Section(title, "", list(made.columns), made.values.tolist(), dim_from=3))
+    found = differences(table, cells)
+    paired = Section(
+        "Differences, paired by seed", "", list(found.columns), found.values.tolist(), dim_from=4
+    )
+    sections = [
+        Section("Ours, and the paper's in brackets", table.text, heads, rows, dim_from=len(heads)),
+        *([Section("Curves", figures=figures)] if figures else []),
+        *([paired] if len(found) else []),
+        Section("Notes", header=["bold: best, underlined: second"], rows=notes, dim_from=1),
+        Section("Where each number comes from", "", list(made.columns), made.values.tolist(), dim_from=3),
+    ]
     write_page(path, table.title, f"{table.source}. Preset {table.preset}: {table.about}.", sections)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -15,6 +16,8 @@ from pipelines.results.page import (
     Key,
     Link,
     Section,
+    Series,
+    Styles,
     clip_figure,
     curve_figure,
     is_number,
@@ -36,12 +39,10 @@ TITLES = {
     "eff/tspeed": "TSpeed, steps per second",
     "eff/device_mib": "TMem, memory in use on the device, MiB",
     "skipped": "updates skipped: loss or gradient not finite",
-}
-TOGETHER = {  # one chart each
     "loss_at_t/": "error by timestep",
     "gan/logits_": "logits of the discriminator",
-    **{name: TITLES[name] for name in TITLES if name.startswith("val/")},
 }
+TOGETHER = ("loss_at_t/", "gan/logits_", "val/psnr", "val/ssim", "val/lpips", "val/loss")  # one chart each
 WORDS = {
     "val": "original | reconstruction | error x 4, held-out clips",
     "real": "real clips",
@@ -71,14 +72,19 @@ class Budget:
         self.limit, self.used = limit, 0
         self.left_out: list[str] = []
 
-    def take(self, figure: Figure, name: str) -> bool:
-        """Whether the figure still fits: then it is counted, else it is named."""
+    def figure(self, show: Callable[..., Figure], path: Path, *words: Any, notes: list[str]) -> Figure | None:
+        """show(path, *words) if the video can be read and still fits; otherwise None, and it is named."""
+        try:
+            figure = show(path, *words)
+        except ValueError as error:
+            notes.append(f"{path.name} cannot be read ({error}).")
+            return None
         size = len(figure.source)
         if self.used + size > self.limit:
-            self.left_out.append(f"{name} ({size / 1e6:.1f} MB)")
-            return False
+            self.left_out.append(f"{path.name} ({size / 1e6:.1f} MB)")
+            return None
         self.used += size
-        return True
+        return figure
 
     def note(self) -> str:
         """What was left out, in words."""
@@ -95,13 +101,20 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [n if names.count(n) == 1 else str(r.folder) for n, r in zip(names, runs, strict=True)]
 
 
+def keys(runs: Sequence[Run]) -> list[str | Key]:
+    """The headings of a table with a column for each run, in the colour that it has in all charts."""
+    return ["", *(Key(label, COLORS[n % len(COLORS)]) for n, label in enumerate(labels(runs)))]
+
+
 def side_by_side(columns: Sequence[dict[str, str]], missing: str = "") -> list[tuple[str, ...]]:
     """Rows (key, value in each column) of several runs."""
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return [(key, *(column.get(key, missing) for column in columns)) for key in keys]
+    every: dict[str, str] = {}
+    for column in columns:
+        every |= column
+    return [(key, *(column.get(key, missing) for column in columns)) for key in every]
 
 
-# ---- sections --------------------------------------------------------------------------------------------
+# ---- how far, how good ------------------------------------------------------------------------------------
 
 
 def facts(run: Run) -> list[tuple[str, str, str]]:
@@ -109,39 +122,31 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     state = "finished" if run.finished else "in progress, or stopped"
     batch = run.settings.get("global_batch", 0)
     found = [("step", f"{run.step:,} of {run.steps:,}", f"{state}; {run.step * int(batch):,} clips seen")]
+    # The three most telling metrics that it has
     for name, title, form in TILES:
         last = run.last(name)
         if last and len(found) < 4:
             found.append((title, form.format(last[1]), f"at step {last[0]:,}"))
-    speed, memory = run.efficiency.get("tspeed"), run.efficiency.get("tmem", {}).get("device_mib")
-    if not is_number(speed):  # a run in progress has no efficiency.json yet
-        speed = next((r["eff/tspeed"] for r in reversed(run.speed) if is_number(r.get("eff/tspeed"))), None)
+    # Speed and memory; a run in progress has no efficiency.json yet, its last log line counts
+    speed = run.speed_text("it/s")
+    if speed is None:
+        logged = [r["eff/tspeed"] for r in run.speed if is_number(r.get("eff/tspeed"))]
+        speed = f"{logged[-1]:.3f} it/s" if logged and logged[-1] else "not measured"
     how = f"global batch {batch}, mode {run.efficiency.get('mode', 'unknown')}"
-    found.append(("TSpeed", f"{speed:.3f} it/s" if speed else "not measured", how))
-    found.append(("TMem", f"{memory:,.0f} MiB" if is_number(memory) else "not measured", "memory of the GPU"))
-    return found
+    return [*found, ("TSpeed", speed, how), ("TMem", run.memory_text(), "memory of the GPU")]
 
 
 def overview(runs: Sequence[Run]) -> Section:
+    """Tiles of one run; of several what differs between their settings, and their tiles as a table."""
     if len(runs) == 1:
         return Section("Overview", tiles=facts(runs[0]))
-    columns = [{name: f"{value} ({note})" for name, value, note in facts(r)} for r in runs]
-    rows = differing(runs)
+    settings, columns = [], []
+    for run in runs:
+        settings.append({k: str(v) for k, v in run.settings.items() if k != "run_dir"})
+        columns.append({name: f"{value} ({note})" for name, value, note in facts(run)})
+    rows = [row for row in side_by_side(settings, "no such key") if len(set(row[1:])) > 1]
     text = "" if rows else "All settings are equal."
     return Section("Overview", text, header=keys(runs), rows=[*rows, *side_by_side(columns)], dim_from=99)
-
-
-def keys(runs: Sequence[Run]) -> list[str | Key]:
-    """The headings of a table with a column for each run, in the colour that it has in all charts."""
-    return ["", *(Key(label, COLORS[n % len(COLORS)]) for n, label in enumerate(labels(runs)))]
-
-
-def differing(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows (setting, value in each run) of what differs; where a run lies does not count."""
-    rows = side_by_side(
-        [{k: str(v) for k, v in r.settings.items() if k != "run_dir"} for r in runs], "no such key"
-    )
-    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def scores(paths: Sequence[Path]) -> Section:
@@ -153,18 +158,75 @@ def scores(paths: Sequence[Path]) -> Section:
     return Section("Scores", header=kept, rows=[[row[key] for key in kept] for row in rows])
 
 
-def media(run: Run, label: str, budget: Budget) -> Section:
-    """The run's own previews: of each kind the newest, the first and some between."""
-    kinds, figures, notes = previews(run), [], []
-    for kind, paths in kinds.items():
-        words = WORDS.get(kind, kind) + tiles_in_words(run, kind)
-        for step in spread(sorted(paths)):
-            when = f"step {step:,}: " if step >= 0 else ""
-            figures += _taken(lambda: video_figure(paths[step], when + words), paths[step], budget, notes)  # noqa: B023
-        if len(paths) > PREVIEWS:
-            notes.append(f"{PREVIEWS} of {len(paths)} {kind} videos are shown; all are in media/.")
-    text = " ".join(notes) if kinds else "The run has written no videos yet."
-    return Section(f"Videos of {label}", text, figures=figures)
+# ---- curves ----------------------------------------------------------------------------------------------
+
+
+def curves(runs: Sequence[Run]) -> Section:
+    """A chart for each logged quantity, a line for each run."""
+    # Which charts there are: names that belong together share one
+    records = [[*run.metrics, *run.speed] for run in runs]
+    logged: dict[str, Any] = {}
+    for record in (record for rows in records for record in rows):
+        logged |= record
+    charts: dict[str, list[str]] = {}
+    logged.pop("step", None)
+    for name in logged:
+        group = next((group for group in TOGETHER if name.startswith(group)), name)
+        charts.setdefault(group, []).append(name)
+
+    def place(chart: str) -> int:
+        return next((n for n, start in enumerate(FIRST) if chart.startswith(start)), len(FIRST))
+
+    # Each with its lines
+    figures = []
+    for chart in sorted(charts, key=place):
+        lines, styles = lines_of(chart, sorted(charts[chart]), records, labels(runs))
+        if any(len(steps) for steps, *_ in lines.values()):
+            title = TITLES.get(chart)
+            caption = f"{chart.rstrip('/_')}: {title}" if title else chart
+            log_y = chart.startswith(("loss", "grad_norm"))
+            figures.append(curve_figure(lines, caption, log_y, styles))
+
+    # What the curves leave out
+    texts = []
+    for label, run in zip(labels(runs), runs, strict=True):
+        if gaps := not_finite(run):
+            texts.append(f"Not finite in {label}, and left out of the curves: {gaps}.")
+    text = " ".join(texts) or ("" if figures else "Nothing is logged yet.")
+    return Section("Curves", text, figures=figures)
+
+
+def lines_of(
+    chart: str, names: list[str], records: Sequence[list[dict]], runs: list[str]
+) -> tuple[Series, Styles]:
+    """The lines of a chart and their looks: one per run and name; a run has one colour in all charts."""
+    lines: Series = {}
+    styles: Styles = {}
+    for n, (run, rows) in enumerate(zip(runs, records, strict=True)):
+        found = series_of(rows, *names)
+        for m, name in enumerate(names):
+            # The name of a line is what tells it from the others
+            part = name.removeprefix(chart)
+            if chart.startswith("val/") and len(names) > 1:
+                part = part.removeprefix("_") or "EMA"
+            line = " ".join(filter(None, [run if len(runs) > 1 else "", part])) or name
+            lines[line] = found.get(name, ((), ()))
+            color, kind = (n, m) if len(runs) > 1 else (m, 0)
+            styles[line] = COLORS[color % len(COLORS)], list(LINES)[kind % len(LINES)]
+    return lines, styles
+
+
+def not_finite(run: Run) -> str:
+    """The logged values of a run that are no numbers: how often and since when; "" when there are none."""
+    gaps: dict[str, list[int]] = {}
+    for record in run.metrics:
+        for name, value in record.items():
+            if not is_number(value):
+                gaps.setdefault(name, []).append(int(record["step"]))
+    return "; ".join(f"{name} {len(at):,} times, first at step {at[0]:,}" for name, at in gaps.items())
+
+
+# ---- videos ----------------------------------------------------------------------------------------------
 
 
 def previews(run: Run) -> dict[str, dict[int, Path]]:
@@ -184,15 +246,31 @@ def spread(steps: Sequence[int]) -> list[int]:
     return [steps[i] for i in sorted(chosen, reverse=True)]
 
 
+def media(run: Run, label: str, budget: Budget) -> Section:
+    """The run's own previews: of each kind the newest, the first and some between."""
+    kinds, figures, notes = previews(run), [], []
+    for kind, paths in kinds.items():
+        words = WORDS.get(kind, kind) + tiles_in_words(run, kind)
+        for step in spread(sorted(paths)):
+            when = f"step {step:,}: " if step >= 0 else ""
+            figures.append(budget.figure(video_figure, paths[step], when + words, notes=notes))
+        if len(paths) > PREVIEWS:
+            notes.append(f"{PREVIEWS} of {len(paths)} {kind} videos are shown; all are in media/.")
+    text = " ".join(notes) if kinds else "The run has written no videos yet."
+    return Section(f"Videos of {label}", text, figures=list(filter(None, figures)))
+
+
 def tiles_in_words(run: Run, kind: str) -> str:
     """The classes of the tiles of a training's grid, and of real clips the videos, row by row; "" where neither is known."""
     count = min(int(run.settings.get("samples.num_videos", 0)), 36)
     names, videos = run.checkpoint.get("class_names") or [], run.real_clips if kind == "real" else []
     if kind not in ("real", "samples") or not (count and (names or videos)):
         return ""
+    # A tile's class, its video, or both
     tiles = [str(names[i % len(names)]) if names else "" for i in range(count)]
     for i, video in enumerate(videos[:count]):
         tiles[i] = f"{tiles[i]} ({video})" if names else video
+    # The grid is as square as it can be
     columns = int(np.ceil(np.sqrt(count)))
     rows = [", ".join(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
     return f"; row by row: {' | '.join(rows)}"
@@ -202,6 +280,7 @@ def compared(runs: Sequence[Run], budget: Budget) -> list[Section]:
     """A table step x run for each kind of preview: what lies in one row is of one step, and the same clips."""
     found, sections = [previews(run) for run in runs], []
     for kind in dict.fromkeys(kind for kinds in found for kind in kinds if kind != "real"):
+        # The rows: steps that all runs have, or, without any, those that one of them has
         files = [kinds.get(kind, {}) for kinds in found]
         shared = set.intersection(*map(set, files)) or set.union(*map(set, files))
         rows: dict[str, list[Path | None]] = {}
@@ -209,41 +288,30 @@ def compared(runs: Sequence[Run], budget: Budget) -> list[Section]:
             rows["real"] = [kinds.get("real", {}).get(-1) for kinds in found]
         for step in spread(sorted(shared)):
             rows[f"step {step:,}" if step >= 0 else kind] = [steps.get(step) for steps in files]
-        notes: list[str] = []
-        grid = [(name, [_cell(path, name, budget, notes) for path in paths]) for name, paths in rows.items()]
+        # Their cells: a video, or why there is none
+        grid, notes = [], []
+        for name, paths in rows.items():
+            cells: list[Figure | str] = []
+            for path in paths:
+                words = f"{name}: {path.parent.parent.name}" if path else ""
+                shown = budget.figure(video_figure, path, words, notes=notes) if path else "none"
+                cells.append(shown or "left out")
+            grid.append((name, cells))
         words = WORDS.get(kind, kind) + tiles_in_words(runs[0], kind)
         text = " ".join([f"{words[0].upper()}{words[1:]}.", *notes])
         sections.append(Section(f"Videos: {kind}", text, header=keys(runs), grid=grid))
     return sections
 
 
-def _cell(path: Path | None, name: str, budget: Budget, notes: list[str]) -> Figure | str:
-    """A video of a table, or why there is none."""
-    if path is None:
-        return "none"
-    found = _taken(lambda: video_figure(path, f"{name}: {path.parent.parent.name}"), path, budget, notes)
-    return found[0] if found else "left out"
-
-
-def _taken(show: Callable[[], Figure], path: Path, budget: Budget, notes: list[str]) -> list[Figure]:
-    """The figure of a video if it can be read and still fits; otherwise it is named."""
-    try:
-        figure = show()
-    except ValueError as error:
-        notes.append(f"{path.name} cannot be read ({error}).")
-        return []
-    return [figure] if budget.take(figure, path.name) else []
-
-
 def gallery(folder: Path, budget: Budget) -> Section:
     """Generated videos of a folder of pipelines.sample, by class. Raises ValueError without a readable manifest.json."""
     names, classes, settings = read_manifest(folder)
-    figures: list[Figure] = []
-    notes: list[str] = []
+    found, notes = [], []
     for index in chosen(len(names), len(classes)):
         path = folder / Path(names[index]).name  # a manifest does not lead out of its folder
         caption = f"{classes[index % len(classes)]}, {path.name}" if classes else path.name
-        figures += _taken(lambda: example(path, caption, settings["fps"]), path, budget, notes)  # noqa: B023
+        found.append(budget.figure(example, path, caption, settings["fps"], notes=notes))
+    figures = list(filter(None, found))
     kind = f"{len(classes)} classes" if classes else "no classes"
     how = f"{settings.get('sampler')}, {settings.get('num_steps')} steps, guidance {settings.get('guidance_scale')}"
     text = f"{len(figures)} of {len(names)} generated videos, {kind}; {how}. At most their first {FRAMES} frames."
@@ -254,8 +322,10 @@ def chosen(videos: int, classes: int) -> list[int]:
     """Numbers of the videos to show, class by class."""
     if not classes:
         return list(range(min(videos, SAMPLES // 4)))
-    each = max(1, min(4, SAMPLES // classes))
-    return [i for c in range(classes) for i in range(c, videos, classes)[:each]]
+    each, numbers = max(1, min(4, SAMPLES // classes)), []
+    for label in range(classes):
+        numbers += range(label, videos, classes)[:each]
+    return numbers
 
 
 def example(path: Path, caption: str, fps: float) -> Figure:
@@ -272,50 +342,7 @@ def thinned(frames: np.ndarray) -> np.ndarray:
     return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
 
 
-def curves(runs: Sequence[Run]) -> Section:
-    """A chart for each logged quantity, a line for each run."""
-    # Which charts there are, and in which order
-    records = [[*r.metrics, *r.speed] for r in runs]
-    charts: dict[str, list[str]] = {}
-    for name in dict.fromkeys(key for rows in records for row in rows for key in row if key != "step"):
-        group = next((group for group in TOGETHER if name.startswith(group)), name)
-        charts.setdefault(group, []).append(name)
-
-    def place(chart: str) -> int:
-        return next((n for n, start in enumerate(FIRST) if chart.startswith(start)), len(FIRST))
-
-    figures = []
-    for chart in sorted(charts, key=place):
-        lines, styles = {}, {}
-        for n, (label, rows) in enumerate(zip(labels(runs), records, strict=True)):
-            found = series_of(rows, *charts[chart])
-            for m, name in enumerate(sorted(charts[chart])):
-                part = name.removeprefix(chart)
-                if chart.startswith("val/") and len(charts[chart]) > 1:
-                    part = part.removeprefix("_") or "EMA"
-                words = [label if len(runs) > 1 else "", part]
-                line = " ".join(filter(None, words)) or name
-                lines[line] = found.get(name, ((), ()))
-                color, kind = (n, m) if len(runs) > 1 else (m, 0)  # a run has one colour in all charts
-                styles[line] = COLORS[color % len(COLORS)], list(LINES)[kind % len(LINES)]
-        title = TOGETHER.get(chart) or TITLES.get(chart)
-        if any(len(steps) for steps, _ in lines.values()):
-            caption = f"{chart.rstrip('/_')}: {title}" if title else chart
-            log_y = chart.startswith(("loss", "grad_norm"))
-            figures.append(curve_figure(lines, caption, log_y, styles))
-
-    # What the curves leave out
-    texts = []
-    for label, r in zip(labels(runs), runs, strict=True):
-        gaps: dict[str, list[int]] = {}
-        for record in r.metrics:
-            for name in [name for name, value in record.items() if not is_number(value)]:
-                gaps.setdefault(name, []).append(int(record["step"]))
-        parts = [f"{name} {len(at):,} times, first at step {at[0]:,}" for name, at in gaps.items()]
-        texts += [f"Not finite in {label}, and left out of the curves: {'; '.join(parts)}."] if parts else []
-    return Section(
-        "Curves", " ".join(texts) or ("" if figures else "Nothing is logged yet."), figures=figures
-    )
+# ---- where it comes from ----------------------------------------------------------------------------------
 
 
 def settings(run: Run) -> Section:
@@ -327,28 +354,34 @@ def settings(run: Run) -> Section:
 def origin(runs: Sequence[Run]) -> Section:
     """Versions, commit, starts, and the digests of the newest checkpoint."""
     columns = []
-    for r in runs:
-        found, starts = dict(r.versions), [start.get("time", "") for start in r.starts]
-        if starts:
-            found["program"] = r.program
-            found["starts"] = f"{len(starts)}, first {starts[0]}, last {starts[-1]}"
-        found |= {f"data: {k}": str(v) for k, v in r.checkpoint.get("data", {}).items()}
-        if "step" in r.checkpoint:
-            found["newest checkpoint"] = f"step {r.checkpoint['step']:,}"
-        for name, digest in r.checkpoint.get("files", {}).items():
+    for run in runs:
+        found = dict(run.versions)
+        if run.starts:
+            first, last = run.starts[0].get("time", ""), run.starts[-1].get("time", "")
+            found["program"] = run.program
+            found["starts"] = f"{len(run.starts)}, first {first}, last {last}"
+        for name, value in run.checkpoint.get("data", {}).items():
+            found[f"data: {name}"] = str(value)
+        if "step" in run.checkpoint:
+            found["newest checkpoint"] = f"step {run.checkpoint['step']:,}"
+        for name, digest in run.checkpoint.get("files", {}).items():
             if name.endswith(".safetensors"):
                 found[f"sha256 of {name}"] = digest[:16]
         columns.append(found)
-    header, words = keys(runs), "versions, starts, digests"
-    rows = side_by_side(columns)
-    return Section("Where it comes from", header=header, rows=rows, dim_from=99, folded=words)
+    folded = "versions, starts, digests"
+    return Section(
+        "Where it comes from", header=keys(runs), rows=side_by_side(columns), dim_from=99, folded=folded
+    )
 
 
 def files(runs: Sequence[Run], records: Sequence[Path], out: Path) -> Section:
     """Links to what the page was made from, relative to the page."""
-    paths = [(label, r.folder / n) for label, r in zip(labels(runs), runs, strict=True) for n in FILES]
+    paths = []
+    for label, run in zip(labels(runs), runs, strict=True):
+        paths += [(label, run.folder / name) for name in FILES]
+    paths += [("records", path) for path in records]
     rows = []
-    for label, path in [*paths, *(("records", path) for path in records)]:
+    for label, path in paths:
         if path.exists():
             relative = Path(os.path.relpath(path.resolve(), out.resolve().parent))
             rows.append((label, Link(path.name, quote(relative.as_posix()))))
@@ -360,12 +393,15 @@ def write_run_page(
 ) -> None:
     """Write the page of one run or several. samples: a folder of pipelines.sample; limit: bytes of videos."""
     budget = Budget(limit)
+    # What a reader wants to see first: how far, the scores, the curves
     parts = [overview(runs)]
     parts += [scores(records)] if records else []
     parts += [curves(runs)]
+    # Videos: the previews of the training, then what was generated after it
     parts += compared(runs, budget) if len(runs) > 1 else [media(runs[0], labels(runs)[0], budget)]
     folders = [samples] if samples else [run.folder / "samples" for run in runs]
     parts += [gallery(f, budget) for f in folders if samples or (f / "manifest.json").is_file()]
+    # For those who want to know how it was made
     parts += [settings(runs[0])] if len(runs) == 1 else []
     parts += [origin(runs), files(runs, records, out)]
     subtitle = f"Made from {', '.join(str(run.folder) for run in runs)}. {budget.note()}"

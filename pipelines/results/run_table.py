@@ -128,26 +128,31 @@ def where_from(what: str, path: Path) -> str:
 
 def row_state(desk: Desk, table: Table, row: Row) -> tuple[str, str]:
     """(word, reason) of a row: running before failed before missing before partly; done only when all commands are."""
-    # One word for a row: the most urgent of its commands.
-    states = {command.name: desk.state(command) for command in table.commands_of(row)}
+    # The commands by their word, and all that they lack
+    commands, found, lacking = table.commands_of(row), {}, {}
+    for command in commands:
+        state = desk.state(command)
+        found.setdefault(state.word, []).append(f"{command.name}: {state.reason}")
+        lacking |= state.lacking
+    # The most urgent word is the row's.
     for word in ("running", "failed", "other"):
-        if hit := [f"{name}: {state.reason}" for name, state in states.items() if state.word == word]:
+        if hit := found.get(word):
             return word, hit[0] + (f" (and {len(hit) - 1} more)" if len(hit) > 1 else "")
-    if lacking := dict.fromkeys(what for state in states.values() for what in state.lacking):
+    if lacking:
         return "missing", "; ".join(lacking)
-    done = sum(state.word == "done" for state in states.values())
-    if done == len(states):
+    done = len(found.get("done", ()))
+    if done == len(commands):
         return "done", ""
-    begun = next(
-        (f"; {name}: {state.reason}" for name, state in states.items() if state.word == "partly"), ""
-    )
-    return ("partly" if done or begun else "not run"), f"{done} of {len(states)} steps{begun}"
+    begun = f"; {found['partly'][0]}" if "partly" in found else ""
+    return ("partly" if done or begun else "not run"), f"{done} of {len(commands)} steps{begun}"
 
 
 def to_get(desk: Desk, table: Table) -> list[str]:
     """What the user must bring before all rows can run: what, where it belongs, where it comes from."""
-    states = [desk.state(command) for command in table.commands.values()]
-    return list(dict.fromkeys(reason for state in states for reason in state.lacking.values()))
+    found: dict[str, None] = {}
+    for command in table.commands.values():
+        found |= dict.fromkeys(desk.state(command).lacking.values())
+    return list(found)
 
 
 # ---- running ---------------------------------------------------------------------------------------------
@@ -155,13 +160,16 @@ def to_get(desk: Desk, table: Table) -> list[str]:
 
 def run_table(desk: Desk, table: Table, launch: str = "") -> int:
     """Run what is missing, row after row; a failed command holds up only what reads from it. Returns how many failed."""
-    failed = 0
     # In the order of the rows; a command that two rows share runs once.
-    for name in dict.fromkeys(command.name for row in table.rows for command in table.commands_of(row)):
-        command, state = table.commands[name], desk.state(table.commands[name])
-        waiting = [before for before in command.after if desk.state(table.commands[before]).word != "done"]
+    queue: dict[str, Command] = {}
+    for row in table.rows:
+        queue |= {command.name: command for command in table.commands_of(row)}
+    failed = 0
+    for name, command in queue.items():
+        state = desk.state(command)
         if state.word == "done":
             continue
+        waiting = [before for before in command.after if desk.state(table.commands[before]).word != "done"]
         if waiting:
             log.info("%s: waits for %s", name, ", ".join(waiting))
         elif state.word == "missing" or (state.word == "other" and not state.found.shared):
@@ -179,8 +187,9 @@ def is_parallel(command: Command) -> bool:
 
 def run_command(desk: Desk, command: Command, warm: bool, launch: str = "") -> bool:
     """Run one command; True when it ended well and its record is complete. launch: e.g. "accelerate launch"."""
+    # Its lock; another table may hold it for a moment, to look whether the command runs.
     until = time.monotonic() + 2
-    while (lock := desk.lock(command)) is None:  # another table may be looking at it
+    while (lock := desk.lock(command)) is None:
         if time.monotonic() > until:
             log.info("%s: running elsewhere", command.name)
             return True
@@ -214,9 +223,7 @@ def run_command(desk: Desk, command: Command, warm: bool, launch: str = "") -> b
     return journal["state"] == "done"
 
 
-Started = tuple[
-    int, Callable[[], int | None]
-]  # process number, and what returns its exit code once it has ended
+Started = tuple[int, Callable[[], int | None]]  # process number; what returns its exit code once it has ended
 
 
 def wait(start: Callable[..., Started], words: list[str], log_file: Path, lock: int, places: Places) -> int:
@@ -236,6 +243,7 @@ def wait(start: Callable[..., Started], words: list[str], log_file: Path, lock: 
                 told = asked
                 os.kill(number, asked)
             time.sleep(0.02)
+    # By a signal, its own or one that was passed on: then the table ends too.
     ended_by = told or (-code if code < 0 else code - 128)
     if ended_by in STOPS:
         raise Stopped(ended_by)
@@ -244,9 +252,8 @@ def wait(start: Callable[..., Started], words: list[str], log_file: Path, lock: 
 
 def start_process(words: list[str], env: dict[str, str], output: int, lock: int) -> Started:
     """A command in a process of its own."""
-    child = subprocess.Popen(
-        words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env, pass_fds=[lock]
-    )
+    streams = {"stdout": output, "stderr": subprocess.STDOUT}
+    child = subprocess.Popen(words, **streams, cwd=ROOT, env=env, pass_fds=[lock])
     return child.pid, child.poll
 
 

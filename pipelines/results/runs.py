@@ -54,6 +54,16 @@ class Run:
                 return int(record["step"]), record[name]
         return None
 
+    def speed_text(self, unit: str) -> str | None:
+        """TSpeed at the run's end in words; None when it is not known."""
+        speed = self.efficiency.get("tspeed")
+        return f"{speed:.3f} {unit}" if is_number(speed) and speed else None
+
+    def memory_text(self) -> str:
+        """TMem at the run's end in words."""
+        memory = self.efficiency.get("tmem", {}).get("device_mib")
+        return f"{memory:,.0f} MiB" if is_number(memory) else "not measured"
+
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a training."""

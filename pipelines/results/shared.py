@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,6 @@ INDEX = "shared.json"  # names and digests of all files that this program has wr
 VIDEOS = 8
 
 
-@dataclass
-class Request:
-    """What the user asks for. model: run_dir of a training, or a folder of weights."""
-
-    model: Path
-    out: Path
-    samples: Path | None = None
-    records: list[Path] = field(default_factory=list)
-    licence: str = "other"
-    push: str = ""
-
-
 def find_model(given: Path) -> tuple[str, Path, Path | None]:
     """(kind, folder of the weights, folder of the run or None) of what the user named, else ValueError."""
     for folder in (given, given / "pipeline", given / "vae"):
@@ -55,36 +42,32 @@ def find_model(given: Path) -> tuple[str, Path, Path | None]:
     raise ValueError(f"{given}: neither a run nor a folder of weights (config.json or model_index.json)")
 
 
-def load(kind: str, folder: Path) -> Any:
-    """The pipeline or the VAE. Raises ValueError when it is neither."""
-    if kind == "vae":
-        return load_vae(folder)
-    return LatentVideoPipeline.from_pretrained(folder)
-
-
 def check_out(out: Path, inputs: Sequence[Path]) -> None:
     """Refuse a folder with anything in it that this program did not write, and one that holds an input."""
+    option, other = f"--out {out}", "choose another --out"
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out}: {path} lies in it and would be replaced; choose another --out")
+            raise ValueError(f"{option}: {path} lies in it and would be replaced; {other}")
     if out.resolve().is_relative_to(inputs[0].resolve()):
-        raise ValueError(f"--out {out}: inside the model's own folder; choose another --out")
+        raise ValueError(f"{option}: inside the model's own folder; {other}")
     if out.is_file():
-        raise ValueError(f"--out {out}: a file; give a folder")
+        raise ValueError(f"{option}: a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
+    # A folder of this program may be replaced, as long as nobody has changed a file in it.
     try:
         known = dict(json.loads((out / INDEX).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--out {out}: not empty and not made by this program; choose another --out"
-        ) from None
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        name = path.relative_to(out).as_posix()
+        raise ValueError(f"{option}: not empty and not made by this program; {other}") from None
+    for name, path in files_of(out).items():
         if name != INDEX and known.get(name) != sha256_of(path):
-            raise ValueError(
-                f"--out {out}: {name} was added or edited and would be lost; choose another --out"
-            )
+            raise ValueError(f"{option}: {name} was added or edited and would be lost; {other}")
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All files below a folder: path from there -> path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]]:
@@ -95,14 +78,18 @@ def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]
         return [(path, path.name) for path in newest.values()]
     if not samples.is_dir():
         raise ValueError(f"--samples {samples}: no such folder")
-    found = list_videos(samples)[:VIDEOS]
-    if not found:
+    paths = list_videos(samples)[:VIDEOS]
+    if not paths:
         raise ValueError(f"--samples {samples}: no videos in it")
+    # Sample n is of class n modulo their number, and its file is called n.
     classes = read_manifest(samples)[1] if (samples / "manifest.json").is_file() else []
-    names = [str(path.relative_to(samples).with_suffix("")) for path in found]
-    if classes:  # sample n is of class n modulo their number, and its file is called n
-        names = [f"{n}-{classes[int(n) % len(classes)]}" if n.isdecimal() else n for n in names]
-    return [(path, re.sub(r"[^\w.-]", "_", n) + ".mp4") for path, n in zip(found, names, strict=True)]
+    found = []
+    for path in paths:
+        name = str(path.relative_to(samples).with_suffix(""))
+        if classes and name.isdecimal():
+            name += f"-{classes[int(name) % len(classes)]}"
+        found.append((path, re.sub(r"[^\w.-]", "_", name) + ".mp4"))
+    return found
 
 
 def check_samples(samples: Path | None, kind: str, model: Any) -> None:
@@ -129,58 +116,55 @@ def write_videos(found: list[tuple[Path, str]], folder: Path) -> None:
             write_mp4(folder / name, read_frames(path, range(info.num_frames)), info.fps or 8)
 
 
-def export(request: Request) -> Path:
-    """Write the folder, as a whole; returns it."""
-    kind, folder, owner = find_model(request.model)
-    check_out(request.out, [folder, *([request.samples] if request.samples else []), *request.records])
-    if len({path.name for path in request.records}) < len(request.records):
+def write_records(paths: Sequence[Path], folder: Path) -> None:
+    """The given records, one per line, without the folders of this machine."""
+    for path in paths:
+        text, kept = path.read_text(), ""
+        for line in [text] if path.suffix == ".json" else text.splitlines():
+            kept += json.dumps(public(json.loads(line))) + "\n" if line.strip() else ""
+        write_atomic(folder / path.name, kept)
+
+
+def export(
+    given: Path, out: Path, samples: Path | None, records: Sequence[Path], licence: str, repo: str
+) -> None:
+    """Write the folder `out`, as a whole. given: run_dir of a training, or a folder of weights. repo: "" if not pushed."""
+    kind, folder, owner = find_model(given)
+    check_out(out, [folder, *([samples] if samples else []), *records])
+    if len({path.name for path in records}) < len(records):
         raise ValueError("--records: two files of one name; rename one: they lie side by side in records/")
     # The model and what is shown with it
-    model = load(kind, folder)
-    check_samples(request.samples, kind, model)
-    found = videos_of(request.samples, owner)
+    model = load_vae(folder) if kind == "vae" else LatentVideoPipeline.from_pretrained(folder)
+    check_samples(samples, kind, model)
+    found = videos_of(samples, owner)
 
-    # The card
+    # The card; its step is that of the folder's export.json, else the run's last.
     trained, step = read_run(owner) if owner else None, None
-    if trained:  # the step whose weights the folder holds: of its export.json, else the run's last
+    if trained:
         file = folder / "export.json"
         step = int(read_json(file, "step")["step"]) if file.is_file() else trained.step
-    digest = weights_digest(model if kind == "vae" else model.vae)
-    card = Card(
-        kind,
-        model,
-        name=request.push or request.out.resolve().name,
-        licence=request.licence,
-        repo=request.push,
-        run=trained,
-        step=step,
-        scores=read_scores(request.records, digest) + training_score(trained),
-        samples=[name for _, name in found],
-    )
+    scores = read_scores(records, weights_digest(model if kind == "vae" else model.vae))
+    scores += training_score(trained)
+    shown = [name for _, name in found]
+    card = Card(kind, model, repo or out.resolve().name, licence, repo, trained, step, scores, shown)
 
     # The folder, written beside its place and renamed
     def write(target: Path) -> None:
         model.save_pretrained(target)
-        for file in target.rglob(
-            "*.json"
-        ):  # diffusers writes from which folder of this machine each config came
-            content = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+        # diffusers writes from which folder of this machine each config came.
+        for file in target.rglob("*.json"):
+            content = json.loads(file.read_text())
+            content.pop("_name_or_path", None)
             write_json(file, content)
         add_code(target, model, kind)
         write_videos(found, target / "samples")
-        for path in request.records:  # without the folders of this machine
-            text = path.read_text()
-            lines = [text] if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-            kept = "".join(json.dumps(public(json.loads(line))) + "\n" for line in lines)
-            write_atomic(target / "records" / path.name, kept)
+        write_records(records, target / "records")
         write_atomic(target / "README.md", render(card))
-        paths = sorted(path for path in target.rglob("*") if path.is_file())
-        files = {path.relative_to(target).as_posix(): sha256_of(path) for path in paths}
+        files = {name: sha256_of(path) for name, path in files_of(target).items()}
         write_json(target / INDEX, {"kind": kind, "versions": versions(), "files": files})
 
-    request.out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(request.out, write)
-    return request.out
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(out, write)
 
 
 def push(folder: Path, repo: str, public: bool) -> str:

@@ -94,8 +94,8 @@ class Table:
     title: str
     source: str
     text: str
-    rows: list[Row]
-    columns: list[Column]
+    rows: list[Row] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     warm: bool = False
     commands: dict[str, Command] = field(default_factory=dict)
@@ -152,25 +152,28 @@ def load_table(name: str, preset: str, places: Places, rows: Sequence[str] = (),
     paper = paper_numbers().get(name, {})
 
     # Rows and columns that were asked for
-    kept = [Row(**row, paper=paper.get(row["name"], {})) for row in content["rows"]]
-    if unknown := set(rows) - {row.name for row in kept}:
-        raise ValueError(f"rows {sorted(unknown)}: {name} has {', '.join(row.name for row in kept)}")
-    kept = [row for row in kept if not rows or row.name in rows]
-    columns = [Column(source=column.pop("from"), **column) for column in content["columns"]]
-    columns = [column for column in columns if not dataset or column.dataset in ("", dataset)]
-    if not columns:
-        raise ValueError(f"table {name!r} has no columns of dataset {dataset!r}")
-    curves = [Curve(source=curve.pop("from", ""), **curve) for curve in content.get("curves", ())]
+    names_of_rows = [row["name"] for row in content["rows"]]
+    if unknown := set(rows) - set(names_of_rows):
+        raise ValueError(f"rows {sorted(unknown)}: {name} has {', '.join(names_of_rows)}")
     words = {key: content.get(key, "") for key in ("title", "source", "text")}
-    table = Table(name, preset, setting["about"], **words, rows=kept, columns=columns, curves=curves)
-    table.warm = setting.get("warm", False)
+    table = Table(name, preset, setting["about"], **words, warm=setting.get("warm", False))
+    for row in content["rows"]:
+        if not rows or row["name"] in rows:
+            table.rows.append(Row(**row, paper=paper.get(row["name"], {})))
+    for column in content["columns"]:
+        if not dataset or column.get("dataset", "") in ("", dataset):
+            table.columns.append(Column(source=column.pop("from"), **column))
+    if not table.columns:
+        raise ValueError(f"table {name!r} has no columns of dataset {dataset!r}")
+    for curve in content.get("curves", ()):
+        table.curves.append(Curve(source=curve.pop("from", ""), **curve))
 
     # Their commands, in the order of the file
     makes = _Commands(places, setting)
-    for row in kept:
-        sources = [c.source for c in columns if c.title not in row.blank]
-        sources += [c.source for c in curves if row.name in c.rows]
-        wanted: dict[str, None] = {}
+    for row in table.rows:
+        sources = [c.source for c in table.columns if c.title not in row.blank]
+        sources += [c.source for c in table.curves if row.name in c.rows]
+        wanted: set[str] = set()
         for seed in setting.get("seeds", [0]):
             made = {key: makes.command(text, seed) for key, text in row.commands.items()}
             for source in dict.fromkeys(sources):
@@ -179,12 +182,20 @@ def load_table(name: str, preset: str, places: Places, rows: Sequence[str] = (),
                 found = table.sources.setdefault((row.name, source), [])
                 if made[source] not in found:
                     found.append(made[source])
-                for each in makes.chain(made[source]):
-                    wanted.setdefault(each)
+                wanted.update(chain(makes.all, made[source]))
         table.of_row[row.name] = [each for each in makes.all if each in wanted]
-    used = {each for names_ in table.of_row.values() for each in names_}
+    # Those that no row needs are left out.
+    used = set().union(*table.of_row.values())
     table.commands = {each: command for each, command in makes.all.items() if each in used}
     return table
+
+
+def chain(commands: dict[str, Command], name: str) -> list[str]:
+    """Names of the commands that must come first, each once, and of this one."""
+    before: dict[str, None] = {}
+    for earlier in commands[name].after:
+        before |= dict.fromkeys(chain(commands, earlier))
+    return [*before, name]
 
 
 class _Commands:
@@ -201,6 +212,7 @@ class _Commands:
 
     def command(self, text: str, seed: int, more: bool = True) -> str:
         """Name of a command that is written in a table; it is added to `all`. more: with the preset's words."""
+        # Its words, its folder, and the name that the folder gives it
         words = shlex.split(text)
         if words[:2] != ["python", "-m"]:
             raise ValueError(f"configs/tables: {text[:60]!r}...: a command begins with python -m")
@@ -210,19 +222,22 @@ class _Commands:
         folder = folder_of(program, arguments)
         name = str(folder.relative_to(self.runs) if folder.is_relative_to(self.runs) else folder)
 
-        # What it reads: folders of earlier commands, and what the user brings
-        earlier = {str(c.folder): c.name for c in self.all.values() if c.name != name}
-        read = [path for path in earlier if any(_below(path, argument) for argument in arguments)]
-        needs = {}
-        for word in words[3:]:
-            for match in GIVEN.finditer(word):
-                path = self._filled(match[0], seed)
-                if path not in earlier and path != str(folder):
-                    kind = "data" if match[1] == "DATA" else "weights"
-                    needs[Path(path)] = f"{kind}: {(match[2] or '/clips')[1:]}"
-        after = tuple(earlier[path] for path in read)
-        brought = tuple(sorted(((what, path) for path, what in needs.items()), reverse=True))  # weights first
-        command = Command(name, program, tuple(arguments), folder, after, brought)
+        # Whose folders it reads
+        earlier, after = {str(folder)}, []
+        for other in self.all.values():
+            if other.name != name:
+                earlier.add(str(other.folder))
+                if any(_below(str(other.folder), argument) for argument in arguments):
+                    after.append(other.name)
+        # What the user brings, weights first
+        needs = set()
+        for match in GIVEN.finditer(" ".join(words[3:])):
+            path = self._filled(match[0], seed)
+            if path not in earlier:
+                kind = "data" if match[1] == "DATA" else "weights"
+                needs.add((f"{kind}: {(match[2] or '/clips')[1:]}", Path(path)))
+        brought = tuple(sorted(needs, reverse=True))
+        command = Command(name, program, tuple(arguments), folder, tuple(after), brought)
         if self.all.setdefault(name, command) != command:
             raise ValueError(f"configs/tables: two different commands write to {name}")
         return name
@@ -230,10 +245,6 @@ class _Commands:
     def _filled(self, word: str, seed: int) -> str:
         word = PLACE.sub(lambda match: self.places[match[1]], word.replace("SEED", str(seed)))
         return str(ROOT / word) if word.startswith("configs/") else word
-
-    def chain(self, name: str) -> list[str]:
-        """Names of the commands that must come first, and of this one."""
-        return [each for before in self.all[name].after for each in self.chain(before)] + [name]
 
 
 def _below(path: str, argument: str) -> bool:

@@ -5,18 +5,17 @@ memory. Writes vaes.md, .csv and .html with the same clips side by side, and kee
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data.clip import ClipSpec, to_float, to_uint8
@@ -40,16 +39,16 @@ from vae import build_vae, load_vae
 from vae.registry import name_of
 
 log = logging.getLogger(__name__)
+SHOWN = 4  # clips on the page
 Record = dict[str, Any]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.table vaes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m pipelines.table vaes", description=__doc__, formatter_class=formatter
     )
-    add = parser.add_argument
+    add, latte = parser.add_argument, "FVD record of a Latte on that VAE"
     add("vaes", nargs="+", metavar="NAME=FOLDER", help="a VAE: its name in the table, and its folder")
     add("--data", required=True, help="folder of videos")
     add("--out", default="runs/vaes", help="folder of the table (default runs/vaes)")
@@ -58,9 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--frames", type=int, default=0, help="least length; default: 17, or what all VAEs of the table take")
     add("--lpips-weights", help="AlexNet file or folder (default $OMNILATTE_WEIGHTS, else weights/)")
     add("--i3d-weights", help="I3D file or folder, for rFVD (default as for LPIPS)")
-    add(
-        "--latte", action="append", default=[], metavar="NAME=JSONL", help="FVD record of a Latte on that VAE"
-    )
+    add("--latte", action="append", default=[], metavar="NAME=JSONL", help=latte)
     add("--index-dir", default="runs/index", help="where the scan is kept (default runs/index)")
     return parser.parse_args(argv)
 
@@ -69,14 +66,9 @@ def named(words: Sequence[str], what: str) -> dict[str, str]:
     """{name: path} of words NAME=PATH. ValueError for another form, a name twice, or one that the output needs."""
     found: dict[str, str] = {}
     for word in words:
-        name, equals, path = word.partition("=")
-        if (
-            not (name and equals and path)
-            or name in found
-            or "/" in name
-            or name.startswith(".")
-            or name == "original"
-        ):
+        name, _, path = word.partition("=")
+        usable = name and path and "/" not in name and not name.startswith(".") and name != "original"
+        if not usable or name in found:
             raise ValueError(
                 f"{word!r}: {what} are written NAME=PATH, each name once, without / or a leading dot, not 'original'"
             )
@@ -89,10 +81,10 @@ def named(words: Sequence[str], what: str) -> dict[str, str]:
 
 def common_length(vaes: dict[str, Any], least: int) -> int:
     """The least length of `least` frames or more that all VAEs with a first frame alone take: 1 + lcm * k."""
-    groups = [vae.clip_lengths[0] for vae in vaes.values() if vae.clip_lengths[1] == 1]
-    group = math.lcm(*groups)
+    with_first = [vae for vae in vaes.values() if vae.clip_lengths[1] == 1]
+    group = math.lcm(*[vae.clip_lengths[0] for vae in with_first])
     T = -(-(max(least, 1) - 1) // group) * group + 1
-    while not all(_takes(vae, T) for vae in vaes.values() if vae.clip_lengths[1] == 1):
+    while not all(_takes(vae, T) for vae in with_first):
         T += group
     return T
 
@@ -117,19 +109,55 @@ def own_length(vae: Any, T: int) -> int:
 # ---- one VAE ---------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Judges:
+    """What scores the clips. lpips: the name that the network's distance may have. remarks: which is absent, and why."""
+
+    network: Any = None
+    lpips: str = "lpips"
+    i3d: Extractor | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """What a kept record must share with this call."""
+        return {
+            "lpips": None if self.network is None else self.lpips,
+            "rfvd": self.i3d and self.i3d.provenance.as_dict(),
+        }
+
+
+def open_judges(args: argparse.Namespace, device: torch.device) -> Judges:
+    """LPIPS and I3D; one whose weights are not there is left out, and said so."""
+    judges = Judges()
+    try:
+        network, provenance = load_lpips(args.lpips_weights, device)
+        judges.lpips = score_name("lpips", provenance.as_dict())
+        check_lpips_size(args.size, args.size)
+        judges.network = network
+    except ValueError as error:
+        judges.remarks.append(f"LPIPS not run: {error}")
+    try:
+        if args.clips < 2:
+            raise ValueError(f"--clips {args.clips}: a distance of distributions needs two clips")
+        judges.i3d = i3d_extractor(args.i3d_weights, device)
+    except ValueError as error:
+        judges.remarks.append(f"rFVD not run: {error}")
+    return judges
+
+
 @torch.inference_mode()
 def through(vae: Any, clip: np.ndarray, device: torch.device) -> tuple[np.ndarray, float, float]:
     """(reconstruction uint8 (T, H, W, 3), seconds to encode, to decode) of one clip; padded where the VAE needs it."""
     T = len(clip)
     padded = np.concatenate([clip, clip[-1:].repeat(own_length(vae, T) - T, axis=0)])
     x = to_float(padded)[None].to(device)
-    marks = [_now(device)]
+    start = _now(device)
     found = vae.encode(x)
     z = found.latents if vae.discrete else found.latent_dist.mode()
-    marks.append(_now(device))
+    encoded = _now(device)
     y = vae.decode(z).sample
-    marks.append(_now(device))
-    return to_uint8(y.float().clamp(-1, 1))[0][:T], marks[1] - marks[0], marks[2] - marks[1]
+    decoded = _now(device)
+    return to_uint8(y.float().clamp(-1, 1))[0][:T], encoded - start, decoded - encoded
 
 
 def _now(device: torch.device) -> float:
@@ -138,13 +166,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) -> tuple[float | None, str]:
+def peak_memory(vae: Any, T: int, size: int, device: torch.device) -> tuple[float | None, str]:
     """(MiB of encode and decode of one clip, measured or modelled): modelled where there is no GPU to measure on.
 
     (None, why) with a torch that cannot model it.
     """
-    if measured.get("allocated_mib"):
-        return measured["allocated_mib"], "measured"
+    if measured := memory_peaks(device)["allocated_mib"]:
+        return measured, "measured"
     if too_old():
         return None, f"modelled with torch >= {LOWEST_TORCH}"
 
@@ -157,25 +185,30 @@ def peak_memory(vae: Any, T: int, size: int, measured: dict[str, float | None]) 
 
 
 def measure(
-    vae: Any, clips: list[np.ndarray], device: torch.device, network: Any, lpips: str, extractor: Any
+    vae: Any, clips: list[np.ndarray], device: torch.device, judges: Judges
 ) -> tuple[Record, list[np.ndarray]]:
     """(what a row says, the reconstructions) of one VAE."""
     T, size = clips[0].shape[:2]
-    # Reconstruct every clip: times, scores and pictures.
+    # The first call chooses kernels, so it is not timed.
     vae = vae.to(device)
-    through(vae, clips[0], device)  # the first call chooses kernels
+    through(vae, clips[0], device)
     reset_peaks(device)
+
+    # Reconstruct every clip: times, scores and pictures.
     decoded, times, scores = [], [], []
-    for clip in _counted(clips, type(vae).__name__):
-        video, *seconds = through(vae, clip, device)
-        per_frame = score_frames(clip, video, network, lpips)
-        decoded.append(video)
-        times.append(seconds)
-        scores.append({name: float(np.mean(values)) for name, values in per_frame.items()})
+    with Progress(len(clips), type(vae).__name__, "clip") as bar:
+        for clip in clips:
+            video, *seconds = through(vae, clip, device)
+            per_frame = score_frames(clip, video, judges.network, judges.lpips)
+            decoded.append(video)
+            times.append(seconds)
+            scores.append({name: float(np.mean(values)) for name, values in per_frame.items()})
+            bar.update()
+
     # What the latents cost, in numbers and in memory.
     own = own_length(vae, T)
     numbers = vae.latent_frames(own) * vae.latent_channels * (size // vae.spatial_compression_ratio) ** 2
-    mib, how = peak_memory(vae, T, size, memory_peaks(device))
+    mib, how = peak_memory(vae, T, size, device)
     encode, decode = np.median(times, axis=0)
     record = {
         "class": type(vae).__name__,
@@ -192,93 +225,43 @@ def measure(
         "peak_mib": mib,
         "peak_how": how,
     }
-    return record | rfvd(clips, decoded, extractor), decoded
-
-
-def _counted(clips: list[np.ndarray], name: str) -> Any:
-    with Progress(len(clips), name, "clip") as bar:
-        for clip in clips:
-            yield clip
-            bar.update()
-
-
-def rfvd(clips: list[np.ndarray], decoded: list[np.ndarray], extractor: Extractor | None) -> Record:
-    """{"rFVD": value, "rFVD_interval": [low, high]}, under the name that the network allows; {} without one."""
-    if extractor is None:
-        return {}
-    real, fake = (extract_features(videos, extractor) for videos in (clips, decoded))
-    return rfvd_scores(real, fake, extractor.provenance)
+    # rFVD, under the name that the network allows.
+    if judges.i3d is not None:
+        real, fake = extract_features(clips, judges.i3d), extract_features(decoded, judges.i3d)
+        record |= rfvd_scores(real, fake, judges.i3d.provenance)
+    return record, decoded
 
 
 # ---- the table -------------------------------------------------------------------------------------------
 
 
-def _judges(args: argparse.Namespace, device: torch.device) -> tuple[Any, str, Extractor | None, list[str]]:
-    """(LPIPS network, its name, I3D, remarks); a judge whose weights are not there is left out, and said so."""
-    remarks: list[str] = []
-    network, lpips, extractor = None, "lpips", None
-    try:
-        network, judge = load_lpips(args.lpips_weights, device)
-        lpips = score_name("lpips", judge.as_dict())
-        check_lpips_size(args.size, args.size)
-    except ValueError as error:
-        network = None
-        remarks.append(f"LPIPS not run: {error}")
-    try:
-        if args.clips < 2:
-            raise ValueError(f"--clips {args.clips}: a distance of distributions needs two clips")
-        extractor = i3d_extractor(args.i3d_weights, device)
-    except ValueError as error:
-        remarks.append(f"rFVD not run: {error}")
-    return network, lpips, extractor, remarks
-
-
-HEADS = {
-    "VAE": lambda n, r: n,
-    "class": lambda n, r: r["class"],
-    "parameters": lambda n, r: f"{r['params']:,}",
-    "time x side": lambda n, r: "{} x {}".format(*r["ratio"]),
-    "numbers per pixel": lambda n, r: f"{r['numbers_per_pixel']:.4f}",
-    "frames": lambda n, r: f"{r['frames']}" + (f", padded to {r['padded_to']}" if r["padded_to"] else ""),
-    "PSNR, dB": lambda n, r: f"{r['psnr']:.2f}",
-    "SSIM": lambda n, r: f"{r['ssim']:.4f}",
-}
-TAIL = {
-    "encode, s": lambda n, r: f"{r['encode_s']:.3g}",
-    "decode, s": lambda n, r: f"{r['decode_s']:.3g}",
-    "peak MiB": lambda n, r: (
-        f"not run: {r['peak_how']}" if r["peak_mib"] is None else f"{r['peak_mib']:,.0f} ({r['peak_how']})"
-    ),
-    "on": lambda n, r: r["device"],
-}
-
-
-def table_of(records: dict[str, Record], latte: dict[str, str]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) as text; what was not measured is "not run"."""
-    scores = [
-        k
-        for k in next(iter(records.values()))
-        if ("lpips" in k.lower() or "rFVD" in k) and "_interval" not in k
-    ]
-    header = [
-        *HEADS,
-        *(k.replace("lpips", "LPIPS") for k in scores),
-        *TAIL,
-        *(["FVD of Latte"] if latte else []),
-    ]
-
-    def score(record: Record, key: str) -> str:
-        if key not in record:
-            return "not run"
-        low, high = record.get(f"{key}_interval", (None, None))
-        return f"{record[key]:.4f}" if low is None else f"{record[key]:.1f} [{low:.1f}, {high:.1f}]"
-
-    rows = []
-    for name, record in records.items():
-        cells = [form(name, record) for form in HEADS.values()]
-        cells += [score(record, key) for key in scores] + [form(name, record) for form in TAIL.values()]
-        rows.append(cells + ([latte.get(name, "not run")] if latte else []))
-    return header, rows
+def row_of(name: str, record: Record, latte: dict[str, str]) -> dict[str, str]:
+    """A row of the table as text, by column. latte: FVD of a Latte by VAE; without any there is no such column."""
+    frames, mib = str(record["frames"]), record["peak_mib"]
+    row = {
+        "VAE": name,
+        "class": record["class"],
+        "parameters": f"{record['params']:,}",
+        "time x side": "{} x {}".format(*record["ratio"]),
+        "numbers per pixel": f"{record['numbers_per_pixel']:.4f}",
+        "frames": f"{frames}, padded to {record['padded_to']}" if record["padded_to"] else frames,
+        "PSNR, dB": f"{record['psnr']:.2f}",
+        "SSIM": f"{record['ssim']:.4f}",
+    }
+    # The networks' scores: their names say whether the weights are the published ones.
+    for key, value in record.items():
+        if "lpips" in key:
+            row[key.replace("lpips", "LPIPS")] = f"{value:.4f}"
+        elif "rFVD" in key and not key.endswith("_interval"):
+            low, high = record[f"{key}_interval"]
+            row[key] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    row |= {
+        "encode, s": f"{record['encode_s']:.3g}",
+        "decode, s": f"{record['decode_s']:.3g}",
+        "peak MiB": f"not run: {record['peak_how']}" if mib is None else f"{mib:,.0f} ({record['peak_how']})",
+        "on": record["device"],
+    }
+    return row | ({"FVD of Latte": latte.get(name, "not run")} if latte else {})
 
 
 def latte_scores(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
@@ -298,33 +281,39 @@ def write(
     out: Path, records: dict[str, Record], shown: dict[str, list], remarks: list[str], latte: dict
 ) -> Path:
     """Write vaes.md, .csv and .html; returns the page. shown: name -> clips, "original" first."""
-    header, rows = table_of(records, latte)
+    table = pd.DataFrame([row_of(name, record, latte) for name, record in records.items()])
     notes = "".join(f"\n{plain(line)}\n" for line in remarks)
-    write_atomic(out / "vaes.md", markdown_table(header, [list(map(plain, row)) for row in rows]) + notes)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_atomic(out / "vaes.csv", text.getvalue())
+    write_atomic(out / "vaes.md", markdown_table(table.columns, table.map(plain).values) + notes)
+    write_atomic(out / "vaes.csv", table.to_csv(index=False, lineterminator="\n"))
+
+    # Quality against rate: one point per VAE, and the numbers in words.
     figures = []
     for key, label in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
-        points = {n: ([r["numbers_per_pixel"]], [r[key]]) for n, r in records.items()}
-        words = "; ".join(f"{n} {r[key]:.4g} at {r['numbers_per_pixel']:.4f}" for n, r in records.items())
+        points, words = {}, []
+        for name, record in records.items():
+            rate, score = record["numbers_per_pixel"], record[key]
+            points[name] = ([rate], [score])
+            words.append(f"{name} {score:.4g} at {rate:.4f}")
         svg = curve_svg(points, xlabel="latent numbers per pixel", ylabel=label)
-        figures.append(svg_figure(svg, f"{label} against latent numbers per pixel", f"{label}: {words}"))
+        told = f"{label}: {'; '.join(words)}"
+        figures.append(svg_figure(svg, f"{label} against latent numbers per pixel", told))
+
+    # The same clips side by side.
     clips = []
     for n in range(len(shown["original"])):
         strip = np.concatenate([videos[n] for videos in shown.values()], axis=2)
         clips.append(clip_figure(strip, f"clip {n}: {' | '.join(shown)}", width=strip.shape[2], kind="film"))
-    first = next(iter(records.values()))
     sections = [
-        Section("Table", " ".join(remarks), header, rows, dim_from=99),
+        Section("Table", " ".join(remarks), list(table.columns), table.values.tolist(), dim_from=99),
         Section("Quality against rate", figures=figures),
         Section("The same clips", f"From left to right: {', '.join(shown)}.", figures=clips),
     ]
-    subtitle = f"{len(records)} VAEs, clips of {first['frames']} frames"
+    subtitle = f"{len(records)} VAEs, clips of {next(iter(records.values()))['frames']} frames"
     return write_page(out / "vaes.html", "Video VAEs on the same clips", subtitle, sections)
 
 
 def main(argv: Sequence[str]) -> int:
+    # The words of the command line
     args = parse(argv)
     folders = named(args.vaes, "VAEs")
     latte = latte_scores(args.latte, list(folders))
@@ -332,54 +321,49 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{len(folders)} VAEs: the page tells {len(COLORS)} apart; make two tables")
     if args.clips < 1:
         raise ValueError(f"--clips {args.clips}: at least one")
+
     # Open all VAEs before anything is measured: a wrong folder or size shows at once.
-    device = default_device()
+    device, out = default_device(), Path(args.out)
     vaes = {name: load_vae(folder).requires_grad_(False) for name, folder in folders.items()}
     for name, vae in vaes.items():
         try:
             vae.check_sides(args.size, args.size)
         except ValueError as error:
             raise ValueError(f"--size {args.size} for {name}: {error}") from error
+
     # The same clips for all: the middle of each video, at a length that every VAE takes.
-    T = common_length(vaes, args.frames or 17)
-    out = Path(args.out)
     source = SourceConfig(root=args.data, val_fraction=0.0, index_dir=args.index_dir)
     refuse_in_data(out, "--out", source)
-    spec = ClipSpec(num_frames=T, size=args.size, position="center")
+    spec = ClipSpec(num_frames=common_length(vaes, args.frames or 17), size=args.size, position="center")
     found: VideoClips = open_clips(source, spec, 0, held_out=False)
-    network, lpips, extractor, remarks = _judges(args, device)
+    judges = open_judges(args, device)
     claim_folder(out, "table vaes", lambda folder: (folder / "vaes.md").is_file())
-    count = min(args.clips, len(found))
+    count, T = min(args.clips, len(found)), spec.num_frames
     clips = [found.clip_uint8(n, np.random.default_rng((0, n))) for n in range(count)]
-    remarks.append(
-        f"{count} clips of {T} x {args.size} x {args.size}, posterior means, frames rounded to uint8."
-    )
+    made = f"{count} clips of {T} x {args.size} x {args.size}, posterior means, frames rounded to uint8."
+    remarks = [*judges.remarks, made]
     if count < args.clips:
-        remarks.append(
-            f"Asked for {args.clips} clips: {len(found.short)} videos are shorter than {T} frames."
-        )
+        less = f"{len(found.short)} videos are shorter than {T} frames."
+        remarks.append(f"Asked for {args.clips} clips: {less}")
+
     # What a kept measurement must share with this call to stand for it.
-    judged = {
-        "lpips": lpips if network is not None else None,
-        "rfvd": extractor and extractor.provenance.as_dict(),
-    }
     pixels = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
     videos = [found.name(n) for n in range(count)]
-    settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judged}
+    settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judges.identity()}
 
     # Measure each VAE, or take its record of an earlier call; one at a time is on the device.
     records: dict[str, Record] = {}
-    shown: dict[str, list[np.ndarray]] = {"original": clips[:4]}
+    shown: dict[str, list[np.ndarray]] = {"original": clips[:SHOWN]}
     for name, vae in vaes.items():
         file = out / f"{name}.json"
         known = read_json(file) if file.is_file() else {}
         if known.get("settings") == settings and known["record"]["weights_sha256"] == weights_digest(vae):
             log.info("%s: measured before (%s)", name, file)
             records[name] = known["record"]
-            shown[name] = [through(vae.to(device), clip, device)[0] for clip in clips[:4]]
+            shown[name] = [through(vae.to(device), clip, device)[0] for clip in clips[:SHOWN]]
         else:
-            records[name], decoded = measure(vae, clips, device, network, lpips, extractor)
-            shown[name] = decoded[:4]
+            records[name], decoded = measure(vae, clips, device, judges)
+            shown[name] = decoded[:SHOWN]
             write_json(file, {"settings": settings, "record": records[name]})
         vae.to("cpu")
     page = write(out, records, shown, remarks, latte)
