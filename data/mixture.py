@@ -131,7 +131,10 @@ class MixedClips:
         seed: int = 0,
         train: bool = True,
     ):
-        """parts: name -> clips, made with part_seed. weights: in the order of parts; None: as many as they have videos."""
+        """parts: name -> clips, made with part_seed.
+
+        weights: in the order of parts; None: as many as they have videos.
+        """
         if len(parts) < 2:
             raise ValueError(f"a mixture of {list(parts)}: needs two sources or more")
         self.parts, self.names, self.train = list(parts.values()), list(parts), train

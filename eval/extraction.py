@@ -57,7 +57,10 @@ class Ranks:
         return values
 
     def everywhere(self, fn: Callable[[], Any]) -> list:
-        """Call fn() in all processes, gather the results. If it raises ValueError or OSError in one, it is raised in all."""
+        """Call fn() in all processes, gather the results.
+
+        If it raises ValueError or OSError in one, it is raised in all.
+        """
         result, error = None, None
         try:
             result = fn()

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(argument: str | None, *roots: str | Path) -> Path:
-    """Return the folder of caches: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte. ValueError if inside a data folder."""
+    """Return the folder of caches: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte.
+
+    ValueError if inside a data folder.
+    """
     folder = Path(argument or os.environ.get("OMNILATTE_CACHE") or Path.home() / ".cache" / "omnilatte")
     for root in roots:
         if Path(root).is_dir() and folder.resolve().is_relative_to(Path(root).resolve()):

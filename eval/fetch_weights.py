@@ -27,6 +27,7 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 
 from data.core.cli import run
+from data.core.environment import ROOT, weights_folder
 from data.core.files import remove_leftovers, write_atomic
 from data.core.weights import read_weights
 from eval.weight_files import (
@@ -40,7 +41,7 @@ from eval.weight_files import (
     tensor_digest,
     tf_table,
 )
-from eval.weights import ROOT, accepted_names, open_weights, weights_folder
+from eval.weights import accepted_names, open_weights
 
 PINS = ROOT / "configs" / "weights.txt"
 # Indices of the convolutions in torchvision's `features`, in the order of the archive's Conv_0, Conv_1, ...

@@ -167,7 +167,10 @@ def _weighted(features: np.ndarray, counts: np.ndarray, ddof: int) -> tuple[np.n
 
 
 def _nuclear(a: np.ndarray, b: np.ndarray) -> float:
-    """Nuclear norm of a b^T for features of one dimension. Squared singular values are enough for an interval, and faster."""
+    """Nuclear norm of a b^T for features of one dimension.
+
+    Squared singular values are enough for an interval, and faster.
+    """
     if min(len(a), len(b)) <= a.shape[1]:
         # Few clips: the singular values of the smaller product.
         small, large = (a, b) if len(a) < len(b) else (b, a)

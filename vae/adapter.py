@@ -7,7 +7,7 @@ are those of diffusers bit for bit.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,10 @@ class Adapted(VideoVAE):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, t, h, w). ValueError for a clip that would be cut."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, t, h, w).
+
+        ValueError for a clip that would be cut.
+        """
         self.check_video(x)
         # By pieces for a training step, else as diffusers does.
         try:
@@ -396,11 +399,6 @@ def check_loaded(vae: Any, folder: Any) -> Any:
             f"{folder}: input_channels={channels}: pictures of {channels} channels, not RGB video"
         )
     return vae
-
-
-def adapted_classes() -> Iterator[type]:
-    """Yield all classes of ROWS that the installed diffusers has."""
-    return (adapted(cls) for cls in ROWS if hasattr(diffusers, cls))
 
 
 def __getattr__(name: str) -> type:

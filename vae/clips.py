@@ -150,7 +150,10 @@ def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int
 
 
 def decode_stream(vae: Any, video: VideoLatents) -> Iterator[np.ndarray]:
-    """Decode as `decode_video`, piece by piece: uint8 (n, H, W, 3). ValueError for latents that hold fewer frames than they say."""
+    """Decode as `decode_video`, piece by piece: uint8 (n, H, W, 3).
+
+    ValueError for latents that hold fewer frames than they say.
+    """
     # Latent frames of each piece: one, or those of a window, the last of which was shorter.
     z = video.latents[None].to(vae.device, vae.dtype)
     if video.window:

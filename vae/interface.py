@@ -276,7 +276,10 @@ class Autoencode(nn.Module):
         self.encoder_trains = any(p.requires_grad for n, p in vae.named_parameters() if makes_latents(n))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct x (B, 3, T, H, W) in [-1, 1] with noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
+        """Reconstruct x (B, 3, T, H, W) in [-1, 1] with noise (B, C, t, h, w).
+
+        Returns the clip and the moments (B, 2C, t, h, w).
+        """
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * noise  # the reparameterised draw

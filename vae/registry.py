@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from data.core.environment import weights_folder
 from data.core.registry import vaes as added
+from data.core.tensors import some
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,12 @@ def build_vae(name: str, **config):
 
 
 def _weights_folder(name: str) -> Path:
-    """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/. Raises ValueError that says how to get the weights."""
+    """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/.
+
+    Raises ValueError that says how to get the weights.
+    """
     row = FAMILIES.get(name) or _adapter().ROWS.get(_adapter().NAMES.get(name))
-    root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
-    folder = root.expanduser() / name
+    folder = weights_folder() / name
     if folder.is_dir():
         return folder
     get = f"get {row.source}" if row else f"make some: build_vae({name!r}).save_pretrained(DIR)"
@@ -250,14 +254,10 @@ def _load_folder(cls, folder: Path, dtype):
     wrong = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := list(info[kind]):
-            wrong.append(f"{len(keys)} {kind}: {_shorten(keys)}")
+            wrong.append(f"{len(keys)} {kind}: {some(map(str, keys), 8)}")
     if wrong:
         raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong)}")
     return model.eval()
-
-
-def _shorten(keys: list, most: int = 8) -> str:
-    return ", ".join(map(str, keys[:most])) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def describe_vaes() -> list[dict]:
