@@ -100,7 +100,7 @@ def scan_paths(
     times, known_good = Blobs(len(paths)), False
 
     def keep(rows: list[tuple]) -> None:
-        """rows: number of the file, num_frames, width, height, fps, damaged, times."""
+        """Put rows into the columns: number of the file, num_frames, width, height, fps, damaged, times."""
         numbers = [row[0] for row in rows]
         for at, name in enumerate(columns, 1):
             columns[name][numbers] = [row[at] for row in rows]

@@ -303,7 +303,7 @@ class Latte(ModelMixin, ConfigMixin):
         return self
 
     def _init_weights(self) -> None:
-        """DiT's initialisation: every block starts as the identity and the output as exactly 0."""
+        """Initialise as DiT: every block starts as the identity and the output as exactly 0."""
         # All linear layers, and the patch projection as one.
         for module in self.modules():
             if isinstance(module, nn.Linear):

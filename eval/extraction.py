@@ -191,12 +191,12 @@ def extract_selected(
     if failures:
         return None, failures
     # Put the batches in order and check that they cover each clip once.
-    features = []
+    covered = 0
     for start in sorted(pieces):
-        assert start == sum(map(len, features)), "each clip is judged exactly once"
-        features.append(pieces[start])
-    features = np.concatenate(features)
-    assert len(features) == len(clips), "each clip is judged exactly once"
+        assert start == covered, "each clip is judged exactly once"
+        covered += len(pieces[start])
+    assert covered == len(clips), "each clip is judged exactly once"
+    features = np.concatenate([pieces[start] for start in sorted(pieces)])
     if cache and ranks.main:
         cache.finish(features, step)
     return features, {}

@@ -84,11 +84,11 @@ class FeatureCache:
 
     def load(self, num: int, batch_size: int) -> dict[int, np.ndarray]:
         """Read what is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""
-        # A finished run left one file,
+        # A finished run left one file.
         whole = self._read(self.whole)
         if whole is not None and len(whole) == num:
             return {start: whole[start : start + batch_size] for start in range(0, num, batch_size)}
-        # an interrupted one a file per batch.
+        # An interrupted one left a file per batch.
         found = {}
         for start in range(0, num, batch_size):
             part = self._read(self._part(start))

@@ -132,6 +132,7 @@ def convert(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _convert_i3d(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename the arrays of the I3D archive, and compare each with TF-Hub's checksum."""
     # The names that TF-Hub gives these arrays; one unit is spelt otherwise there.
     named = {}
     for path, value in arrays.items():
@@ -148,6 +149,7 @@ def _convert_i3d(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _convert_trunk(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename the convolutions of a trunk of LPIPS, and compare them with their digest."""
     # (h, w, in, out) -> (out, in, h, w)
     state = {}
     for number, index in enumerate(CONVOLUTIONS[kind]):

@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:
-    """The named protocol with the knobs of the command line."""
+    """Choose the named protocol, with the knobs of the command line."""
     return named_protocol(args.protocol, **knobs_of(args, Protocol))
 
 

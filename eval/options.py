@@ -13,7 +13,7 @@ from eval.selection import Selection
 
 
 def size_argument(text: str) -> tuple[int, int]:
-    """argparse type of --size."""
+    """Read --size, as a type of argparse."""
     try:
         return parse_size(text)
     except ValueError as error:

@@ -41,7 +41,7 @@ class _Knobs:
             raise ValueError(f"size={self.size}: height and width in pixels, e.g. 256x256")
 
     def overrides(self) -> dict:
-        """Settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
+        """Return the settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
         free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
         base, changed = self.table()[self.name], {}
         for field in fields(self):
@@ -51,7 +51,7 @@ class _Knobs:
         return changed
 
     def title(self) -> str:
-        """The protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
+        """Return the protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
         changed = ", ".join(f"{name}={value}" for name, value in self.overrides().items())
         return f"{self.name} with {changed}" if changed else self.name
 
@@ -101,7 +101,7 @@ class Protocol(_Knobs):
         return PROTOCOLS
 
     def label(self, metric: str) -> str:
-        """The score's name, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
+        """Name the score, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
         steps = f"_step{self.real_interval}" if self.real_interval > 1 else ""
         steps += f"_fakestep{self.fake_interval}" if self.fake_interval > 1 else ""
         return f"{metric}{self.num_videos}_{self.num_frames}f{steps}"
@@ -159,7 +159,7 @@ INCEPTION_PROTOCOLS = {
 
 
 def named_protocol(text: str, **knobs) -> Protocol:
-    """`tats` or `tats/fvd2048_16f_step3` with single knobs changed; knobs that are None stay the protocol's.
+    """Find `tats` or `tats/fvd2048_16f_step3`, with single knobs changed; knobs that are None stay the protocol's.
 
     Raises ValueError for a name that is not in PROTOCOLS and for a score that is not of that form.
     """

@@ -55,7 +55,7 @@ class Provenance:
     tensors: str = ""
 
     def metric_name(self, metric: str) -> str:
-        """`score_name` of a metric of this network."""
+        """Name a metric of this network, as `score_name`."""
         return score_name(metric, self.as_dict())
 
     def as_dict(self) -> dict:

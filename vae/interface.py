@@ -199,6 +199,7 @@ class VideoVAE:
         return {key: self.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and std of the config's channels, shaped for z and where z is; None without them."""
         rule = self.latent_rule()
         mean, std = rule["latents_mean"], rule["latents_std"]
         if mean is None or std is None:

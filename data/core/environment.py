@@ -31,6 +31,7 @@ def requirements() -> list:
 
 
 def _too_old() -> Iterator[str]:
+    """Say of each installed package that is too old which version it has and which is needed."""
     for needed in requirements():
         # Not those of other systems or of extras.
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
