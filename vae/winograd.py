@@ -51,7 +51,7 @@ def transform(weight: Tensor, positions: int = 4) -> Tensor:
     return kernels.flatten(0, 1).unsqueeze(3)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
+def convolve_3x3(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
     """A convolution with one zero around each frame and none in time.
 
     x: (B, I, H, W), or (B, I, T + kt - 1, H, W). kernel: prepared of `transform`, with groups = P P. positions: P along
@@ -59,7 +59,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames
     the other -> (B, O, frames T, H or 2 H, W or 2 W), channels-last.
     """
     if x.ndim == 4:  # its samples are frames
-        y = convolve(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
+        y = convolve_3x3(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
         return y[0].transpose(0, 1)
     x, P, O = ops.channels_last(x), positions, len(bias)  # noqa: E741
     (B, C, T, H, W), step, kt = x.shape, P - 2, 1 if kernel.ndim == 3 else kernel.shape[2]
