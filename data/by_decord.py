@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.video import BadVideo, iterate_frames
+from data.decoder import BadVideo
+from data.video import iterate_frames
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _MOST = 384 << 20  # bytes of all frames of a file: as much may wait to be read
 
 
 def version() -> str:
-    """Its name and version; "" and a warning where it cannot be imported."""
+    """Return decord's name and version; "" and a warning where it cannot be imported."""
     try:
         import decord
     except (ImportError, OSError) as error:
@@ -33,7 +34,7 @@ def version() -> str:
 
 
 def pictures(path: str | Path, wanted: Sequence[int], count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(n, uint8 (H, W, 3)) of rising frame numbers; ends early where decord fails or does not count `count` frames."""
+    """Yield (n, uint8 (H, W, 3)) of rising frame numbers; ends early where decord fails or does not count `count` frames."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -46,12 +47,13 @@ def pictures(path: str | Path, wanted: Sequence[int], count: int) -> Iterator[tu
 
 
 def agrees(path: str) -> bool:
-    """Whether decord shows the frames of PyAV: in order, and after a seek to each of its key frames, with skips too.
+    """Compare decord with PyAV: in order, and after a seek to each of its key frames, with skips too. True where all agree.
 
-    Not asked of files with more than 384 MiB of frames.
+    False without a try for files with more than 384 MiB of frames.
     """
     import decord
 
+    # A digest of each frame as PyAV shows it.
     expected: list[int] = []
     try:
         for picture in iterate_frames(path):
@@ -62,14 +64,17 @@ def agrees(path: str) -> bool:
         keys = decord.VideoReader(path, num_threads=1).get_key_indices()
     except (decord.DECORDError, RuntimeError, BadVideo):
         return False
-    count = len(expected)
-    groups = [range(*ends) for ends in pairwise(sorted({0, *keys, count}))]
-    backward = [n for group in reversed(groups) for n in group]
-    skipping = [n for group in reversed(groups) for n in group[2::3]]
-    return all(
-        [n for n, picture in pictures(path, wanted, count) if _digest(picture) == expected[n]] == wanted
-        for wanted in (list(range(count)), backward, skipping)
-    )
+    # Orders of reading: as it comes, and the groups of pictures from the last to the first, whole and every third frame.
+    count, backward, skipping = len(expected), [], []
+    for begin, end in reversed(list(pairwise(sorted({0, *keys, count})))):
+        backward += range(begin, end)
+        skipping += range(begin + 2, end, 3)
+    # decord must show every frame asked for, and each as PyAV does.
+    for wanted in (list(range(count)), backward, skipping):
+        same = [n for n, picture in pictures(path, wanted, count) if _digest(picture) == expected[n]]
+        if same != wanted:
+            return False
+    return True
 
 
 def _digest(picture: np.ndarray) -> int:

@@ -76,24 +76,25 @@ class ClipSpec:
         check_choices(self)
 
     def settings(self) -> dict[str, Any]:
-        """The fields for a fingerprint; those of fps only where it is used, so that older ones stay valid."""
+        """Return the fields for a fingerprint; those of fps only where it is used, so that older ones stay valid."""
         kept = asdict(self)
         return kept if self.fps else {k: v for k, v in kept.items() if k not in ("fps", "repeat")}
 
 
 def span(spec: ClipSpec) -> int:
-    """Frames of video that a clip covers, first and last included."""
+    """Count the frames of video that a clip covers, first and last included."""
     return (spec.num_frames - 1) * spec.interval + 1
 
 
 def frame_indices(total: int, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
-    """Indices (num_frames,) of a clip in a video of `total` frames, exactly `interval` apart.
+    """Choose the indices (num_frames,) of a clip in a video of `total` frames, exactly `interval` apart.
 
     A video shorter than `span(spec)` follows `spec.short`; under "skip" it is a ValueError.
     """
     if total < 1:
         raise ValueError(f"total={total}: a video needs at least one frame")
     length, steps = span(spec), np.arange(spec.num_frames) * spec.interval
+    # Long enough: a window, whose place is drawn or fixed.
     if total >= length:
         last = total - length
         begin = {"start": 0, "center": last // 2}.get(spec.position)
@@ -103,6 +104,7 @@ def frame_indices(total: int, spec: ClipSpec, rng: np.random.Generator) -> np.nd
             f"{total} frames: {spec.num_frames} frames {spec.interval} apart need {length}; "
             "use fewer frames, a smaller interval, or short=stretch|reflect|loop"
         )
+    # Too short: all frames with uneven steps, from the beginning again, or back and forth.
     if spec.short == "stretch":
         return upstream_linspace(total, 0, spec.num_frames, spec.interval)
     if spec.short == "loop":
@@ -113,7 +115,7 @@ def frame_indices(total: int, spec: ClipSpec, rng: np.random.Generator) -> np.nd
 
 
 def upstream_linspace(total: int, begin: int, num_frames: int, interval: int) -> np.ndarray:
-    """Latte's rule for UCF101: num_frames points between begin and begin + num_frames * interval, cut at the end.
+    """Choose frames by Latte's rule for UCF101: num_frames points from begin to begin + num_frames * interval, cut at the end.
 
     Rounded down, so steps are uneven: interval 3 gives 0, 3, ..., 21, 25, 28 (Latte, ucf101_datasets.py).
     """
@@ -124,7 +126,7 @@ def upstream_linspace(total: int, begin: int, num_frames: int, interval: int) ->
 
 
 def _crop_box(height: int, width: int, spec: ClipSpec, rng: np.random.Generator) -> tuple[float, ...]:
-    """The square to keep, (left, top, right, bottom) in the video's pixels.
+    """Choose the square to keep, (left, top, right, bottom) in the video's pixels.
 
     The window sits at whole pixels of the resized picture, rounded like torchvision's CenterCrop.
     """
@@ -135,11 +137,13 @@ def _crop_box(height: int, width: int, spec: ClipSpec, rng: np.random.Generator)
                 f"{width}x{height}: smaller than size={size}; use resize=short or a smaller size"
             )
         side = size
+    # The window's corner, in whole pixels of the picture whose short side is `size`.
     room_y, room_x = height * size // side - size, width * size // side - size
     if spec.crop == "random":
-        top, left = (int(rng.integers(0, room + 1)) for room in (room_y, room_x))
+        top, left = int(rng.integers(0, room_y + 1)), int(rng.integers(0, room_x + 1))
     else:
         top, left = round(room_y / 2), round(room_x / 2)
+    # The same window in the video's own pixels.
     scale = side / size
     return left * scale, top * scale, left * scale + side, top * scale + side
 
@@ -153,6 +157,7 @@ def crop_resize_uint8(frames: np.ndarray | Frames, spec: ClipSpec, rng: np.rando
     box: list[float] = []
 
     def fit(frame: np.ndarray) -> np.ndarray:
+        # The first frame tells the size, and with it the window of all.
         if not box:
             box.extend(_crop_box(*frame.shape[:2], spec, rng))
         left, top, right, bottom = box
@@ -167,12 +172,12 @@ def crop_resize_uint8(frames: np.ndarray | Frames, spec: ClipSpec, rng: np.rando
     elif frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames {frames.dtype} {frames.shape}: need uint8 (T, H, W, 3)")
     else:
-        clip = np.stack([fit(frame) for frame in frames])
+        clip = np.stack(list(map(fit, frames)))
     if spec.flip and rng.random() < 0.5:
         clip = clip[:, :, ::-1]
     return np.ascontiguousarray(clip)
 
 
 def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
-    """Decoded frames uint8 (T, H, W, 3) to the float32 clip (3, T, size, size) in [-1, 1] that models take."""
+    """Turn decoded frames uint8 (T, H, W, 3) into the float32 clip (3, T, size, size) in [-1, 1] that models take."""
     return to_float(crop_resize_uint8(frames, spec, rng))

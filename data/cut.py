@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.timeline import pack_times, unpack_times
+from data.timeline import unpack_times
 from data.video import Frames, packet_times
-
-__all__ = ["pack_times", "parse_time", "read_cut", "show_time"]
 
 TO_THE_END = -1  # as an end in ms
 _TIME = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)(?:\.(\d{1,6}))?")
 
 
 def parse_time(text: str) -> int:
-    """ "H:MM:SS.mmm" to whole ms; more than three decimals must be zero. Raises ValueError for anything else."""
+    """Parse "H:MM:SS.mmm" to whole ms; more than three decimals must be zero. Raises ValueError for anything else."""
     match = _TIME.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"time {text!r}: write H:MM:SS.mmm, e.g. 0:00:12.500")
@@ -30,7 +28,7 @@ def parse_time(text: str) -> int:
 
 
 def show_time(ms: int) -> str:
-    """Whole ms as "H:MM:SS.mmm"."""
+    """Write whole ms as "H:MM:SS.mmm"."""
     seconds, ms = divmod(ms, 1000)
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{ms:03d}"
 
@@ -43,7 +41,7 @@ def cut_frames(
     times: bytes = b"",
     decord: bool = False,
 ) -> Frames:
-    """Frames first + indices of a video, decoded when wanted; `tick` is the presentation time of frame `first`.
+    """Return frames first + indices of a video, decoded when wanted; `tick` is the presentation time of frame `first`.
 
     times: of the scan (data/timeline.py). When it, or what the packets say without it, gives frame `first` another
     time, the file is not the one that was cut, and is read from its beginning.
@@ -57,5 +55,5 @@ def cut_frames(
 def read_cut(
     path: str | Path, first: int, tick: int, indices: Sequence[int], times: bytes = b""
 ) -> np.ndarray:
-    """`cut_frames` as an array: uint8 (len(indices), H, W, 3)."""
+    """Read `cut_frames` into an array: uint8 (len(indices), H, W, 3)."""
     return np.asarray(cut_frames(path, first, tick, indices, times))

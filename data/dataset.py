@@ -11,11 +11,11 @@ import numpy as np
 
 from data.clip import ClipSpec, crop_resize_uint8, frame_indices, span
 from data.core.lazy import lazy
+from data.decoder import BadVideo
 from data.demo import DemoVideos
 from data.sources import Source, video_frames
 from data.table import Video, VideoTable
 from data.timeline import SAME_RATE, frames_at_rate
-from data.video import BadVideo
 
 torch = lazy("torch")
 
@@ -26,7 +26,7 @@ Attempts = Generator[tuple, Any, dict]
 
 
 def clip_indices(video: Video, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
-    """The frames of a clip: `frame_indices` of the video, or of what it shows at spec.fps frames a second."""
+    """Choose the frames of a clip: `frame_indices` of the video, or of what it shows at spec.fps frames per second."""
     record = video.record
     if not spec.fps:
         return frame_indices(record.num_frames, spec, rng)
@@ -52,7 +52,7 @@ def read_clip(
 
 
 def made_here(attempts: Attempts) -> dict:
-    """The sample of `attempts`, read in this process."""
+    """Make the sample of `attempts` in this process."""
     answer = None
     while True:
         try:
@@ -70,15 +70,15 @@ class VideoClips:
 
     `clips[n]`, any n >= 0, is sample n of an endless stream. Pass n // len(clips) goes through the videos in an
     order drawn from (seed, pass) when train is set, else in order; start frame, crop and mirroring are drawn from
-    (seed, n). Each sample is a dict:
-    video uint8 (T, size, size, 3), for `data.clip.to_float`; number int64, n itself; label int64, -1 when unconditional; index int64, which video;
-    failed int64, how many videos were passed over because they could not be read any more; passed_over, a JSON
-    object {source/name: reason} of these, "" when there are none.
+    (seed, n). Each sample is a dict: video uint8 (T, size, size, 3), for `data.clip.to_float`; number int64, n itself;
+    label int64, -1 when unconditional; index int64, which video; failed int64, how many videos were passed over because
+    they could not be read any more; passed_over, a JSON object {source/name: reason} of these, "" when there are none.
     """
 
     def __init__(self, source: Source, spec: ClipSpec, seed: int = 0, train: bool = True):
         """Videos shorter than a clip are left out under short="skip" and listed in `short`."""
         self.source, self.spec, self.seed, self.train = source, spec, seed, train
+        # Videos that are long enough for a clip, and those that are not.
         least = span(spec) if spec.short == "skip" else 1
         lengths = self._lengths()
         self.videos: VideoTable = source.videos.select(lengths >= least)
@@ -96,11 +96,12 @@ class VideoClips:
         self._order = (-1, np.arange(0))
 
     def _lengths(self) -> np.ndarray:
-        """Frames of each video, at spec.fps if that is set; ValueError for videos of a lower rate without spec.repeat."""
+        """Count frames of each video, at spec.fps if that is set; ValueError for videos of a lower rate without spec.repeat."""
         videos, fps = self.source.videos, self.spec.fps
         lengths = videos.column("num_frames")
         if not fps:
             return lengths
+        # Refuse those whose frames would have to be repeated, unless that is asked for, and those without a rate.
         rates = videos.column("fps")
         slow = np.flatnonzero(rates <= 0 if self.spec.repeat else rates < SAME_RATE * fps)
         if len(slow):
@@ -135,16 +136,16 @@ class VideoClips:
         return self.videos.label(video_index)
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """A clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
+        """Read a clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
         function, *args = self.clip_job(video_index, rng)
         return function(*args)
 
     def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
-        """The same as a job for data/processes.py: a function and its arguments."""
+        """Give `clip_uint8` as a job for data/processes.py: a function and its arguments."""
         return read_clip, self.videos[video_index], self.spec, rng, self.source.demo
 
     def attempts(self, n: int) -> Attempts:
-        """How sample n comes about: yields jobs (a function and its arguments), is sent the clip or a BadVideo, until one is good."""
+        """Make sample n step by step: yield jobs (a function and its arguments), be sent the clip or a BadVideo, until one is good."""
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
         # Which pass and which place in it: n alone decides.
@@ -159,9 +160,12 @@ class VideoClips:
                 self._report(video_index, clip)
                 passed_over[f"{self.source.name}/{self.name(video_index)}"] = str(clip)
                 continue
-            label = self.label(video_index)
-            numbers = {"number": n, "label": label, "index": video_index, "failed": failed}
-            sample = {"video": torch.from_numpy(clip), **{k: torch.tensor(v) for k, v in numbers.items()}}
+            sample = {"video": torch.from_numpy(clip), "number": torch.tensor(n)}
+            sample["label"], sample["index"] = (
+                torch.tensor(self.label(video_index)),
+                torch.tensor(video_index),
+            )
+            sample["failed"] = torch.tensor(failed)
             return sample | {"passed_over": json.dumps(passed_over) if passed_over else ""}
         raise ValueError(
             f"{self.source.name}: none of the {len(self)} videos can be read; the last: {self.name(video_index)}: "
@@ -172,6 +176,7 @@ class VideoClips:
         return made_here(self.attempts(n))
 
     def _pass(self, epoch: int) -> np.ndarray:
+        """Return the order of the videos in a pass, which is kept until another pass is asked for."""
         if not self.train:
             return np.arange(len(self))
         if self._order[0] != epoch:

@@ -46,11 +46,11 @@ class DemoVideos:
         return self.num_videos
 
     def label(self, index: int) -> int:
-        """Class of a video."""
+        """Return the class of a video."""
         return index % self.num_classes
 
     def frames(self, index: int, indices, size: int | None = None) -> np.ndarray:
-        """Frames `indices` of video `index`: uint8 (len(indices), size, size, 3)."""
+        """Draw the frames `indices` of video `index`: uint8 (len(indices), size, size, 3)."""
         indices = np.asarray(indices, dtype=np.int64)
         if not 0 <= index < self.num_videos:
             raise ValueError(f"index={index}: the demo has videos 0..{self.num_videos - 1}")
@@ -58,12 +58,14 @@ class DemoVideos:
             raise ValueError(
                 f"frames {indices.tolist()}: each demo video has frames 0..{self.num_frames - 1}"
             )
+        # Time in frames, and the coordinates of the pixels' centres in [0, 1].
         size = size or self.size
         rng = np.random.default_rng((self.seed, index))
         motion = MOTIONS[self.label(index)]
         time = indices[:, None, None].astype(np.float32)  # (T, 1, 1)
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
-        y, x = axis[None, :, None], axis[None, None, :]
+        y, x = axis[None, :, None], axis[None, None, :]  # (1, size, 1), (1, 1, size)
+        # The same background in all frames, and two or three shapes that move over it.
         picture = _background(rng, x, y)
         picture = np.broadcast_to(picture, (len(indices), size, size, 3)).copy()
         num_shapes = 2 if index % self.num_classes < 6 else 3
@@ -83,7 +85,7 @@ class DemoVideos:
 
 
 def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Two dark colours blended along a random direction: (1, size, size, 3) in [0, 1]."""
+    """Blend two dark colours along a random direction: (1, size, size, 3) in [0, 1]."""
     ends = rng.uniform(0.05, 0.45, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     blend = 0.5 + 0.7 * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))
@@ -92,8 +94,9 @@ def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nd
 
 
 def _place(motion: str, time: np.ndarray, shape: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Centre x, y, radius (each (T, 1, 1), in picture sides) of a shape, and whether the picture wraps around."""
+    """Return centre x, y, radius (each (T, 1, 1), in picture sides) of a shape, and whether the picture wraps around."""
     slot, cross, radius = shape["slot"], shape["cross"], np.full_like(time, shape["radius"])
+    # Along one axis, at a fixed place on the other.
     if motion in _DIRECTION:
         step_x, step_y = _DIRECTION[motion]
         along = slot + _STEP * time * (step_x + step_y)
@@ -114,6 +117,7 @@ def _draw(picture, x, y, colour, centre_x, centre_y, radius, wraps: bool, square
     dx, dy = x - centre_x, y - centre_y
     if wraps:
         dx, dy = (dx + 0.5) % 1 - 0.5, (dy + 0.5) % 1 - 0.5
+    # Distance from the shape's border, below 0 inside: (T, size, size)
     if square:
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.85 * radius
     else:

@@ -30,15 +30,14 @@ class Clock:
 
 # Seconds of the finest tick. A .mkv has no other; a .mp4 has 31 bits for the ticks of a frame, too few for nanoseconds.
 _FINEST = {".mp4": Fraction(1, 90000), ".mkv": Fraction(1, 1000)}
-_MOST_LATE = (
-    10  # ticks: frames nearer than a tick are moved apart, but a whole video of them is not stretched
-)
+# In ticks: frames nearer than a tick are moved apart, but a whole video of them is not stretched.
+_MOST_LATE = 10
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name in the same folder (made if missing); it becomes `path` when the block ends well."""
+    """Give a temporary name in the same folder (made if missing); it becomes `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path, path.suffix)
@@ -69,8 +68,9 @@ def _writing(
     audio: Path | None = None,
     clock: Clock | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that adds frames uint8 (n, H, W, 3) to a new file, which is there when the block ends well."""
+    """Give a function that adds frames uint8 (n, H, W, 3) to a new file, which is there when the block ends well."""
     with ExitStack() as stack:
+        # The picture's stream, at a steady rate or with the times of a clock.
         temporary = stack.enter_context(atomic_path(path))
         container = stack.enter_context(av.open(str(temporary), "w"))
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
@@ -78,6 +78,7 @@ def _writing(
         shown = iter(clock.ticks if clock else ())
         if clock:
             stream.codec_context.time_base = clock.base
+        # The sound's, if the file has any and the container takes it.
         source = stack.enter_context(av.open(str(audio))) if audio else None
         sound = source.streams.best("audio") if source else None
         if sound:
@@ -97,6 +98,7 @@ def _writing(
                 container.mux(stream.encode(frame))
 
         yield add
+        # The frames that the encoder still holds, then the sound.
         container.mux(stream.encode())
         if sound:
             begin = round(_begin(audio) / sound.time_base)
@@ -112,7 +114,7 @@ def _writing(
 
 @contextmanager
 def _about_sound(path: Path) -> Iterator[None]:
-    """Errors, other than the disk's, with the way out for sound that cannot be copied."""
+    """Give errors, other than the disk's, the way out for sound that cannot be copied."""
     try:
         yield
     except (av.FFmpegError, ValueError) as error:
@@ -123,7 +125,7 @@ def _about_sound(path: Path) -> Iterator[None]:
 
 
 def _begin(path: Path) -> Fraction:
-    """When the first picture of a file is shown, in seconds; 0 where the file does not say."""
+    """Find when the first picture of a file is shown, in seconds; 0 where the file does not say."""
     with av.open(str(path)) as container:
         video = container.streams.best("video")
         first = next(container.decode(video), None) if video else None
@@ -144,7 +146,7 @@ def _encode(path: Path, frames: np.ndarray, fps: float, codec: str, pixel_format
 def writing_video(
     path: Path, height: int, width: int, fps: float, audio: Path | None = None, clock: Clock | None = None
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
+    """Give a function that adds frames uint8 (n, H, W, 3) to a new .mp4 (H.264, crf 18) or .mkv (FFV1, without loss).
 
     The size stays, also an odd one (4:4:4 then, which some players lack). audio: a file whose sound is copied as it is.
     clock: when each frame is shown, in place of fps apart. A .mp4 rounds it to 1/90000 s, a .mkv to milliseconds; a frame
@@ -164,10 +166,11 @@ def writing_video(
 
 
 def _countable(clock: Clock, path: Path) -> Clock:
-    """The clock, or one as fine as the container of `path` counts, with ticks that rise all the same."""
+    """Return the clock, or one as fine as the container of `path` counts, with ticks that rise all the same."""
     finest = _FINEST[path.suffix]
     if clock.base >= finest:
         return clock
+    # Each tick at the nearest of the container's, in whole numbers, and later than the one before.
     up, down = (clock.base / finest).as_integer_ratio()
     ticks: list[int] = []
     for tick in clock.ticks:
@@ -208,9 +211,9 @@ def write_ffv1(path: str | Path, frames: np.ndarray, fps: float) -> None:
 
 
 def encode_webp(frames: np.ndarray, fps: float) -> bytes:
-    """uint8 (T, H, W, 3) as the bytes of an animated WebP that loops forever."""
+    """Encode uint8 (T, H, W, 3) as the bytes of an animated WebP that loops forever."""
     _check_frames(frames, fps)
-    first, *others = [Image.fromarray(np.ascontiguousarray(picture)) for picture in frames]
+    first, *others = map(Image.fromarray, np.ascontiguousarray(frames))
     buffer = io.BytesIO()
     duration_ms = max(1, round(1000 / fps))
     first.save(buffer, "WEBP", save_all=True, append_images=others, duration=duration_ms, loop=0, quality=85)

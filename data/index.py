@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from data import by_decord
+from data.finding import IMAGE_SUFFIXES
 from data.processes import Pool
 from data.progress import Progress
 from data.scan import MEMORY_BYTES, ScanRecord, plausible, reader_name, scan_all
 from data.table import Blobs
 from data.timeline import packed_rate
-from data.video import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +68,15 @@ def build_index(
     workers: int = 2,
     timeout_s: float = 120.0,
 ) -> Index:
-    """`scan_paths` as records, for some thousands of files."""
-    names = list(dict.fromkeys(str(path) for path in paths))
+    """Scan as `scan_paths` does, into records, for some thousands of files."""
+    names = list(dict.fromkeys(map(str, paths)))
     scans = scan_paths(names, cache_file, workers, timeout_s)
-    records = [
-        ScanRecord(
-            name,
-            int(scans.num_frames[n]),
-            int(scans.width[n]),
-            int(scans.height[n]),
-            float(scans.fps[n]),
-            scans.damaged.get(n, ""),
-            scans.times[n],
-        )
-        for n, name in enumerate(names)
-    ]
-    return Index([r for r in records if not r.damaged], [r for r in records if r.damaged])
+    index = Index([], [])
+    for n, name in enumerate(names):
+        numbers = int(scans.num_frames[n]), int(scans.width[n]), int(scans.height[n]), float(scans.fps[n])
+        record = ScanRecord(name, *numbers, scans.damaged.get(n, ""), scans.times[n])
+        (index.damaged if record.damaged else index.good).append(record)
+    return index
 
 
 def scan_paths(
@@ -120,13 +113,15 @@ def scan_paths(
     todo = dict.fromkeys(range(len(paths)))
     with _store(cache_file) as store:
         for rows in _stored(store, paths):
-            same = [row for row in rows if row[7:10] == _stamp(paths[row[0]])]
-            same = [row for row in same if not row[5] or row[10] == reader_name()]
-            # An index of before has the rate that the file states, which the time stamps may not have.
-            keep([(*row[:4], packed_rate(row[6], row[4]), *row[5:7]) for row in same])
-            for row in same:
-                del todo[row[0]]
-                known_good |= not row[5] and row[10] == reader_name()
+            kept = []
+            for n, num_frames, width, height, fps, reason, packed, *stamp, reader in rows:
+                if tuple(stamp) != _stamp(paths[n]) or (reason and reader != reader_name()):
+                    continue
+                # An index of before has the rate that the file states, which the time stamps may not have.
+                kept.append((n, num_frames, width, height, packed_rate(packed, fps), reason, packed))
+                known_good |= not reason and reader == reader_name()
+                del todo[n]
+            keep(kept)
         # The others are scanned by worker processes and stored as they come.
         if todo:
             logger.info("scanning %d of %d videos for damage", len(todo), len(paths))
@@ -142,7 +137,7 @@ def decord_agrees(
     workers: int = 2,
     timeout_s: float = 120.0,
 ) -> np.ndarray:
-    """bool (n,): which of the files scanned decord reads as PyAV does (data/by_decord.py), compared once and kept.
+    """Find which of the files scanned decord reads as PyAV does, bool (n,); compared once (data/by_decord.py) and kept.
 
     A file on which it crashes or hangs takes a process of the comparison with it, and is left to PyAV.
     """
@@ -152,6 +147,7 @@ def decord_agrees(
     reader = f"{name}, {reader_name()}"
     files = [n for n in range(len(paths)) if n not in scans.damaged and scans.times[n]]
     with _store(cache_file) as store, Pool(workers, timeout_s, MEMORY_BYTES) as pool:
+        # What is known of unchanged files, with these versions of both readers.
         store.execute(_DECORD)
         rows = store.execute("SELECT * FROM decord WHERE reader = ?", (reader,))
         known = {row[:4]: row[4] for row in rows}
@@ -159,9 +155,9 @@ def decord_agrees(
         todo = [n for n in files if keys[n] not in known]
         if todo:
             logger.info("comparing decord with PyAV on %d of %d videos", len(todo), len(paths))
-        for n, found in zip(
-            todo, pool.in_order(((by_decord.agrees, paths[n]) for n in todo), 2 * workers), strict=True
-        ):
+        # The others are compared; True, False, or a BadVideo of a process that died or hung.
+        compared = pool.in_order(((by_decord.agrees, paths[n]) for n in todo), 2 * workers)
+        for n, found in zip(todo, compared, strict=True):
             known[keys[n]] = found is True
             if found in (True, False) or found.final:
                 store.execute(
@@ -175,7 +171,7 @@ def decord_agrees(
 
 
 def _stored(store: sqlite3.Connection, paths: Sequence[str]) -> Iterator[list[tuple]]:
-    """Rows (number of the file, its numbers, damaged, times, stamp, reader) of those of the files that are in the table."""
+    """Yield rows (number of the file, its numbers, damaged, times, stamp, reader) of those of the files that are in the table."""
     store.execute("CREATE TEMP TABLE asked (path BLOB, n INT)")
     order = sorted(range(len(paths)), key=paths.__getitem__)  # as the table is, so that pages are read once
     store.executemany("INSERT INTO asked VALUES (?, ?)", ((os.fsencode(paths[n]), n) for n in order))
@@ -197,6 +193,7 @@ def _scan_and_store(
     timeout_s: float,
     known_good: bool,
 ) -> Iterator[tuple[int, ScanRecord]]:
+    """Scan the files `todo`, yield (number, record) of each, and put what is final into the table."""
     committed = time.monotonic()
     stamps = {paths[n]: (n, _stamp(paths[n])) for n in todo}  # before the scan: a file may change meanwhile
     bar = Progress(len(stamps), "scan", "video")
@@ -219,26 +216,28 @@ def _scan_and_store(
 
 
 def _stamp(path: str) -> tuple[int, int, int]:
-    """(files, bytes, newest change in ns): differs when a file, or any frame of a folder, was changed."""
+    """Stamp a video with (files, bytes, newest change in ns), which differ when a file, or any frame of a folder, was changed."""
     try:
         status = os.stat(path)
     except OSError:
         return 0, 0, 0  # a dangling link: the scan will say so
     if not stat.S_ISDIR(status.st_mode):
         return 1, status.st_size, status.st_mtime_ns
-    frames = []
+    # A folder: all of its frames together.
+    count = size = newest = 0
     with os.scandir(path) as entries:
         for entry in entries:
             with suppress(OSError):  # a link that leads nowhere: the scan will say so
                 if entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    frames.append(entry.stat())
-    newest = max((status.st_mtime_ns for status in frames), default=0)
-    return len(frames), sum(status.st_size for status in frames), newest
+                    status = entry.stat()
+                    count, size = count + 1, size + status.st_size
+                    newest = max(newest, status.st_mtime_ns)
+    return count, size, newest
 
 
 @contextmanager
 def _store(cache_file: str | Path | None) -> Iterator[sqlite3.Connection]:
-    """The table, made if there is none; a file that is none of ours is set aside as .old and not used."""
+    """Open the table, made if there is none; a file with another schema is renamed to .old and not used."""
     if cache_file is not None:
         Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -251,7 +250,9 @@ def _store(cache_file: str | Path | None) -> Iterator[sqlite3.Connection]:
 
 
 def _connect(cache_file: str | Path | None) -> sqlite3.Connection:
+    """Connect to a table of this version, in memory for no file."""
     store = sqlite3.connect(cache_file or ":memory:", timeout=120)
+    # Locked, or no disk, is an error; anything else that is wrong with the file is a reason to begin another.
     try:
         version = store.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.video import VIDEO_SUFFIXES, folder_entries, video_names
+from data.finding import VIDEO_SUFFIXES, folder_entries, video_names, walk
 
 logger = logging.getLogger(__name__)
 
@@ -37,31 +38,24 @@ class Found:
         return len(self.names)
 
     def choose(self, numbers: Iterable[int]) -> Found:
-        """The videos with these numbers; classes and missing ones stay."""
-        numbers = list(numbers)
-        parts = [[column[n] for n in numbers] if column else [] for column in (self.groups, self.labels)]
-        cuts = [self.cuts[n] for n in numbers] if self.cuts else []
-        names = [self.names[n] for n in numbers]
-        return Found(self.base, names, *parts, self.class_names, cuts, self.missing, self.parted)
+        """Choose the videos with these numbers; classes and missing ones stay."""
+        numbers, part = list(numbers), copy.copy(self)
+        for name in ("names", "groups", "labels", "cuts"):
+            column = getattr(self, name)
+            setattr(part, name, [column[n] for n in numbers] if column else [])
+        return part
 
 
 def files_below(root: Path) -> list[str]:
-    """Video files below a folder at any depth, as paths below it, in ASCII order. Folders of frames do not count."""
-    found, waiting, seen = [], [""], set()
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(root / folder)
-        if real in seen:  # a link back up the tree
-            continue
-        seen.add(real)
-        folders, files = folder_entries(real)
-        waiting += [f"{folder}{name}/" for name in folders]
-        found += [folder + name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
+    """List video files below a folder at any depth, as paths below it, in ASCII order. Folders of frames do not count."""
+    found = []
+    for below, files in walk(root):
+        found += [below + name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
     return sorted(found)
 
 
 def find_ucf101(root: Path, split: str = "train") -> Found:
-    """Videos in class folders, of UCF-101/ or of train/ and test/ (as some sites publish it) or of the root itself.
+    """Find videos in class folders, of UCF-101/ or of train/ and test/ (as some sites publish it) or of the root itself.
 
     Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
 
@@ -69,19 +63,19 @@ def find_ucf101(root: Path, split: str = "train") -> Found:
     name (v_HandStandPushups_* lies in HandstandPushups/).
     """
     base = next((root / name for name in ("UCF-101", split) if (root / name).is_dir()), root)
-    folders = folder_entries(base)[0] if base.is_dir() else []
-    files = {
-        name: sorted(f for f in folder_entries(base / name)[1] if f.lower().endswith(VIDEO_SUFFIXES))
-        for name in folders
-    }
-    # A class may be empty, ucfTrainTestlist/ is none.
-    class_names = sorted(
-        name for name, videos in files.items() if videos or not any(map(len, folder_entries(base / name)))
-    )
+    # A folder of videos is a class, and so is an empty one; ucfTrainTestlist/ is not.
+    files = {}
+    for folder in sorted(folder_entries(base)[0]) if base.is_dir() else ():
+        below, names = folder_entries(base / folder)
+        videos = [name for name in sorted(names) if name.lower().endswith(VIDEO_SUFFIXES)]
+        if videos or not (below or names):
+            files[folder] = videos
+    class_names = list(files)
     if class_names and len(class_names) != 101:
         logger.warning(
             "%s: %d classes, UCF101 has 101; class ids follow these folders", base, len(class_names)
         )
+    # v_X_g01_c01.avi to v_X_g01_c07.avi are clips of one video: one group.
     found = Found(str(base), [], class_names=class_names)
     for label, class_name in enumerate(class_names):
         for name in files[class_name]:
@@ -93,7 +87,7 @@ def find_ucf101(root: Path, split: str = "train") -> Found:
 
 
 def find_sky(root: Path, split: str) -> Found:
-    """Folders of frames below sky_train or sky_test."""
+    """Find the folders of frames below sky_train or sky_test."""
     for folder in (root / f"sky_{split}", root / "sky_timelapse" / f"sky_{split}"):
         if folder.is_dir():
             return Found(str(folder), video_names(folder), parted=True)
@@ -101,7 +95,7 @@ def find_sky(root: Path, split: str) -> Found:
 
 
 def find_folder(root: Path, labels: str) -> Found:
-    """All videos of a tree. labels: "none", or "folder" (class = first folder below the root)."""
+    """Find all videos of a tree. labels: "none", or "folder" (class = first folder below the root)."""
     if labels not in ("none", "folder"):
         raise ValueError(f"labels={labels!r}: choose none or folder")
     names = video_names(root)
@@ -116,7 +110,7 @@ def find_folder(root: Path, labels: str) -> Found:
 
 
 def find_kinetics400(root: Path, split: str) -> Found:
-    """`<split>/<class>/<id>_000012_000022.mp4`, or the class folders themselves; class ids in ASCII order.
+    """Find `<split>/<class>/<id>_000012_000022.mp4`, or the class folders themselves; class ids in ASCII order.
 
     A file of the same name below `replacement*/` is read in place of the one in the class folder, which the publisher
     found damaged.
@@ -137,13 +131,12 @@ def find_kinetics400(root: Path, split: str) -> Found:
 
 
 def replaced(found: Found, root: Path) -> Found:
-    """The same videos, read from `replacement*/` of the root or the folder itself where it has one of that name."""
-    folders = {path for top in {root, Path(found.base)} for path in top.glob("replacement*") if path.is_dir()}
-    better = {
-        Path(name).name: os.path.relpath(folder / name, found.base)
-        for folder in sorted(folders)
-        for name in files_below(folder)
-    }
+    """Take videos from `replacement*/` of the root, or of the folder itself, where it has one of the same name."""
+    folders = {*root.glob("replacement*"), *Path(found.base).glob("replacement*")}
+    better = {}
+    for folder in sorted(filter(Path.is_dir, folders)):
+        for name in files_below(folder):
+            better[Path(name).name] = os.path.relpath(folder / name, found.base)
     if better:
         found.groups = found.groups or list(found.names)  # the split does not depend on the replacement
         found.names = [better.get(Path(name).name, name) for name in found.names]
@@ -151,7 +144,7 @@ def replaced(found: Found, root: Path) -> Found:
 
 
 def find_panda70m(root: Path) -> Found:
-    """The shards that Panda-70M's downloader writes: `00000/0000000_00000.mp4`, video and clip of it.
+    """Find the shards that Panda-70M's downloader writes: `00000/0000000_00000.mp4`, video and clip of it.
 
     Clips of one video are one group.
     """

@@ -21,27 +21,27 @@ _LONGEST_FIELD = 16 << 20  # characters: the captions of an hour of clips are in
 
 
 def _rows(path: Path, *needed: str) -> Iterator[tuple]:
-    """(line, values of the needed columns) of a csv with a header. Raises ValueError for what is missing or broken."""
+    """Yield (line, values of the needed columns) of a csv with a header. Raises ValueError for what is missing or broken."""
     if not path.is_file():
         raise ValueError(f"list_file={path}: no such file")
     before = csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file)
         try:
+            # The first line names the columns.
             head = next(reader, [])
             absent = [name for name in needed if name not in head]
             if absent:
                 raise ValueError(
                     f"{path}: no column {', '.join(absent)} (it has {', '.join(head)}); use the csv as published"
                 )
-            places = [head.index(name) for name in needed]
-            least = max(places) + 1
+            places = list(map(head.index, needed))
             for row in reader:
                 if not row:
                     continue
-                if len(row) < least:
+                if len(row) <= max(places):
                     raise ValueError(f"{path}, line {reader.line_num}: too few columns")
-                yield reader.line_num, *(row[place] for place in places)
+                yield reader.line_num, *map(row.__getitem__, places)
         except csv.Error as error:
             raise ValueError(f"{path}, after line {reader.line_num}: not a csv row ({error})") from error
         finally:
@@ -49,7 +49,7 @@ def _rows(path: Path, *needed: str) -> Iterator[tuple]:
 
 
 def _inside(path: Path, line: int, name: str) -> str:
-    """A name that a list has and the disk has not. Raises ValueError if it leads out of the root."""
+    """Check a name that a list has and the disk has not. Raises ValueError if it leads out of the root."""
     parts = name.split("/")
     if not name or "\\" in name or "\0" in name or name.startswith("/") or {"", ".", ".."} & set(parts):
         raise ValueError(
@@ -59,7 +59,7 @@ def _inside(path: Path, line: int, name: str) -> str:
 
 
 def find_webvid(root: Path, list_file: Path) -> Found:
-    """Rows (videoid, page_dir) -> `<page_dir>/<videoid>.mp4` or `<videoid>.mp4`, below `videos/` or not."""
+    """Find what rows (videoid, page_dir) name: `<page_dir>/<videoid>.mp4` or `<videoid>.mp4`, below `videos/` or not."""
     base = root / "videos" if (root / "videos").is_dir() else root
     there = set(files_below(base))
     wanted: dict[str, str] = {}
@@ -78,7 +78,7 @@ def find_webvid(root: Path, list_file: Path) -> Found:
 
 
 def parse_pairs(text: str) -> list[tuple[int, int]]:
-    """ "[['0:00:10.060', '0:00:13.560'], ...]" as begins and ends in ms. Raises ValueError for anything else."""
+    """Parse "[['0:00:10.060', '0:00:13.560'], ...]" into begins and ends in ms. Raises ValueError for anything else."""
     if not _PAIRS.fullmatch(text):
         raise ValueError(f"timestamp {text[:60]!r}: need [['H:MM:SS.mmm', 'H:MM:SS.mmm'], ...]")
     pairs = [(parse_time(begin), parse_time(end)) for begin, end in _PAIR.findall(text)]
@@ -89,7 +89,8 @@ def parse_pairs(text: str) -> list[tuple[int, int]]:
 
 
 def find_panda70m_list(root: Path, list_file: Path) -> Found:
-    """Rows (videoID, timestamp) -> one clip for each pair of times, cut out of `<videoID>.mp4` at any depth."""
+    """Find what rows (videoID, timestamp) name: one clip for each pair of times, cut out of `<videoID>.mp4` at any depth."""
+    # Where two files have one name, the first in ASCII order counts.
     by_id = {Path(name).stem: name for name in reversed(files_below(root))}
     found = Found(str(root), [])
     for line, video, times in _rows(list_file, "videoID", "timestamp"):
@@ -107,10 +108,12 @@ def find_panda70m_list(root: Path, list_file: Path) -> Found:
 
 
 def find_kinetics400_list(root: Path, split: str, list_file: Path) -> Found:
-    """Rows (label, youtube_id, time_start, time_end) -> `<id>_000012_000022.mp4` in any folder of the split."""
+    """Find what rows (label, youtube_id, time_start, time_end) name: `<id>_000012_000022.mp4` in any folder of the split."""
+    # The files by name, without those that replace others.
     base = root / split if (root / split).is_dir() else root
     names = [name for name in files_below(base) if not name.startswith("replacement")]
     by_stem = {Path(name).stem: name for name in reversed(names)}
+    # The rows; classes count even where none of their videos is on disk, so that ids do not depend on it.
     wanted: dict[str, str] = {}
     missing, class_names = [], set()
     for line, label, video, begin, end in _rows(list_file, "label", "youtube_id", "time_start", "time_end"):
@@ -132,23 +135,29 @@ def find_kinetics400_list(root: Path, split: str, list_file: Path) -> Found:
 
 
 def listed_ucf101(found: Found, list_file: Path) -> Found:
-    """The videos a ucfTrainTestlist file names. Labels in it are not used; letters' case and the suffix are no matter.
+    """Choose the videos that a ucfTrainTestlist file names; names match whatever their case and suffix.
 
-    What it names and the disk lacks goes to `missing`; ValueError when that is all.
+    Labels in it are not used. Entries without a file go to `missing`; ValueError when that is all.
     """
     if not list_file.is_file():
         raise ValueError(f"list_file={list_file}: no such file")
     numbers = {_without_suffix(name): n for n, name in enumerate(found.names)}
     text = list_file.read_bytes().decode("utf-8-sig", "surrogateescape")
     lines = [line.split()[0] for line in re.split(r"\r\n?|\n", text) if line.strip()]
-    missing = [line for line in lines if _without_suffix(line) not in numbers]
+    # Each line is a video on the disk, which counts once, or missing.
+    wanted, missing = {}, []
+    for line in lines:
+        number = numbers.get(_without_suffix(line))
+        if number is None:
+            missing.append(line)
+        else:
+            wanted[number] = None
     if len(missing) == len(lines):
         raise ValueError(
             f"{list_file}: {len(missing)} of {len(lines)} videos are not on disk, e.g. {(missing or ['none'])[0]}; "
             "is root the folder that holds the class folders?"
         )
-    there = (_without_suffix(line) for line in lines if _without_suffix(line) in numbers)
-    chosen = found.choose(dict.fromkeys(numbers[name] for name in there))
+    chosen = found.choose(wanted)
     chosen.missing = missing
     return chosen
 

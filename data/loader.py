@@ -43,11 +43,11 @@ class StepBatches:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one rank in one optimizer step, that is gradient accumulation."""
+        """Count the micro-batches of one rank in one optimizer step, that is gradient accumulation."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Lists of micro_batch sample numbers, forever."""
+        """Yield lists of micro_batch sample numbers, forever."""
         step = self.start_step
         while True:
             for m in range(self.micro_batches):
@@ -57,7 +57,7 @@ class StepBatches:
 
 
 def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) -> Iterator[dict]:
-    """The batches, read ahead. workers: processes that decode clips (of a latent cache: threads), 0 reads here.
+    """Yield the batches, read ahead. workers: processes that decode clips (of a latent cache: threads), 0 reads here.
 
     The samples are the same for any number: every draw of a sample comes from its number. Clips come through pipes as
     uint8 (data/processes.py), so /dev/shm may be small; a decoder that dies or hangs costs one process.
@@ -65,7 +65,7 @@ def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) ->
     if workers < 0:
         raise ValueError(f"workers={workers}: 0 or more processes")
     if not workers:
-        return (_collate([dataset[n] for n in numbers]) for numbers in batches)
+        return (_collate(list(map(dataset.__getitem__, numbers))) for numbers in batches)
     made = _by_processes if hasattr(dataset, "attempts") else _by_threads
     return _in_background(made(dataset, iter(batches), workers))
 
@@ -84,19 +84,22 @@ def _by_threads(dataset: Any, batches: Iterator[list[int]], workers: int) -> Ite
 
 
 def _by_processes(dataset: Any, batches: Iterator[list[int]], workers: int) -> Iterator[dict]:
-    """At most 2 * workers samples, and a batch, are on their way or wait to be taken."""
+    """Yield the batches; at most 2 * workers samples, and a batch, are on their way or wait to be taken."""
+    # Batches in their order, samples that are made, and the sample that each job is for.
     waiting: deque[list[int]] = deque()
     done: dict[int, dict] = {}
     jobs: dict[int, tuple[int, Generator]] = {}
     with Pool(workers) as pool:
 
         def go_on(n: int, attempts: Generator, answer: Any) -> None:
+            # A sample needs another job where its video could not be read.
             try:
                 jobs[pool.submit(*attempts.send(answer))] = n, attempts
             except StopIteration as end:
                 done[n] = end.value
 
         while True:
+            # Keep the processes busy with the samples of the next batches.
             while not waiting or len(jobs) + len(done) < 2 * workers:
                 if (numbers := next(batches, None)) is None:
                     break
@@ -105,17 +108,19 @@ def _by_processes(dataset: Any, batches: Iterator[list[int]], workers: int) -> I
                     go_on(n, dataset.attempts(n), None)
             if not waiting:
                 return
-            while not all(n in done for n in waiting[0]):
+            # Take answers as they come until the first batch is whole.
+            while not done.keys() >= set(waiting[0]):
                 job, answer = pool.wait()
                 go_on(*jobs.pop(job), answer)
-            yield _collate([done.pop(n) for n in waiting.popleft()])
+            yield _collate(list(map(done.pop, waiting.popleft())))
 
 
 def _in_background(batches: Iterator[dict]) -> Iterator[dict]:
-    """The batches, made in a thread that is one ahead: results are taken from the processes while the model trains."""
+    """Make the batches in a thread that is one ahead: results are taken from the processes while the model trains."""
     ready: queue.Queue = queue.Queue(1)
     over = threading.Event()
 
+    # (batch, None), (None, error), or (None, None) at the end; given up when nobody takes them any more.
     def put(item: tuple[dict | None, BaseException | None]) -> None:
         while not over.is_set():
             with contextlib.suppress(queue.Full):

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
     from data.dataset import VideoClips
 
 BLOCK = 64  # samples that are shuffled among each other
-CYCLE = (
-    1024 * BLOCK
-)  # samples after which the shares are exact; a weight is rounded to a multiple of 1 / CYCLE
+# Samples after which the shares are exact; a weight is rounded to a multiple of 1 / CYCLE.
+CYCLE = 1024 * BLOCK
 
 
 def part_seed(seed: int, name: str) -> int:
-    """The seed of one source of a mixture: others that come or go do not change its order or its clips."""
+    """Make the seed of one source of a mixture: others that come or go do not change its order or its clips."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
@@ -42,20 +41,24 @@ class Shares:
         """weights: one a source, above 0, in any unit. Raises ValueError for others."""
         if not weights or not all(0 < w < math.inf for w in weights):
             raise ValueError(f"weights={list(weights)}: one number above 0 a source, e.g. [2, 1]")
+        # The sources of a cycle's samples, in blocks: (1024, BLOCK).
         self.seed, self.counts = seed, _apportion(weights)
         self._sources = _evenly(self.counts).reshape(-1, BLOCK)
+        # Samples of each source before each block of a cycle: (1024, sources).
         in_blocks = np.stack([(self._sources == s).sum(1) for s in range(len(weights))], axis=1)
-        self._before = np.cumsum(in_blocks, axis=0) - in_blocks  # of each source before each block of a cycle
+        self._before = np.cumsum(in_blocks, axis=0) - in_blocks
         self._block: tuple[int, np.ndarray] = (-1, self._sources[0])
 
     def __getitem__(self, n: int) -> tuple[int, int]:
-        """(source, k): sample n >= 0 is sample k of that source."""
+        """Return (source, k): sample n >= 0 is sample k of that source."""
         block, place = divmod(n, BLOCK)
         cycle, row = divmod(block, len(self._sources))
+        # The order inside the block, which is kept until another one is asked for.
         if self._block[0] != block:
             # A third number keeps these draws apart from those of clips and passes.
             rng = np.random.default_rng((self.seed, block, 2))
             self._block = (block, rng.permutation(self._sources[row]))
+        # Its number within its source: samples of whole cycles, of the blocks before, and of this block.
         sources = self._block[1]
         s = int(sources[place])
         earlier = int((sources[:place] == s).sum())
@@ -63,7 +66,7 @@ class Shares:
 
 
 def _apportion(weights: Sequence[float]) -> list[int]:
-    """Samples of each source in a cycle: largest remainders, at least one each."""
+    """Share out the samples of a cycle among the sources: largest remainders, at least one each."""
     total = math.fsum(weights)
     exact = [w / total * CYCLE for w in weights]
     counts = [max(1, math.floor(x)) for x in exact]
@@ -75,7 +78,7 @@ def _apportion(weights: Sequence[float]) -> list[int]:
 
 
 def _evenly(counts: Sequence[int]) -> np.ndarray:
-    """One cycle (CYCLE,) in which every beginning holds each source's share to within one sample.
+    """Order one cycle (CYCLE,) so that every beginning holds each source's share to within one sample.
 
     Sample k of a source may come from floor(k * CYCLE / count) on and must have come by ceil((k + 1) * CYCLE / count);
     the earliest end goes first (Baruah et al., Proportionate progress, 1996: for one machine this always works out).
@@ -86,6 +89,7 @@ def _evenly(counts: Sequence[int]) -> np.ndarray:
     for n in range(CYCLE):
         s = min((ends[i], i) for i in range(len(counts)) if begins[i] <= n)[1]
         order[n] = s
+        # When the next sample of this source may come, and must have come.
         done[s] += 1
         begins[s] = done[s] * CYCLE // counts[s]
         ends[s] = -(-(done[s] + 1) * CYCLE // counts[s])
@@ -102,7 +106,7 @@ class _Joined(Sequence):
         return self.ends[-1]
 
     def place(self, index: int) -> tuple[int, int]:
-        """(part, index in it)."""
+        """Return (part, index in it)."""
         if not 0 <= index < len(self):
             raise IndexError(f"{index}: there are {len(self)}")
         part = int(np.searchsorted(self.ends, index, side="right"))
@@ -157,9 +161,12 @@ class MixedClips:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Name -> reason of the videos that could not be read, of this process."""
-        pairs = zip(self.names, self.parts, strict=True)
-        return {f"{name}/{video}": reason for name, part in pairs for video, reason in part.failed.items()}
+        """Return name -> reason of the videos that could not be read, of this process."""
+        failed = {}
+        for name, part in zip(self.names, self.parts, strict=True):
+            for video, reason in part.failed.items():
+                failed[f"{name}/{video}"] = reason
+        return failed
 
     def __len__(self) -> int:
         """Usable videos of all parts."""
@@ -175,21 +182,23 @@ class MixedClips:
         return -1
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """A clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
+        """Read a clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
         part, inner = self.videos.place(video_index)
         return self.parts[part].clip_uint8(inner, rng)
 
     def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
-        """The same as a job for data/processes.py: a function and its arguments."""
+        """Give `clip_uint8` as a job for data/processes.py: a function and its arguments."""
         part, inner = self.videos.place(video_index)
         return self.parts[part].clip_job(inner, rng)
 
     def attempts(self, n: int) -> Attempts:
-        """How sample n comes about, as of VideoClips; index counts the videos of all parts, part says which source it is of."""
+        """Make sample n step by step, as VideoClips; index counts the videos of all parts, part says which source it is of."""
         if n < 0:
             raise IndexError(f"sample {n}: the stream starts at 0")
+        # Which source, and which of its samples.
         part, inner = self.shares[int(n)] if self.train else self.videos.place(int(n) % len(self))
         sample = yield from self.parts[part].attempts(inner)
+        # Its numbers in the stream of all sources.
         first = self.videos.ends[part] - len(self.parts[part])
         numbers = {"number": int(n), "label": -1, "part": part, "index": int(sample["index"]) + first}
         return sample | {key: torch.tensor(value) for key, value in numbers.items()}

@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data.video import BadVideo
+from data.decoder import BadVideo
 
 _GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _START_S = 300.0  # for a process to import what it needs
@@ -31,13 +31,14 @@ _CODE = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from data.proc
 
 
 def ignore_group_signals() -> None:
-    """What is sent to the whole group is for the program, which then ends its helpers itself."""
+    """Ignore what is sent to the whole group: it is for the program, which then ends its helpers itself."""
     for number in _GROUP:
         signal.signal(number, signal.SIG_IGN)
 
 
 def serve(handle: int, memory: int) -> None:
-    """Body of a process: answer (function, arguments) from the connection `handle` until the program hangs up."""
+    """Run as a process: answer (function, arguments) from the connection `handle` until the program hangs up."""
+    # End with the program, not with its terminal; use no more memory than allowed.
     ignore_group_signals()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if memory:
@@ -45,6 +46,7 @@ def serve(handle: int, memory: int) -> None:
             import resource
 
             resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    # Answer (True, result or BadVideo), or (False, words) for a fault that is not the file's.
     connection = Connection(handle)
     connection.send(None)  # ready
     while True:
@@ -62,7 +64,7 @@ def serve(handle: int, memory: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A process whose program was killed may be stuck in a decoder."""
+    """Exit when the program is gone: a process whose program was killed may be stuck in a decoder."""
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)
@@ -92,7 +94,7 @@ class _Process:
             self.connection.send(work)
 
     def used_s(self) -> float:
-        """Processor seconds so far; infinite where the system does not say."""
+        """Return processor seconds so far; infinite where the system does not say."""
         try:
             with open(f"/proc/{self.process.pid}/stat") as file:
                 user, system = file.read().rpartition(")")[2].split()[11:13]
@@ -101,7 +103,7 @@ class _Process:
             return float("inf")
 
     def stop(self, patience_s: float = 0.0) -> int:
-        """End it, busy or not, after a while in which it may end by itself; its exit code."""
+        """End it, busy or not, after a while in which it may end by itself; return its exit code."""
         self.connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_s)
@@ -113,13 +115,15 @@ class Pool:
     """`submit` jobs, `wait` for their outcomes in any order; a context manager, whose end stops the processes.
 
     workers: processes, started when needed. timeout_s: for one job, and a second more for each MiB of the file that it is
-    about; one that takes longer, or whose process dies, is tried once more in a new process. memory: bytes that a process may allocate, 0 for no limit.
+    about; one that takes longer, or whose process dies, is tried once more in a new process. memory: bytes that a process
+    may allocate, 0 for no limit.
     """
 
     def __init__(self, workers: int, timeout_s: float = 120.0, memory: int = 0):
         if workers < 1:
             raise ValueError(f"workers={workers}: at least one process")
         self.workers, self.timeout_s, self.memory = workers, timeout_s, memory
+        # By the jobs' numbers: what to do, which are not handed out yet, which are tried a second time.
         self._work: dict[int, tuple] = {}
         self._waiting: deque[int] = deque()
         self._again: set[int] = set()
@@ -135,7 +139,7 @@ class Pool:
         self._processes.clear()
 
     def submit(self, function: Callable, *args: Any) -> int:
-        """A job, `function` of a module and arguments that pickle; returns its number."""
+        """Take a job, `function` of a module and arguments that pickle; return its number."""
         self._number += 1
         self._work[self._number] = (function, args)
         self._waiting.append(self._number)
@@ -143,12 +147,13 @@ class Pool:
         return self._number
 
     def in_order(self, jobs: Iterable[tuple], ahead: int) -> Iterator[Any]:
-        """Outcomes of the jobs (function, *arguments) in their order; at most `ahead` are on their way or wait."""
+        """Yield outcomes of the jobs (function, *arguments) in their order; at most `ahead` are on their way or wait."""
         asked: deque[int] = deque()
         done: dict[int, Any] = {}
         jobs = iter(jobs)
         while True:
-            asked.extend(self.submit(*job) for job in islice(jobs, ahead - len(asked)))
+            for job in islice(jobs, ahead - len(asked)):
+                asked.append(self.submit(*job))
             if not asked:
                 return
             while asked[0] not in done:
@@ -156,6 +161,7 @@ class Pool:
             yield done.pop(asked.popleft())
 
     def _hand_out(self) -> None:
+        """Give waiting jobs to idle processes, and start processes for those that are left."""
         idle = [p for p in self._processes if p.ready and p.job is None]
         while self._waiting and idle:
             job = self._waiting.popleft()
@@ -167,7 +173,7 @@ class Pool:
             starting += 1
 
     def wait(self) -> tuple[int, Any]:
-        """(number, what the function returned, or the BadVideo that it raised) of a job that is done.
+        """Wait for a job that is done: (number, what the function returned, or the BadVideo that it raised).
 
         A job that failed twice is a BadVideo too. Raises OSError for any other error in the process.
         """
@@ -175,6 +181,7 @@ class Pool:
             self._hand_out()
             readable = wait([p.connection for p in self._processes], timeout=0.5)
             for process in list(self._processes):
+                # Answers come first: a process that is late and has answered is not late.
                 if process.connection in readable:
                     outcome = self._read(process)
                 elif process.deadline < time.monotonic() and (process.job is not None or not process.ready):
@@ -187,6 +194,7 @@ class Pool:
                     return outcome
 
     def _read(self, process: _Process) -> tuple[int, Any] | None:
+        """Read what a process sent: None when it is ready or its job is tried again."""
         try:
             message = process.connection.recv()
         except (EOFError, OSError):
@@ -202,7 +210,7 @@ class Pool:
         return job, value
 
     def _lost(self, process: _Process, late: bool) -> tuple[int, Any] | None:
-        """A process that hangs (late) or has died. Its job waits again, or is given up with what is known of it."""
+        """Replace a process that hangs (late) or has died. Its job waits again, or is given up with what is known of it."""
         self._processes.remove(process)
         used = process.used_s() - process.cpu_s
         code, job = process.stop(0 if late else 5), process.job
@@ -210,19 +218,20 @@ class Pool:
             if process.ready:
                 return None
             raise OSError(f"a process for reading did not start (exit code {code}); is there memory left?")
+        # The first time it may be the machine, the second time it is the file.
         if job not in self._again:
             self._again.add(job)
             self._waiting.appendleft(job)
             return None
         if late:  # one that was stopped, or whose disk was away, has used no time
             return job, BadVideo(
-                f"not decoded within {process.timeout_s:.0f} s", used > process.timeout_s / 4
+                f"not decoded within {process.timeout_s:.0f} s", used > process.timeout_s / 8
             )
         return job, BadVideo("the decoder crashed on this file", -code in _CRASHES)
 
 
 def _about(args: tuple) -> str:
-    """The file that a job was about, as its first argument says."""
+    """Name the file that a job is about, as its first argument says."""
     first = args[0] if args else ""
     first = getattr(first, "record", getattr(first, "video", first))  # of data/table.py, of eval/selection.py
     return str(getattr(first, "path", first))

@@ -13,7 +13,7 @@ SHARE = 0.05  # of the work between two lines, where it is done in between
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 5 h, 3 d."""
+    """Say a time as people do: 40 s, 12 min, 5 h, 3 d."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds > (100 if unit == "min" else 2 * length):
             return f"{seconds / length:.0f} {unit}"
@@ -49,22 +49,20 @@ class Progress(tqdm):
         now = time.monotonic()
         if self.silent:
             return
+        # The last line, if there was another before it.
         if self.done >= self.wanted:
             if self.told and not self.once:
-                log.info(
-                    "%s: all %d %ss in %s",
-                    self.text,
-                    self.wanted,
-                    self.noun,
-                    duration(now - self.marks[0][0]),
-                )
+                took = duration(now - self.marks[0][0])
+                log.info("%s: all %d %ss in %s", self.text, self.wanted, self.noun, took)
             self.silent = True
             return
+        # A line in between, when enough time or work lies behind the one before.
         if self.told:
             (then, before), (least, most) = self.told, APART
             if now - then > most or (now - then > least and self.done - before > SHARE * self.wanted):
                 self._tell(now, *self.marks[-1])
             return
+        # The first line, as soon as the speed is known.
         for (then, before), enough in zip(reversed(self.marks), KNOWN[2 - len(self.marks) :], strict=True):
             if now - then > enough:
                 self._tell(now, then, before)

@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from data.core.lazy import lazy
+from data.decoder import BadVideo, Screen, best_stream, reading
+from data.finding import list_frames
 from data.processes import Pool
 from data.timeline import mean_rate, pack_times, rising
-from data.video import BadVideo, Screen, best_stream, list_frames, reading
 
 av = lazy("av")
 
@@ -57,7 +58,7 @@ class ScanRecord:
 
 @lru_cache(maxsize=1)
 def reader_name() -> str:
-    """Name and versions of what reads videos here: a verdict is theirs."""
+    """Return name and versions of what reads videos here: a verdict is theirs."""
     codec = ".".join(map(str, av.library_versions["libavcodec"]))
     return f"av {av.__version__}, libavcodec {codec}"
 
@@ -81,6 +82,7 @@ def scan_file(path: str | Path) -> ScanRecord:
 
 
 def _scan_video(path: Path) -> ScanRecord:
+    """Decode a video file and say what is wrong with it, when its frames are shown, and where decoding may begin."""
     # Decode the whole file once: times, sizes, digests and key frames, and all that the decoder complains of.
     sizes, ticks, digests, keys = set(), [], [], []
     corrupt = dropped = packets = 0
@@ -128,13 +130,13 @@ def _scan_video(path: Path) -> ScanRecord:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)
     width, height = min(sizes, default=(0, 0))
-    times = pack_times(ticks, *tick.as_integer_ratio(), entries) if tick else b""
+    times = pack_times(ticks, tick.numerator, tick.denominator, entries) if tick else b""
     fps = mean_rate(ticks, float(tick), fps) if tick else fps
     return ScanRecord(str(path), count, width, height, fps, reason, times)
 
 
 def _digest(frame) -> int:
-    """Of the decoded samples of a frame, before any conversion."""
+    """Digest the decoded samples of a frame, before any conversion."""
     kind, value = frame.format, 0
     packed = len(frame.planes) == 1
     sample = kind.padded_bits_per_pixel // 8 if packed else 1 + any(c.bits > 8 for c in kind.components)
@@ -145,18 +147,20 @@ def _digest(frame) -> int:
 
 
 def _packets(path: Path) -> int:
-    """Packets of a file's video, those that its edit list hides too."""
+    """Count the packets of a file's video, those that its edit list hides too."""
     with reading(path), av.open(str(path), options={"ignore_editlist": "1"}) as container:
         return sum(packet.size > 0 for packet in container.demux(best_stream(container)))
 
 
 def _entries(path: Path, ticks: list[int], digests: list[int], keys: list[int]) -> list[int]:
-    """Frames where decoding may begin: key frames after which the decoder shows what it shows coming from frame 0."""
+    """Find where decoding may begin: key frames after which the decoder shows what it shows coming from frame 0."""
+    # Key frames that are not too near one another.
     candidates = [0]
     for key in keys:
         if key - candidates[-1] >= _ENTRIES_APART:
             candidates.append(key)
     candidates = candidates[1:]
+    # Some of them are tried; when all of these are good, so are the others.
     tried = candidates
     if len(candidates) > _TRIED:
         tried = [candidates[n] for n in np.linspace(0, len(candidates) - 1, _TRIED).astype(int)]
@@ -169,6 +173,7 @@ def _entries(path: Path, ticks: list[int], digests: list[int], keys: list[int]) 
 
 
 def _same(container, stream, ticks: list[int], digests: list[int], entry: int) -> bool:
+    """Seek to an entry and compare the frames after it with those of decoding from frame 0."""
     at, end = entry, min(entry + _COMPARED, len(ticks))
     try:
         container.seek(ticks[entry], stream=stream)
@@ -186,10 +191,12 @@ def _same(container, stream, ticks: list[int], digests: list[int], entry: int) -
 
 
 def _scan_folder(path: Path) -> ScanRecord:
+    """Decode all pictures of a folder of frames; they must have one size, and numbers without a gap."""
     with reading(path):
         frames, sizes = list_frames(path), set()
     if not frames:
         return ScanRecord(str(path), damaged="no frames in this folder")
+    # Every picture can be decoded.
     for frame in frames:
         try:
             with reading(frame), Image.open(frame) as picture:
@@ -200,6 +207,7 @@ def _scan_folder(path: Path) -> ScanRecord:
         except (BadVideo, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason, final = f"{frame.name}: {str(error)[:80]}", getattr(error, "final", True)
             return ScanRecord(str(path), len(frames), damaged=reason, final=final)
+    # They have one size, and the numbers at the end of their names, if all have one, one step.
     numbers = [re.search(r"([0-9]+)$", frame.stem) for frame in frames]
     reason = ""
     if len(sizes) > 1:
@@ -207,30 +215,33 @@ def _scan_folder(path: Path) -> ScanRecord:
     elif all(numbers):
         values = [int(number.group()) for number in numbers]
         steps = [after - before for before, after in itertools.pairwise(values)]
-        if len(set(steps)) > 1:
-            at = next(n for n, step in enumerate(steps) if step != min(steps, key=abs))
-            reason = f"frames missing between {frames[at].name} and {frames[at + 1].name}"
+        usual = min(steps, key=abs, default=0)
+        for at, step in enumerate(steps):
+            if step != usual and not reason:
+                reason = f"frames missing between {frames[at].name} and {frames[at + 1].name}"
     width, height = min(sizes)
     return ScanRecord(str(path), len(frames), width, height, 0.0, reason)
 
 
 def scan_all(names: Sequence[str], workers: int, timeout_s: float) -> Iterator[ScanRecord]:
-    """Records in the order they are done. A process that dies or takes too long is replaced, its file tried once more."""
+    """Yield records in the order they are done. A process that dies or takes too long is replaced, its file tried once more."""
     with Pool(workers, timeout_s, MEMORY_BYTES) as pool:
-        waiting = iter(names)
-        asked = {pool.submit(scan_file, name): name for name in itertools.islice(waiting, 2 * workers)}
-        while asked:
+        waiting, asked = iter(names), {}
+        while True:
+            # Two files per process are on their way.
+            for name in itertools.islice(waiting, 2 * workers - len(asked)):
+                asked[pool.submit(scan_file, name)] = name
+            if not asked:
+                return
             ticket, record = pool.wait()
             name = asked.pop(ticket)
-            for following in itertools.islice(waiting, 1):
-                asked[pool.submit(scan_file, following)] = following
             if isinstance(record, BadVideo):
                 record = ScanRecord(name, damaged=str(record), final=record.final)
             yield record
 
 
 def plausible(records: Iterable[ScanRecord]) -> Iterator[ScanRecord]:
-    """The records, held back until one of the files is good or two differ in their faults.
+    """Pass the records on, held back until one of the files is good or two differ in their faults.
 
     Raises OSError when the first 20 all fail for one reason: that is this machine's or the program's fault.
     """

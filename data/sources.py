@@ -15,12 +15,13 @@ from data.core.files import escaped, printable, unescaped, write_atomic
 from data.core.registry import sources
 from data.cut import TO_THE_END, cut_frames
 from data.demo import EDGE, DemoVideos
+from data.finding import VIDEO_SUFFIXES
 from data.index import Scans, decord_agrees, scan_paths
 from data.layouts import Found
 from data.scan import ScanRecord
 from data.table import WHOLE, Video, VideoTable
 from data.timeline import cut_between
-from data.video import VIDEO_SUFFIXES, Frames
+from data.video import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Source:
 def video_frames(
     video: Video, indices: Sequence[int], size: int, demo: DemoVideos | None = None
 ) -> Frames | np.ndarray:
-    """Frames of a video, decoded when they are wanted, (len(indices), H, W, 3); the demo's are drawn at `size` instead."""
+    """Return frames of a video, decoded when they are wanted, (len(indices), H, W, 3); the demo's are drawn at `size` instead."""
     if demo is not None:
         return demo.frames(int(video.name), indices, size)
     record = video.record
@@ -74,33 +75,35 @@ def open_source(
 ) -> Source:
     """Open a data set: find its videos, scan those not scanned before, leave the damaged out.
 
-    name: one of SOURCES, or one added to data.core.registry.sources; "folder" is any tree of videos, "csv" a list of one's own, "demo" needs no files.
+    name: one of SOURCES, or one added to data.core.registry.sources; "folder" is any tree of videos, "csv" a list of one's
+    own, "demo" needs no files.
     split: "train" or "test" (kinetics400, csv: also "val"; csv: "all"), a folder of sky_timelapse and kinetics400.
     list_file: the list as published: webvid needs its csv, panda70m cuts clips by its csv, kinetics400 takes labels
-    from its csv, ucf101 has lines `Class/v_x.avi [label]`, csv is data/user_list.py's. What it names and the disk lacks is left out and told.
+    from its csv, ucf101 has lines `Class/v_x.avi [label]`, csv is data/user_list.py's. Entries without a file are skipped
+    and reported.
     labels: for folder, "none" or "folder" (class = first folder below the root).
     index_dir: where scans, `<name>-quarantine.tsv` and `<name>-missing.txt` are kept; not below root. None: no file
     is written.
     reader: "pyav", or "decord" for files on which the scan finds that it shows the same frames, PyAV for the others.
     val_fraction, held_out: which share of the videos (ucf101: groups gNN of a class; panda70m: source videos) is held
     out, and whether to open that part or the rest. The choice depends on names only, but for a part without an undamaged
-    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed. seed, num_videos, num_classes, size, num_frames,
-    edge: the demo's.
+    video. Held out of sky_timelapse is sky_test; of a csv with rows of split val, these; of demo, another seed.
+    seed, num_videos, num_classes, size, num_frames, edge: the demo's.
     Names in the lists are escaped (`data.core.files.escaped`). Raises ValueError if the name or a folder is unknown, or no
     video is left.
     """
+    # Wrong words are refused before anything is looked for.
     if name not in SOURCES and sources.find(name) is None:
         raise ValueError(f"source {name!r}: choose one of {', '.join([*SOURCES, *sources])}")
     if reader not in ("pyav", "decord"):
         raise ValueError(f"reader={reader!r}: choose pyav or decord")
-    # Wrong words are refused before anything is looked for.
     splits = _SPLITS.get(name, ("train", "test"))
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
     if name == "demo":
         return _demo(DemoVideos(num_videos, num_classes, size, num_frames, 2 * seed + held_out, edge))
-    own = name == "csv"
-    if not root and not own:
+    # The folder of the videos; a list of one's own may do without.
+    if not root and name != "csv":
         raise ValueError(
             f"{name}: root='' is not a folder; give that of the videos: --data DIR or source.root=DIR"
         )
@@ -123,12 +126,7 @@ def open_source(
         )
     list_file = Path(list_file) if list_file else None
     # Find the videos, each data set in its own layout; a list names what is missing on disk.
-    if own:
-        found = user_list.find_csv(root, list_file, split, held_out)
-    elif name == "sky_timelapse":
-        found = layouts.find_sky(root, "test" if held_out else split)
-    else:
-        found = _find(name, root, split, list_file, labels)
+    found = _find(name, root, split, list_file, labels, held_out)
     _tell_missing(name, found, index_dir)
     if not found:
         suffixes = " ".join(VIDEO_SUFFIXES)
@@ -141,16 +139,24 @@ def open_source(
 
 
 def _demo(demo: DemoVideos) -> Source:
-    columns = {key: np.full(len(demo), demo.size) for key in ("width", "height")}
-    columns |= {"num_frames": np.full(len(demo), demo.num_frames), "fps": np.full(len(demo), 8.0)}
-    columns["label"] = np.array([demo.label(n) for n in range(len(demo))])
-    videos = VideoTable(f"demo:{demo.seed}", [str(n) for n in range(len(demo))], columns)
+    """Make the demo's source: videos without files, all of one size, length and rate."""
+    same = {"width": demo.size, "height": demo.size, "num_frames": demo.num_frames, "fps": 8.0}
+    columns = {key: np.full(len(demo), value) for key, value in same.items()}
+    columns["label"] = np.array(list(map(demo.label, range(len(demo)))))
+    videos = VideoTable(f"demo:{demo.seed}", list(map(str, range(len(demo)))), columns)
     return Source("demo", "", videos, demo.class_names, demo=demo)
 
 
-def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str) -> Found:
+def _find(
+    name: str, root: Path | None, split: str, list_file: Path | None, labels: str, held_out: bool
+) -> Found:
+    """Find the videos of a data set before the scan, in its own layout or by its list."""
     if name in sources:
         return sources[name](root, split)
+    if name == "csv":
+        return user_list.find_csv(root, list_file, split, held_out)
+    if name == "sky_timelapse":
+        return layouts.find_sky(root, "test" if held_out else split)
     if name == "ucf101":
         found = layouts.find_ucf101(root, split)
         return lists.listed_ucf101(found, list_file) if list_file else found
@@ -170,6 +176,7 @@ def _find(name: str, root: Path, split: str, list_file: Path | None, labels: str
 
 
 def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None:
+    """Report the videos of a list that are not on disk, and write all of them to `<name>-missing.txt`."""
     if index_dir is not None and name in _LISTS:
         lines = "".join(f"{escaped(missing)}\n" for missing in found.missing)
         write_atomic(Path(index_dir, f"{name}-missing.txt"), lines)
@@ -182,7 +189,7 @@ def _tell_missing(name: str, found: Found, index_dir: str | Path | None) -> None
 
 
 def _hold_out(found: Found, val_fraction: float, held_out: bool, damaged: set[str]) -> Found:
-    """The held-out part or the rest: whole groups, at least one on each side, chosen by a hash of their names.
+    """Choose the held-out part or the rest: whole groups, at least one on each side, chosen by a hash of their names.
 
     As many groups more as it takes to hold out one video that is not damaged.
     """
@@ -192,12 +199,14 @@ def _hold_out(found: Found, val_fraction: float, held_out: bool, damaged: set[st
         if held_out:
             raise ValueError("val_fraction=0: no videos are held out; use e.g. val_fraction=0.05")
         return found
+    # Groups in the order of their hashes: adding videos does not move the others.
     of_video = found.groups or found.names
     groups = sorted(set(of_video), key=lambda group: hashlib.sha256(_bytes(group)).digest())
     if len(groups) < 2:
         raise ValueError(
             f"val_fraction={val_fraction}: {len(groups)} group of videos cannot be split; use val_fraction=0"
         )
+    # The first of them are held out, until one has a video that is not damaged.
     count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
     good = {group for name, group in zip(found.names, of_video, strict=True) if name not in damaged}
     while not good & set(groups[:count]) and count < len(groups) - 1:
@@ -219,7 +228,10 @@ def _scanned(
     workers: int,
     reader: str,
 ) -> Source:
-    """share: (val_fraction, held_out), unless the data set says itself what is held out."""
+    """Scan the videos found, choose the part that is wanted, and leave the damaged out.
+
+    share: (val_fraction, held_out), unless the data set says itself what is held out.
+    """
     # Scan each file once, also one of which a list cuts several clips; note the damaged ones.
     files = {file: n for n, file in enumerate(dict.fromkeys(found.names))}
     paths = [f"{found.base}/{file}" for file in files]
@@ -259,7 +271,8 @@ def _scanned(
 def _cut(
     name: str, found: Found, scans: Scans, rows: np.ndarray, columns: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """Put first frame, number of frames and rate of each clip into the columns; returns which clips have any."""
+    """Put first frame, number of frames and rate of each clip into the columns; return which clips have any."""
+    # (first, stop, tick, rate) of each clip in its video, by the scan's time stamps.
     spans = []
     for row, cut in zip(rows, found.cuts, strict=True):
         times, rate = scans.times[row], float(scans.fps[row])
@@ -267,9 +280,11 @@ def _cut(
             spans.append((0, scans.num_frames[row], WHOLE, rate))
         else:
             spans.append(cut_between(times, *cut, rate) if times else (0, 0, 0, rate))
-    first, stop, tick = np.array([span[:3] for span in spans], np.int64).T
+    *frames, rates = zip(*spans, strict=True)
+    first, stop, tick = np.array(frames, np.int64)
     columns |= {"first": first, "tick": tick, "num_frames": stop - first, "cut": np.array(found.cuts)}
-    columns |= {"fps": np.array([span[3] for span in spans])}
+    columns["fps"] = np.array(rates)
+    # Report what cannot be cut, and clips that lie beyond the end of their video.
     timeless = sum(not scans.times[n] and n not in scans.damaged for n in set(rows.tolist()))
     if timeless:
         logger.warning("%s: %d videos have no rising time stamps and cannot be cut by time", name, timeless)
@@ -280,10 +295,14 @@ def _cut(
 
 
 def _write_quarantine(path: Path, scanned: set[str], damaged: list[ScanRecord]) -> None:
-    """Escaped path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
-    lines = path.read_bytes().decode(errors="surrogateescape").split("\n")[1:] if path.is_file() else []
-    found = (line.rpartition("\t") for line in lines if "\t" in line)
-    rows = {unescaped(name): reason for name, _, reason in found if unescaped(name) not in scanned}
-    rows.update({record.path: " ".join(record.damaged.split()) for record in damaged})
-    text = [f"{escaped(name)}\t{rows[name]}" for name in sorted(rows)]
-    write_atomic(path, "\n".join(["path\treason", *text]) + "\n")
+    """Write escaped path, tab, reason; rows of videos that this scan did not look at (another split) stay."""
+    rows: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_bytes().decode(errors="surrogateescape").split("\n")[1:]:
+            name, tab, reason = line.rpartition("\t")
+            if tab and unescaped(name) not in scanned:
+                rows[unescaped(name)] = reason
+    for record in damaged:
+        rows[record.path] = " ".join(record.damaged.split())
+    lines = [f"{escaped(name)}\t{rows[name]}" for name in sorted(rows)]
+    write_atomic(path, "\n".join(["path\treason", *lines]) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,43 +82,46 @@ class VideoTable(Sequence):
         return len(self.rows)
 
     def column(self, name: str) -> np.ndarray:
-        """One number of each video, e.g. column("num_frames"): (len(self),)."""
+        """Return one number of each video, e.g. column("num_frames"): (len(self),)."""
         return self.columns[name][self.rows]
 
     def select(self, chosen: np.ndarray) -> VideoTable:
-        """The videos where `chosen`, bool (len(self),), is true, or those with the numbers `chosen`."""
+        """Select the videos where `chosen`, bool (len(self),), is true, or those with the numbers `chosen`."""
         part = copy.copy(self)
         part.rows = self.rows[chosen]
         return part
 
     def name(self, index: int) -> str:
-        """Path below the root; with begin and end where a list cuts clips out of the file."""
+        """Return the path below the root; with begin and end where a list cuts clips out of the file."""
         row = self._row(index)
         if "cut" not in self.columns:
             return self.files[row]
-        begin, end = (int(ms) for ms in self.columns["cut"][row])
+        begin, end = map(int, self.columns["cut"][row])
         if (begin, end) == (0, TO_THE_END):
             return self.files[row]
         return f"{self.files[row]}[{show_time(begin)}-{'' if end == TO_THE_END else show_time(end)}]"
 
     def label(self, index: int) -> int:
-        """Class, -1 when unconditional."""
+        """Return the class, -1 when unconditional."""
         row = self._row(index)
         return int(self.columns["label"][row]) if "label" in self.columns else -1
 
     def __getitem__(self, index: int | slice) -> Video | VideoTable:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        row = self._row(index)
-        numbers = {key: int(self.columns[key][row]) for key in ("num_frames", "width", "height")}
+        row, columns = self._row(index), self.columns
+        # The scan's record of the file; num_frames is that of the clip where a list cuts one out.
         path = f"{self.base}/{self.files[row]}"
-        times = self.times[self.columns["file"][row]] if self.times is not None else b""
-        decord = bool(self.columns["decord"][row]) if "decord" in self.columns else False
-        fps = float(self.columns["fps"][row])
-        record = ScanRecord(path, fps=fps, times=times, decord=decord, **numbers)
-        where = [int(self.columns[key][row]) for key in ("first", "tick") if key in self.columns]
-        where = [] if where[1:] == [WHOLE] else where
-        return Video(self.name(index), record, self.label(index), *where)
+        times = self.times[columns["file"][row]] if self.times is not None else b""
+        numbers = {key: int(columns[key][row]) for key in ("num_frames", "width", "height")}
+        decord = bool(columns["decord"][row]) if "decord" in columns else False
+        record = ScanRecord(path, fps=float(columns["fps"][row]), times=times, decord=decord, **numbers)
+        # Where the clip begins in its file.
+        video = Video(self.name(index), record, self.label(index))
+        if "tick" in columns and columns["tick"][row] != WHOLE:
+            first, tick = int(columns["first"][row]), int(columns["tick"][row])
+            return dataclasses.replace(video, first=first, tick=tick)
+        return video
 
     def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):

@@ -28,13 +28,13 @@ class Timeline:
     entries: np.ndarray
 
     def entry(self, frame: int) -> int:
-        """The last entry at or before a frame; 0 if there is none."""
+        """Find the last entry at or before a frame; 0 if there is none."""
         place = int(np.searchsorted(self.entries, frame, side="right"))
         return int(self.entries[place - 1]) if place else 0
 
 
 def rising(ticks: Sequence[int | None]) -> bool:
-    """Whether every frame has a time and is shown after the one before."""
+    """Tell whether every frame has a time and is shown after the one before."""
     known = isinstance(ticks, np.ndarray) or None not in ticks
     return len(ticks) > 0 and known and bool((np.diff(np.asarray(ticks, np.int64)) > 0).all())
 
@@ -42,12 +42,13 @@ def rising(ticks: Sequence[int | None]) -> bool:
 def pack_times(
     ticks: Sequence[int | None], numerator: int, denominator: int, entries: Iterable[int] = ()
 ) -> bytes:
-    """A timeline packed; one tick lasts numerator / denominator seconds.
+    """Pack a timeline; one tick lasts numerator / denominator seconds.
 
     b"" when a frame has no time or times do not rise: such a video is read from its beginning and not cut by time.
     """
     if denominator < 1 or not rising(ticks):
         return b""
+    # All steps, then all flags: equal values in a row, which compression makes small.
     steps = np.diff(np.asarray(ticks, np.int64), prepend=ticks[0])
     flags = np.zeros(len(steps), np.uint8)
     flags[list(entries)] = 1
@@ -56,7 +57,7 @@ def pack_times(
 
 
 def unpack_times(packed: bytes) -> Timeline:
-    """The timeline of `pack_times`; not of b""."""
+    """Unpack the timeline of `pack_times`; not of b""."""
     start, body = _HEADER.unpack_from(packed)[2], zlib.decompress(packed[_HEADER.size :])
     count = len(body) // _ROW
     ticks = start + np.cumsum(np.frombuffer(body, "<i8", count))
@@ -64,12 +65,13 @@ def unpack_times(packed: bytes) -> Timeline:
 
 
 def frames_at_rate(packed: bytes, fps: float, source_fps: float, first: int, count: int) -> np.ndarray:
-    """Which of `count` frames from `first` on is shown at 0, 1/fps, 2/fps ... seconds after the first: int64 (n,).
+    """Choose which of `count` frames from `first` on is shown at 0, 1/fps, 2/fps ... seconds after the first: int64 (n,).
 
     The last one whose time has come, so none is shown before its time but for what the file's clock rounds: Matroska counts
     whole milliseconds. A source just below the rate (29.97 for 30) gives each frame once. packed: of pack_times; b"": frames
     source_fps apart.
     """
+    # When each frame is shown, in seconds after the first.
     fps, rounding = rate_taken(fps, source_fps), 1e-6
     if packed:
         numerator, denominator, _ = _HEADER.unpack_from(packed)
@@ -78,17 +80,18 @@ def frames_at_rate(packed: bytes, fps: float, source_fps: float, first: int, cou
         rounding += min(0.5 * numerator / denominator, 0.0005)
     else:
         seconds = np.arange(count) / source_fps
+    # The frame on the screen at each of the times wanted.
     wanted = np.arange(int((seconds[-1] + rounding) * fps) + 1) / fps
     return np.searchsorted(seconds, wanted + rounding, side="right") - 1
 
 
 def rate_taken(fps: float, source_fps: float) -> float:
-    """The rate asked for, or that of a source which is at most 0.1 % slower."""
+    """Return the rate asked for, or that of a source which is at most 0.1 % slower."""
     return source_fps if SAME_RATE * fps <= source_fps < fps else fps
 
 
 def mean_rate(ticks: Sequence[int | None], tick_s: float, stated: float) -> float:
-    """Frames a second: the rate that the file states, or, where that is more than a frame off, the mean by the time stamps.
+    """Return frames per second: the rate that the file states, or, where that is more than a frame off, the mean by time stamps.
 
     A file of a variable rate often states one that its frames do not have. tick_s: seconds of a tick.
     """
@@ -102,7 +105,7 @@ def _rate(steps: int, seconds: float, stated: float) -> float:
 
 
 def packed_rate(packed: bytes, stated: float) -> float:
-    """`mean_rate` of a whole video, quickly. packed: of pack_times; b"": the rate that the file states."""
+    """Compute `mean_rate` of a whole video, quickly. packed: of pack_times; b"": the rate that the file states."""
     if not packed:
         return stated
     numerator, denominator, _ = _HEADER.unpack_from(packed)
@@ -113,7 +116,7 @@ def packed_rate(packed: bytes, stated: float) -> float:
 
 
 def own_ticks(ticks: Sequence[int | None], tick_s: float, fps: float) -> tuple[int, ...] | None:
-    """The time stamps from the first frame on, of frames that do not come evenly; None: each comes 1 / fps after the last.
+    """Return the time stamps from the first frame on, of frames that do not come evenly; None: each comes 1 / fps after the last.
 
     What a clock of milliseconds rounds is even. Without rising times, or a rate, there is nothing to keep.
     """
@@ -125,15 +128,17 @@ def own_ticks(ticks: Sequence[int | None], tick_s: float, fps: float) -> tuple[i
 
 
 def cut_between(packed: bytes, begin_ms: int, end_ms: int, fps: float) -> tuple[int, int, int, float]:
-    """(first, stop, tick, rate): frames first <= n < stop have begin <= time < end, times counted from frame 0.
+    """Find (first, stop, tick, rate): frames first <= n < stop have begin <= time < end, times counted from frame 0.
 
     tick: the presentation time that the file gives the first of them; 0 if there is none. rate: theirs, as `mean_rate`
     has it where the file states `fps`.
 
-    packed: of pack_times; not b"". end_ms: below 0 means to the end. Whole numbers throughout: no rounding puts a frame on the wrong side.
+    packed: of pack_times; not b"". end_ms: below 0 means to the end. Whole numbers throughout: no rounding puts a frame on
+    the wrong side.
     """
     numerator, denominator, _ = _HEADER.unpack_from(packed)
     ticks = unpack_times(packed).ticks
+    # The first tick at or after each limit, rounded up.
     limits = [-(-ms * denominator // (numerator * 1000)) for ms in (begin_ms, end_ms)]
     first, stop = np.searchsorted(ticks - ticks[0], limits)
     stop = stop if end_ms >= 0 else len(ticks)

@@ -23,20 +23,22 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _PATH, _OPTIONAL = ("path", "file_name"), ("label", "start_s", "end_s", "split")
-_SPLITS = {"": "train", "valid": "val", "validation": "val", "dev": "val"} | {
-    s: s for s in ("train", "val", "test")
-}
+_SPLITS = {"": "train", "valid": "val", "validation": "val", "dev": "val"}
+_SPLITS |= {"train": "train", "val": "val", "test": "test"}
 
 
 def find_lists(root: Path | None, list_file: Path | None) -> list[tuple[Path, str]]:
-    """(list, split that its folder names or ""): the list, or metadata.* of the root and of train/, validation/, test/ below."""
+    """Find [(list, split that its folder names or "")]: the list, or metadata.* of the root and of train/, validation/, test/."""
     if list_file is not None:
         if not list_file.is_file():
             raise ValueError(f"list_file={list_file}: no such file")
         return [(list_file, "")]
-    folders = {name: root / name for name in ("", *_SPLITS)} if root else {}
-    found = [(folder / f"metadata{suffix}", name) for name, folder in folders.items() for suffix in SUFFIXES]
-    found = [(file, _SPLITS[name] if name else "") for file, name in found if file.is_file()]
+    found = []
+    for name in _SPLITS if root else ():
+        for suffix in SUFFIXES:
+            file = root / name / f"metadata{suffix}"
+            if file.is_file():
+                found.append((file, _SPLITS[name] if name else ""))
     if not found:
         raise ValueError(
             "csv: give the list, source.list_file=FILE.csv (.tsv, .jsonl; columns path and, if you have them, label, start_s, "
@@ -46,12 +48,13 @@ def find_lists(root: Path | None, list_file: Path | None) -> list[tuple[Path, st
 
 
 def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bool) -> Found:
-    """The videos of one split, or those held out: the rows of split val if the list has any (`parted` then says so).
+    """Find the videos of one split, or those held out: the rows of split val if the list has any (`parted` then says so).
 
     split: train, val, test; all: every row, and nothing is parted.
     Class ids are those of the whole list: labels in ASCII order, or by value if all are whole numbers. Missing files
     are in `missing`, repeated rows are named and read once. Raises ValueError, with the line, for a row that cannot be read.
     """
+    # (path, begin, end) -> (label, split, where it stands); written: the paths as the list has them.
     rows: dict[tuple[str, int, int], tuple[str, str, str]] = {}
     repeated, missing, written = [], [], {}
     files = find_lists(root, list_file)
@@ -63,6 +66,7 @@ def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bo
             key = (_absolute(base, name, where), *_cut(row, where))
             value = (row["label"], of_folder or _split(row["split"], where))
             written.setdefault(key[0], f"{of_folder}/{name}")
+            # A clip that is there twice must say the same twice.
             if key not in rows:
                 rows[key] = (*value, where)
                 if not os.path.exists(key[0]):
@@ -86,13 +90,16 @@ def find_csv(root: Path | None, list_file: Path | None, split: str, held_out: bo
 def _of_split(
     rows: dict, base: str, missing: list[str], split: str, held_out: bool, written: dict[str, str]
 ) -> Found:
+    """Choose the rows of the split that is wanted and whose files are on disk; classes are those of all rows."""
     class_names = _class_names(rows)
     ids = {name: n for n, name in enumerate(class_names)}
+    # Which split is wanted.
     counts = Counter(s for _, s, _ in rows.values())
     parted = "val" in counts and split != "all"
     wanted = "val" if held_out and parted else split
     if rows and wanted != "all" and not counts[wanted]:
         raise ValueError(f"source.split={wanted}: the list has {dict(counts)}; choose one of these, or all")
+    # Its rows, and those of them that are there.
     chosen = [key for key, row in rows.items() if wanted in (row[1], "all")]
     there = [key for key in chosen if os.path.exists(key[0])]
     if chosen and not there:
@@ -100,40 +107,42 @@ def _of_split(
             f"csv: none of the {len(chosen)} videos of the list is on disk, the first is {printable(chosen[0][0])}; paths are "
             "absolute, or below the list's own folder, or below source.root=DIR"
         )
+    # The folder that holds all files of the list, of whatever split: names below it do not depend on the choice.
     if not all(path.startswith(base + "/") for path, *_ in rows):
         base = os.path.commonpath([base, *(os.path.dirname(path) for path, *_ in rows)])
-    names = [os.path.relpath(path, base) for path, *_ in there]
-    labels = [ids[rows[key][0]] for key in there] if class_names else []
-    cuts = [(begin, end) for _, begin, end in there]
-    if not any(cut != (0, TO_THE_END) for cut in cuts):
-        cuts = []
-    groups = [
-        written[path] for path, *_ in there
-    ]  # as the list has them: rows of other folders change no name
-    return Found(base, names, groups, labels, class_names, cuts, missing, parted)
+    found = Found(base, [], class_names=class_names, missing=missing, parted=parted)
+    for path, begin, end in there:
+        found.names.append(os.path.relpath(path, base))
+        found.groups.append(written[path])  # as the list has it: rows of other folders change no name
+        found.cuts.append((begin, end))
+        if class_names:
+            found.labels.append(ids[rows[path, begin, end][0]])
+    if set(found.cuts) <= {(0, TO_THE_END)}:
+        found.cuts = []
+    return found
 
 
 def _class_names(rows: dict) -> list[str]:
+    """Order the labels of all rows: by value if all are whole numbers, else in ASCII order; [] if no row has one."""
     names = {label for label, *_ in rows.values()}
     if names <= {""}:
         return []
-    if "" in names:
-        where = next(where for label, _, where in rows.values() if not label)
-        raise ValueError(f"{where}: no label, but other rows have one; label all rows or none")
-    return (
-        sorted(names, key=lambda name: (int(name), name))
-        if all(name.isdecimal() for name in names)
-        else sorted(names)
-    )
+    for label, _, where in rows.values():
+        if not label:
+            raise ValueError(f"{where}: no label, but other rows have one; label all rows or none")
+    if all(map(str.isdecimal, names)):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, {path, label, start_s, end_s, split}) with "" for what a row has not."""
+    """Yield (line, {path, label, start_s, end_s, split}) with "" for what a row has not."""
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         try:
             rows = _json_rows(lines, file) if file.suffix == ".jsonl" else _csv_rows(lines, file)
             named = ""
             for line, row in rows:
+                # Which column holds the path: the first row decides.
                 named = named or next((name for name in _PATH if name in row), "")
                 if not named:
                     raise ValueError(
@@ -145,6 +154,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _csv_rows(lines: Iterator[str], file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    # The mark between columns: the one that the head has most of.
     head = next(lines, "")
     mark = "\t" if file.suffix == ".tsv" else max(",;\t", key=head.count)
     names = next(csv.reader([head], delimiter=mark), [])
@@ -169,6 +179,7 @@ def _json_rows(lines: Iterator[str], file: Path) -> Iterator[tuple[int, dict[str
 
 
 def _absolute(base: Path, name: str, where: str) -> str:
+    """Make a row's path absolute, without following a link in its last part."""
     try:
         path = os.path.abspath(os.path.join(os.path.realpath(base), os.path.expanduser(name)))
         os.fsencode(path)
@@ -180,7 +191,7 @@ def _absolute(base: Path, name: str, where: str) -> str:
 
 
 def _cut(row: dict[str, str], where: str) -> tuple[int, int]:
-    """Begin and end in ms."""
+    """Read begin and end of a row's clip in ms."""
     times = []
     for name, empty in (("start_s", 0), ("end_s", TO_THE_END)):
         try:

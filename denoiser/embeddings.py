@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
-    """(N,) positions -> (N, dim) float64 table [sin(p w_i) | cos(p w_i)], w_i = 10000^(-i / (dim / 2)).
+    """Make the (N, dim) float64 table [sin(p w_i) | cos(p w_i)] of (N,) positions, w_i = 10000^(-i / (dim / 2)).
 
     Raises ValueError for an odd dim. Also the temporal table of Latte, with positions 0 .. t - 1.
     """
@@ -25,7 +25,7 @@ def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
 
 
 def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
-    """(height * width, dim) float64 table of a patch grid, row-major; the first dim / 2 encode the COLUMN.
+    """Make the (height * width, dim) float64 table of a patch grid, row-major; the first dim / 2 encode the COLUMN.
 
     The order (column, then row) is that of the released weights; swapped halves give a different model.
     Raises ValueError unless dim is a multiple of 4.
@@ -37,7 +37,7 @@ def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) timesteps -> (B, dim) float32 [cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / (dim // 2)).
+    """Embed (B,) timesteps as (B, dim) float32 [cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / (dim // 2)).
 
     Note the order, the reverse of the position tables. An odd dim ends in a zero column. Always float32: in
     bf16 the ids 257 and 258 are one number.
@@ -59,9 +59,10 @@ class PatchProjection(nn.Conv2d):
         super().__init__(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B, t, N, D), N = (h / p)(w / p) tokens of a frame, row-major."""
+        """Cut into tokens: (B, C, t, h, w) -> (B, t, N, D), N = (h / p)(w / p) tokens of a frame, row-major."""
         B, C, t, h, w = x.shape
         p = self.kernel_size[0]
+        # (B, t, h / p, w / p, C, p, p): the values of a patch in the order of the kernel's
         patches = x.reshape(B, C, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)
         return F.linear(
             patches.reshape(B, t, (h // p) * (w // p), C * p * p), self.weight.flatten(1), self.bias
@@ -76,7 +77,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(in_channels, hidden_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B, t, N, D)."""
+        """Cut latents into tokens: (B, C, t, h, w) -> (B, t, N, D)."""
         return self.proj(x)
 
 
@@ -92,7 +93,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) timesteps -> (B, D) in the dtype of the weights."""
+        """Embed (B,) timesteps: (B, D) in the dtype of the weights."""
         return self.mlp(timestep_embedding(t, self.num_frequencies).to(self.mlp[0].weight.dtype))
 
 
@@ -109,10 +110,11 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor, force_drop: Tensor | None = None) -> Tensor:
-        """(B,) int64 labels -> (B, D). Training replaces each label by the null id with dropout_prob.
+        """Embed (B,) int64 labels: (B, D). Training replaces each label by the null id with dropout_prob.
 
         force_drop: (B,) bool replaces that draw, in any mode: True = null.
         """
+        # One draw per sample, for classifier-free guidance.
         if force_drop is None and self.training and self.dropout_prob > 0:
             force_drop = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
         if force_drop is not None:

@@ -45,7 +45,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, tokens, D) -> (rows, tokens, D)."""
+        """Attend within each row: (rows, tokens, D) -> (rows, tokens, D)."""
+        # Three (rows, heads, tokens, head_dim)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v)  # (rows, heads, tokens, head_dim)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -79,17 +80,19 @@ class LatteBlock(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, t, N, D) tokens, c: (B, D) conditioning -> (B, t, N, D)."""
+        """Run the block: x (B, t, N, D) tokens, c (B, D) conditioning -> (B, t, N, D)."""
         # Six (B, 1, 1, D): one modulation per sample, broadcast over its frames and patches.
         m = self.adaLN_modulation(c).unflatten(-1, (6, 1, 1, -1))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = m.unbind(1)
+        # Attention within frames, or along time: x + gate * attention(norm(x) * (1 + scale) + shift).
         h = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
         x = torch.addcmul(x, gate_attn, self._attend(h))
+        # The same of the MLP.
         h = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
         return torch.addcmul(x, gate_mlp, self.mlp(h))
 
     def _attend(self, h: Tensor) -> Tensor:
-        return self.attn(h.flatten(0, 1)).view_as(h)
+        return self.attn(h.flatten(0, 1)).view_as(h)  # rows are the B t frames
 
 
 class TemporalLatteBlock(LatteBlock):
@@ -113,7 +116,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, t, N, D), c: (B, D) -> (B, t, N, p * p * C), the channel fastest."""
+        """Project tokens to patches: x (B, t, N, D), c (B, D) -> (B, t, N, p * p * C), the channel fastest."""
         shift, scale = self.adaLN_modulation(c).unflatten(-1, (2, 1, 1, -1)).unbind(1)
         return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
 
@@ -158,15 +161,17 @@ class Latte(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"num_classes={num_classes}: give at least 1, or None for an unconditional model"
             )
+        # Embedders of patches, timestep and class.
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.blocks = nn.ModuleList(
-            (TemporalLatteBlock if i % 2 else LatteBlock)(hidden_size, num_heads, mlp_ratio)
-            for i in range(depth)
-        )
+        # Blocks within frames and along time, in turn.
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            kind = TemporalLatteBlock if i % 2 else LatteBlock
+            self.blocks.append(kind(hidden_size, num_heads, mlp_ratio))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.gradient_checkpointing = False
         # Functions of the config, so not in the state dict: weights of 16 frames load into a model of 21.
@@ -176,7 +181,7 @@ class Latte(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_size(cls, size: str, **config) -> "Latte":
-        """One of the twelve published sizes, "S/8" to "XL/2"; config: the other constructor arguments."""
+        """Build one of the twelve published sizes, "S/8" to "XL/2"; config: the other constructor arguments."""
         name = size.removeprefix("Latte-")
         if name not in LATTE_SIZES:
             raise ValueError(f"size={size!r}: no such Latte, use one of {', '.join(LATTE_SIZES)}")
@@ -184,7 +189,7 @@ class Latte(ModelMixin, ConfigMixin):
 
     @property
     def null_label(self) -> int | None:
-        """The label id that means "no class", or None where the model has no such id."""
+        """Return the label id that means "no class", or None where the model has no such id."""
         has_null = self.config.num_classes is not None and self.config.class_dropout_prob > 0
         return self.config.num_classes if has_null else None
 
@@ -204,6 +209,7 @@ class Latte(ModelMixin, ConfigMixin):
         force_drop: (B,) bool, True hides the label of that sample, instead of the random draw of training.
         Returns LatteOutput, or (sample,) with return_dict=False. Raises ValueError for other inputs.
         """
+        # Conditioning: the timestep, and the class where there are classes. (B, D)
         self._check_input(x)
         B = x.shape[0]
         x = x.to(self.x_embedder.proj.weight.dtype)
@@ -212,25 +218,29 @@ class Latte(ModelMixin, ConfigMixin):
         if y is not None:
             c = c + self.y_embedder(y, force_drop)
 
+        # Tokens, with their places in the frame.
         x = self.x_embedder(x)  # (B, t, N, D)
         # Under autocast the tables lift the residual stream to float32, as upstream's are: a stream in bf16 would round
         # after each block (tests/unit/denoiser/test_latte.py has the numbers).
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
         x = x + self.pos_embed.to(x.device, dtype)
+        # Blocks; the place in time is added once, before the first temporal block.
         for i, block in enumerate(self.blocks):
-            if i == 1:  # once, before the first temporal block
+            if i == 1:
                 x = x + self.temp_embed.to(x.device, dtype).unsqueeze(2)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)
             else:
                 x = block(x, c)
+        # (B, t, N, D) -> (B, C or 2C, t, h, w)
         sample = self._unpatchify(self.final_layer(x, c))
         return LatteOutput(sample=sample) if return_dict else (sample,)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
-        """(B, t, N, p * p * C) -> (B, C, t, h, w)."""
+        """Put patches together: (B, t, N, p * p * C) -> (B, C, t, h, w)."""
         p, (h, w) = self.config.patch_size, self.latent_hw
         B, t = x.shape[:2]
+        # (B, t, rows, columns, p, p, C) -> (B, C, t, rows, p, columns, p)
         x = x.view(B, t, h // p, w // p, p, p, self.out_channels).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(B, self.out_channels, t, h, w)
 
@@ -243,11 +253,13 @@ class Latte(ModelMixin, ConfigMixin):
             )
 
     def _labels(self, y: Tensor | None, B: int, device: torch.device) -> Tensor | None:
+        """Check labels, or fill in the null label: (B,) int64 on the device; None for an unconditional model."""
         K = self.config.num_classes
         if K is None:
             if y is not None:
                 raise ValueError("y given, but this Latte is unconditional (num_classes=None): leave y out")
             return None
+        # No labels: no class for all, which training must not take for granted.
         if y is None:
             if self.training:
                 raise ValueError(f"y=None: training a Latte of {K} classes needs labels (B,); null is id {K}")
@@ -263,13 +275,13 @@ class Latte(ModelMixin, ConfigMixin):
         return y.to(device)
 
     def check_labels(self, y: Tensor) -> None:
-        """ValueError for class ids that this Latte does not have. Call it before they go to a GPU: forward waits for none."""
+        """Raise ValueError for class ids that this Latte lacks. Call it before they go to a GPU: forward waits for none."""
         last = self.y_embedder.embedding_table.num_embeddings - 1
         if len(y) and not (0 <= int(y.min()) and int(y.max()) <= last):
             raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
 
     def _position_tables(self) -> dict[str, Tensor]:
-        """pos_embed (1, N, D) and temp_embed (1, t, D), float32 on the CPU whatever the default device is."""
+        """Make pos_embed (1, N, D) and temp_embed (1, t, D), float32 on the CPU whatever the default device is."""
         p, D = self.config.patch_size, self.config.hidden_size
         space = sincos_2d(self.latent_hw[0] // p, self.latent_hw[1] // p, D)
         time = sincos_1d(range(self.config.num_frames), D)
@@ -289,16 +301,19 @@ class Latte(ModelMixin, ConfigMixin):
 
     def _init_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity and the output as exactly 0."""
+        # All linear layers, and the patch projection as one.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
+        # The embedders of timestep and class.
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         if self.config.num_classes is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        # Zero modulation: gates of 0, and an output of 0.
         adaln = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
         for linear in (*adaln, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
@@ -312,7 +327,7 @@ def build_denoiser(
     latent_size: int | tuple[int, int],
     num_classes: int | None = None,
 ) -> Latte:
-    """A fresh Latte of a published size ("XL/2") for latents (B, latent_channels, latent_frames, h, w)."""
+    """Build a fresh Latte of a published size ("XL/2") for latents (B, latent_channels, latent_frames, h, w)."""
     return Latte.from_size(
         name,
         in_channels=latent_channels,

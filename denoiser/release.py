@@ -27,7 +27,7 @@ _TABLE_TOLERANCE = 0.05
 
 
 def read_release(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a release file: its "ema" entry, else "model", else all of it; prefixes removed.
+    """Read the state dict in a release file: its "ema" entry, else "model", else all of it; prefixes removed.
 
     path: .pt (torch.save) or .safetensors. Raises ValueError if damaged or if it holds more than tensors.
     """
@@ -50,6 +50,7 @@ def pick_state_dict(content: Mapping) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{type(content).__name__}: expected a state dict, alone or under 'ema' or 'model'")
+    # Every entry must be a tensor under a name.
     state = {}
     for key, value in content.items():
         if not isinstance(key, str):
@@ -63,12 +64,13 @@ def pick_state_dict(content: Mapping) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict:
-    """The constructor arguments of the Latte whose release state dict this is, from shapes alone.
+    """Infer the constructor arguments of the Latte whose release state dict this is, from shapes alone.
 
     num_heads leaves no trace in the shapes: it comes from the table of published sizes, or from the caller.
     Frames that are not square cannot be told from the table: the latent is taken as square.
     Raises ValueError if a needed key is missing or the size is unknown and num_heads is not given.
     """
+    # Sizes from the shapes of some tensors, depth from the blocks' numbers.
     try:
         hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         mlp_hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
@@ -77,6 +79,7 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> d
     except KeyError as error:
         raise ValueError(f"{error.args[0]}: missing, so this is not a Latte release state dict") from error
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    # Heads from the table of published sizes.
     if num_heads is None:
         known = {(row["depth"], row["hidden_size"]): row["num_heads"] for row in LATTE_SIZES.values()}
         if (depth, hidden_size) not in known:
@@ -105,15 +108,17 @@ def from_release(
     num_frames: int | None = None,
     sample_size: int | tuple[int, int] | None = None,
 ) -> Latte:
-    """A Latte with the weights of a release file or of its loaded content: CPU, float32, evaluation mode.
+    """Load a Latte with the weights of a release file or of its loaded content: CPU, float32, evaluation mode.
 
     num_frames, sample_size: geometry of the new model where it is not that of the release (fine-tuning a
     16-frame model on 21 latent frames); the position tables are made for it. num_heads: see `infer_config`.
     Raises ValueError unless the keys and shapes are exactly those of that Latte, both tables included.
     """
+    # The release's own geometry, whose position tables must be Latte's.
     state = pick_state_dict(source) if isinstance(source, Mapping) else read_release(source)
     config = infer_config(state, num_heads)
     _check_tables(state, config)
+    # The geometry that is wanted; all tensors but the tables are the same for any.
     weights = {key: value for key, value in state.items() if key not in _TABLES}
     if num_frames is not None:
         config["num_frames"] = num_frames
@@ -127,7 +132,7 @@ def from_release(
 
 
 def to_release(model: Latte) -> dict[str, Tensor]:
-    """The upstream state dict of a Latte: its parameters plus pos_embed (1, N, D) and temp_embed (1, t, D).
+    """Make the upstream state dict of a Latte: its parameters plus pos_embed (1, N, D) and temp_embed (1, t, D).
 
     The parameters are clones on the CPU; the XL/2 of 101 classes gives the 293 keys of ucf101.pt['ema'].
     """
@@ -141,6 +146,7 @@ def save_release(model: Latte, path: str | Path) -> None:
 
 
 def _check_tables(state: Mapping[str, Tensor], config: dict) -> None:
+    """Raise ValueError unless the file's position tables are Latte's, but for what an EMA of them drifts."""
     D, side = config["hidden_size"], config["sample_size"] // config["patch_size"]
     expected = {
         "pos_embed": sincos_2d(side, side, D),

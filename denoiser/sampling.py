@@ -43,20 +43,21 @@ class RespacedDDIMScheduler(DDIMScheduler):
     def step(
         self, model_output: Tensor, timestep: int, sample: Tensor, generator=None
     ) -> DDIMSchedulerOutput:
-        """One step of DDIM Eq. (12) with sigma = 0, so `generator` is not drawn from.
+        """Take one step of DDIM Eq. (12) with sigma = 0, so `generator` is not drawn from.
 
         model_output: predicted noise, shaped as sample.
         """
         alpha_bar = float(self.alphas_cumprod[int(timestep)])
         following = self._next.get(int(timestep))
         next_alpha_bar = 1.0 if following is None else float(self.alphas_cumprod[following])
+        # The x_0 that the predicted noise means, noised again to the next kept step with the same noise.
         x0 = (sample - (1.0 - alpha_bar) ** 0.5 * model_output) / alpha_bar**0.5
         prev_sample = next_alpha_bar**0.5 * x0 + (1.0 - next_alpha_bar) ** 0.5 * model_output
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
 
 def make_scheduler(kind: str = "ddpm", num_steps: int = 250) -> DDPMScheduler | DDIMScheduler:
-    """A scheduler ready to loop over `.timesteps`, with float64 tables.
+    """Make a scheduler ready to loop over `.timesteps`, with float64 tables.
 
     kind "ddpm": ancestral sampling with the learned variance, Latte's default at 250 steps, 999 to 0.
     kind "ddim": diffusers' deterministic DDIM, equal strides from 0; num_steps must divide 1000.
@@ -64,10 +65,12 @@ def make_scheduler(kind: str = "ddpm", num_steps: int = 250) -> DDPMScheduler | 
     Any other kind is one that was added to data.core.registry.samplers, and stays as it is.
     Raises ValueError for another kind or number of steps.
     """
+    # A sampler of the user's own, as it is.
     if kind not in KINDS:
         if (make := samplers.find(kind)) is None:
             raise ValueError(f"sampler {kind!r}: use {', '.join([*KINDS, *samplers])}")
         return make(num_steps)
+    # One of diffusers, set up as Latte samples.
     kept = respaced_timesteps(num_steps)
     if kind == "ddpm":
         scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", **_LINEAR)
@@ -101,7 +104,7 @@ def with_float64_tables(scheduler):
 
 
 def cfg_forward(model, x: Tensor, t: Tensor | int, y: Tensor | None, guidance_scale: float = 1.0) -> Tensor:
-    """The model's output with classifier-free guidance: noise = null + scale * (class - null).
+    """Run the model with classifier-free guidance: noise = null + scale * (class - null).
 
     model: a Latte. x: (B, C, t, h, w). t: (B,) or scalar int. y: (B,) int64, None for an unconditional model.
     Only the C noise channels are guided; the variance channels are those of the class, as Latte samples.
@@ -118,9 +121,11 @@ def cfg_forward(model, x: Tensor, t: Tensor | int, y: Tensor | None, guidance_sc
         )
     if y is None:
         raise ValueError(f"guidance_scale={guidance_scale}: guidance needs labels y, (B,) int64")
+    # One batch of 2B: with the class, and with none.
     if isinstance(t, Tensor) and t.ndim == 1 and len(t) == len(x):
         t = torch.cat([t, t])
     out = model(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, null_label)])).sample
+    # Guide the noise; the variance channels, if there are any, stay those of the class.
     C = x.shape[1]
     conditional, null = out.chunk(2)
     noise = null[:, :C] + guidance_scale * (conditional[:, :C] - null[:, :C])
@@ -153,6 +158,7 @@ def sample_latents(
     The model is put in evaluation mode, then back.
     Raises ValueError if the counts differ, or if ddpm (learned variance) meets a model without learn_sigma.
     """
+    # One generator and one label per sample, or one generator for all.
     B, C = noise_shape[:2]
     one = isinstance(generators, torch.Generator)
     if (not one and len(generators) != B) or (y is not None and len(y) != B):
@@ -163,6 +169,7 @@ def sample_latents(
     generators = generators if one else list(generators)
     if latents is not None and tuple(latents.shape) != tuple(noise_shape):
         raise ValueError(f"latents of shape {tuple(latents.shape)}: this model's are {tuple(noise_shape)}")
+    # Labels are checked while they are on the CPU, and the start is drawn, or given.
     learned_range = getattr(scheduler, "variance_type", None) == "learned_range"
     device = device or model.device
     if y is not None:
@@ -178,13 +185,13 @@ def sample_latents(
     try:
         # Ids as Python ints: the scheduler's tables stay on the CPU and no step waits for the GPU.
         for i, t in enumerate((progress or iter)(scheduler.timesteps.tolist())):
-            ids = torch.full(
-                (B,), t, device=device
-            )  # a tensor: a compiled model would recompile for each int
+            # Predict the noise; ids are a tensor, for a compiled model would recompile for each int.
+            ids = torch.full((B,), t, device=device)
             scale = guidance_scale() if callable(guidance_scale) else guidance_scale
             out = cfg_forward(model, x, ids, y, scale).float()
             if learned_range and out.shape[1] != 2 * C:
                 raise ValueError(f"{out.shape[1]} output channels: ddpm here needs learn_sigma; use ddim")
+            # x_t -> x of the next kept step; the variance is for a scheduler that uses it.
             out = out if learned_range else out[:, :C]
             x = scheduler.step(out, t, x, generator=generators).prev_sample
             x = on_step(i, t, x) if on_step else x

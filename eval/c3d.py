@@ -42,10 +42,12 @@ class C3D(nn.Module):
         if tuple(x.shape[1:]) != (3, NUM_FRAMES, RESOLUTION, RESOLUTION):
             raise ValueError(f"C3D got {tuple(x.shape)}: it needs (B, 3, 16, 112, 112), exactly 16 frames")
         x = x - self.mean
+        # Eight convolutions and five pools: (B, 3, 16, 112, 112) -> (B, 512, 1, 4, 4)
         for name, _, _, pool in CONVS:
             x = F.relu(getattr(self, name)(x))
             if pool:  # ceil_mode: 7 -> 4 at the last pool, or fc6 would not fit
                 x = F.max_pool3d(x, pool, pool, ceil_mode=True)
+        # Three fully connected layers: (B, 8192) -> (B, 101)
         x = F.relu(self.fc6(x.flatten(1)))
         return self.fc8(F.relu(self.fc7(x)))
 

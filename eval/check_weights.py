@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__:
 from data.core.cli import run
 from data.core.files import sha256_of
 from data.core.lazy import lazy
-from eval.weight_files import TRUNKS, WEIGHT_FILES
+from eval.weight_files import LPIPS_NAMES, WEIGHT_FILES
 from eval.weights import accepted_names, find_weights, identify, weights_folder
 
 fidelity = lazy("eval.fidelity")
@@ -22,7 +22,7 @@ weights = lazy("eval.weights")
 
 
 def kind_of(path: Path) -> str:
-    """Which of WEIGHT_FILES a file is meant to be, by its name. Raises ValueError for none."""
+    """Tell by its name which of WEIGHT_FILES a file is meant to be. Raises ValueError for none."""
     for kind in reversed(WEIGHT_FILES):  # i3d, which takes a TorchScript's name too, last
         if path.name in accepted_names(kind):
             return kind
@@ -33,10 +33,10 @@ def kind_of(path: Path) -> str:
 
 
 def verify(path: Path) -> tuple[bool, str]:
-    """(verified, what was found). Raises ValueError for a file that is missing, wrong, or does not fit."""
-
+    """Return (verified, what was found). Raises ValueError for a file that is missing, wrong, or does not fit."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    # A program with weights is identified by its digest only: loading it would run it.
     kind = kind_of(path)
     if kind == "i3d_torchscript":
         provenance = identify(path, kind)
@@ -44,30 +44,25 @@ def verify(path: Path) -> tuple[bool, str]:
             raise ValueError(
                 f"{path}: not the published file, and a TorchScript file runs code; do not load it"
             )
-    elif kind in TRUNKS.values():
-        provenance = fidelity.load_lpips(
-            path, net=next(net for net, trunk in TRUNKS.items() if trunk == kind)
-        )[1]
-    elif kind == "c3d_mean":
-        provenance = weights.load_c3d_mean(path)[1]
+    # All others are loaded into their network, so that keys and shapes are checked too.
+    elif kind in LPIPS_NAMES:
+        _, provenance = fidelity.load_lpips(path, net=LPIPS_NAMES[kind])
     else:
-        provenance = {"i3d": weights.load_i3d, "c3d": weights.load_c3d}[kind](path)[1]
+        load = {"i3d": weights.load_i3d, "c3d": weights.load_c3d, "c3d_mean": weights.load_c3d_mean}
+        _, provenance = load[kind](path)
     if provenance.known:
         return True, provenance.tensors or "the published digest"
     return False, provenance.tensors or f"readable; {WEIGHT_FILES[kind].digest}; sha256 {sha256_of(path)}"
 
 
 def listing() -> list[str]:
-    """A line for each official file."""
+    """Describe each official file: name, digest, source, and where it was found."""
     lines = []
     for kind, official in WEIGHT_FILES.items():
         try:
             path = find_weights(kind)
-            place = (
-                f"found: {path}"
-                if path.name in (official.file, official.fetched)
-                else f"not needed: {path} is there"
-            )
+            its_own = path.name in (official.file, official.fetched)
+            place = f"found: {path}" if its_own else f"not needed: {path} is there"
         except ValueError:
             place = f"not found in {weights_folder()}"
             place += "; bash scripts/fetch_weights.sh gets it" if official.fetched else ""

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from data.core.lazy import lazy
+from data.decoder import BadVideo
+from data.finding import natural_key
 from data.processes import Pool
 from data.progress import Progress
-from data.video import BadVideo, natural_key
 from eval.feature_cache import FeatureCache
 from eval.selection import Clip, Selection
 from eval.videos import content_digest, read_clip
@@ -46,7 +47,7 @@ class Ranks:
         return self.rank == 0
 
     def all_gather(self, value: Any) -> list:
-        """The values of all processes, in the order of their ranks."""
+        """Gather the values of all processes, in the order of their ranks."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -56,7 +57,7 @@ class Ranks:
         return values
 
     def everywhere(self, fn: Callable[[], Any]) -> list:
-        """Results of fn() of all processes. If it raises ValueError or OSError in one, it is raised in all."""
+        """Call fn() in all processes, gather the results. If it raises ValueError or OSError in one, it is raised in all."""
         result, error = None, None
         try:
             result = fn()
@@ -66,6 +67,7 @@ class Ranks:
             if error:
                 raise error
             return [result]
+        # All take part in the gathering, whether fn() failed or not: otherwise the others would wait for ever.
         gathered = self.all_gather((result, None if error is None else f"{error}"))
         for rank, (_, message) in enumerate(gathered):
             if message is not None:
@@ -73,16 +75,17 @@ class Ranks:
         return [value for value, _ in gathered]
 
     def from_main(self, fn: Callable[[], Any]) -> Any:
-        """fn() as computed by rank 0, in all processes; its ValueError or OSError too."""
+        """Call fn() in rank 0 and return its result in all processes; raise its ValueError or OSError in all too."""
         return self.everywhere(lambda: fn() if self.main else None)[0]
 
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The processes of a torchrun or accelerate launch, or of a group that exists already; else one alone."""
+    """Join the processes of a torchrun or accelerate launch, or of a group that exists already; else one alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     import torch.distributed as dist
 
+    # A trainer's group may be one of GPUs; objects are gathered by the CPU.
     if dist.is_available() and dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
@@ -131,7 +134,7 @@ class RunOptions:
 
 
 def _read(clip: Clip, size: tuple[int, int]) -> np.ndarray | str:
-    """A clip's pixels, or in one line why it cannot be read."""
+    """Read a clip's pixels, or say in one line why it cannot be read."""
     try:
         return read_clip(clip.video, np.array(clip.indices), size, clip.source, clip.times)
     except ValueError as error:
@@ -139,17 +142,18 @@ def _read(clip: Clip, size: tuple[int, int]) -> np.ndarray | str:
 
 
 def _read_ahead(clips: Sequence[Clip], size: tuple[int, int], workers: int) -> Iterator[np.ndarray | str]:
-    """The clips' pixels in order, decoded ahead by `workers` processes within QUEUE_BYTES."""
+    """Yield the clips' pixels in order, decoded ahead by `workers` processes within QUEUE_BYTES."""
     clip_bytes = len(clips[0].indices) * size[0] * size[1] * 3 if clips else 1
     ahead = max(1, min(4 * workers, QUEUE_BYTES // clip_bytes))
     workers = min(workers, ahead, len(clips))
     if not workers:
-        yield from (_read(clip, size) for clip in clips)
+        for clip in clips:
+            yield _read(clip, size)
         return
     with Pool(workers) as pool:
-        for clip, pixels in zip(
-            clips, pool.in_order(((_read, clip, size) for clip in clips), ahead), strict=True
-        ):
+        read = pool.in_order(((_read, clip, size) for clip in clips), ahead)
+        for clip, pixels in zip(clips, read, strict=True):
+            # What the pool says about a worker that died, or took too long, lacks the name.
             yield f"{clip.video.name}: {pixels}" if isinstance(pixels, BadVideo) else pixels
 
 
@@ -161,28 +165,35 @@ def extract_selected(
     cache: FeatureCache | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray | None, dict[int, str]]:
-    """Features of clips, in their order, the same in every process; collective when there are several.
+    """Compute the features of clips, in their order, the same in every process; collective when there are several.
 
     size: (height, width) of the pixels the network's preprocessing gets. Returns ((N, D) float32, {}), or
     (None, {index of a clip: why it cannot be read}).
     """
     ranks, step = options.ranks, options.batch_of(len(clips[0].indices))
-    known = ranks.from_main(lambda: cache.load(len(clips), step) if cache else {})
-    todo = [start for start in range(0, len(clips), step) if start not in known]
+    # What an earlier run left in the cache, and this process's share of the other batches.
+    pieces = ranks.from_main(lambda: cache.load(len(clips), step) if cache else {})
+    todo = [start for start in range(0, len(clips), step) if start not in pieces]
     mine = todo[ranks.rank :: ranks.world]
     if on_batch is not None:
-        on_batch(sum(map(len, known.values())))
+        on_batch(sum(map(len, pieces.values())))
     parts = ranks.everywhere(
         lambda: _extract_batches(clips, size, mine, step, extractor, options.workers, cache, on_batch)
     )
-    failures = {index: reason for _, failed in parts for index, reason in failed.items()}
+    # Gather; all processes see all failures and batches.
+    failures = {}
+    for found, failed in parts:
+        failures |= failed
+        pieces |= found
     if failures:
         return None, failures
-    pieces = [(start, part) for found, _ in parts for start, part in found.items()] + list(known.items())
-    pieces.sort(key=lambda piece: piece[0])
-    covered = [start + n for start, part in pieces for n in range(len(part))]
-    assert covered == list(range(len(clips))), "each clip is judged exactly once"
-    features = np.concatenate([part for _, part in pieces])
+    # Put the batches in order and check that they cover each clip once.
+    features = []
+    for start in sorted(pieces):
+        assert start == sum(map(len, features)), "each clip is judged exactly once"
+        features.append(pieces[start])
+    features = np.concatenate(features)
+    assert len(features) == len(clips), "each clip is judged exactly once"
     if cache and ranks.main:
         cache.finish(features, step)
     return features, {}
@@ -191,17 +202,19 @@ def extract_selected(
 def _extract_batches(
     clips, size, starts, step, extractor, workers, cache, on_batch
 ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-    """The batches that begin at `starts`: ({start: features}, {index: why a clip cannot be read})."""
-
-    found, failures = {}, {}
-    wanted = [n for start in starts for n in range(start, min(start + step, len(clips)))]
-    pixels = _read_ahead([clips[n] for n in wanted], size, workers)
+    """Compute the batches that begin at `starts`: ({start: features}, {index: why a clip cannot be read})."""
+    found, failures, wanted = {}, {}, []
     for start in starts:
-        batch = {n: next(pixels) for n in range(start, min(start + step, len(clips)))}
-        failures |= {n: clip for n, clip in batch.items() if isinstance(clip, str)}
+        wanted += clips[start : start + step]
+    pixels = _read_ahead(wanted, size, workers)
+    for start in starts:
+        batch = [next(pixels) for _ in clips[start : start + step]]
+        for index, clip in enumerate(batch, start):
+            if isinstance(clip, str):
+                failures[index] = clip
         if failures:
             continue  # the batch will be made again with other clips in their places
-        found[start] = feature_networks.extract_features(batch.values(), extractor, step)
+        found[start] = feature_networks.extract_features(batch, extractor, step)
         if cache:
             cache.store(start, found[start])
         if on_batch is not None:
@@ -231,12 +244,13 @@ def judge_folder(
     more: int = 0,
     text: str = "",
 ) -> Judged:
-    """Features of exactly `num` clips, and of `more` after them if the folder has that many; collective.
+    """Compute the features of exactly `num` clips, and of `more` after them if the folder has that many; collective.
 
     selection: in rank 0, None elsewhere. A clip that cannot be read after all is replaced and counted.
     Raises ValueError if there are fewer than `num` clips.
     """
     ranks = options.ranks
+    # Until a choice of clips can be read to its end: a video that fails is rejected, and others take its places.
     while True:
         clips, cache = ranks.from_main(lambda: _plan(selection, num, more, size, extractor, options))
         with Progress(len(clips), text, "video", ranks.main and bool(text)) as bar:
@@ -246,8 +260,9 @@ def judge_folder(
         if ranks.main:
             for index, reason in failures.items():
                 selection.reject(clips[index].video, reason)
-    numbers = {video: n for n, video in enumerate(dict.fromkeys(clip.video for clip in clips))}
-    groups = np.array([numbers[clip.video] for clip in clips])
+    # Number the videos, for intervals (all clips of one are drawn together); rank the clips by name, for IS.
+    numbers: dict = {}
+    groups = np.array([numbers.setdefault(clip.video, len(numbers)) for clip in clips])
     by_name = sorted(range(len(clips)), key=lambda n: (natural_key(clips[n].video.name), clips[n].indices))
     places = np.argsort(by_name)
     summary = ranks.from_main(lambda: selection.summary(clips[:num]))
@@ -257,8 +272,7 @@ def judge_folder(
 def _plan(
     selection: Selection, num: int, more: int, size: tuple[int, int], extractor, options: RunOptions
 ) -> tuple[list[Clip], FeatureCache | None]:
-    """The clips to judge, and where their features are kept."""
-
+    """Choose the clips to judge, and say where their features are kept."""
     # More clips are welcome, not needed: they are for the floor.
     clips = selection.take(num)
     if more:

@@ -20,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(argument: str | None, *roots: str | Path) -> Path:
-    """Where caches lie: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte. ValueError if inside a data folder."""
+    """Return the folder of caches: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte. ValueError if inside a data folder."""
     folder = Path(argument or os.environ.get("OMNILATTE_CACHE") or Path.home() / ".cache" / "omnilatte")
     for root in roots:
         if Path(root).is_dir() and folder.resolve().is_relative_to(Path(root).resolve()):
             raise ValueError(f"--cache-dir {folder} lies inside the videos {root}; choose a folder outside")
+    # Found out now, not after the first batch.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -37,7 +38,7 @@ def cache_folder(argument: str | None, *roots: str | Path) -> Path:
 
 
 def scan_file(folder: Path, root: str | Path) -> Path:
-    """The file that keeps the scan of one folder of videos."""
+    """Name the file that keeps the scan of one folder of videos."""
     name = hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
     return folder / "scans" / f"{name}.sqlite"
 
@@ -53,7 +54,7 @@ class FeatureCache:
 
     @staticmethod
     def _read(path: Path) -> np.ndarray | None:
-        """A cached array; None if it is not there or not as it was written, which costs its computation only.
+        """Read a cached array; None if it is not there or not as it was written, which costs its computation only.
 
         Behind the array stands its sha256; a file of before that was so ends with the array.
         """
@@ -79,13 +80,18 @@ class FeatureCache:
         write_atomic(path, content + hashlib.sha256(content).digest())
 
     def load(self, num: int, batch_size: int) -> dict[int, np.ndarray]:
-        """What is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""
+        """Read what is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""
+        # A finished run left one file,
         whole = self._read(self.whole)
         if whole is not None and len(whole) == num:
             return {start: whole[start : start + batch_size] for start in range(0, num, batch_size)}
-        found = {start: self._read(self._part(start)) for start in range(0, num, batch_size)}
-        sizes = {start: min(batch_size, num - start) for start in found}
-        return {s: part for s, part in found.items() if part is not None and len(part) == sizes[s]}
+        # an interrupted one a file per batch.
+        found = {}
+        for start in range(0, num, batch_size):
+            part = self._read(self._part(start))
+            if part is not None and len(part) == min(batch_size, num - start):
+                found[start] = part
+        return found
 
     def _part(self, start: int) -> Path:
         return self.folder / f"{self.key[:32]}-{start:06d}.npy"

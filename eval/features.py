@@ -37,14 +37,14 @@ class Extractor:
 
 
 def default_device(rank: int = 0) -> torch.device:
-    """The GPU of this process (ranks of a machine take its GPUs in turn), or the CPU."""
+    """Choose the GPU of this process (ranks of a machine take its GPUs in turn), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def i3d_extractor(weights=None, device=None, eps: float = EPS_TATS, resize: str = "squash") -> Extractor:
-    """I3D, 400 logits (FVD, KVD). weights: as `load_i3d`; eps, resize: as `I3D`, `to_i3d_input`.
+    """Make the extractor of I3D, 400 logits (FVD, KVD). weights: as `load_i3d`; eps, resize: as `I3D`, `to_i3d_input`.
 
     A verified i3d_torchscript.pt runs as it is, with its own resize for "squash".
     """
@@ -59,7 +59,7 @@ def i3d_extractor(weights=None, device=None, eps: float = EPS_TATS, resize: str 
 
 
 def c3d_extractor(weights=None, device=None) -> Extractor:
-    """C3D, 101 logits (IS). weights: as `load_c3d`."""
+    """Make the extractor of C3D, 101 logits (IS). weights: as `load_c3d`."""
     device = torch.device(device) if device is not None else default_device()
     network, provenance = load_c3d(weights)
     return Extractor(network.requires_grad_(False).to(device), to_c3d_input, provenance, device)
@@ -67,7 +67,7 @@ def c3d_extractor(weights=None, device=None) -> Extractor:
 
 @contextlib.contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """No gradients, no autocast, no TF32; the settings found are put back."""
+    """Run the block with no gradients, no autocast and no TF32; the settings found are put back."""
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -92,19 +92,13 @@ def _check_clip(clip: np.ndarray, first_shape: tuple[int, ...], index: int) -> N
         )
 
 
-def _batches(clips: Iterable[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
-    clips = iter(clips)
-    while batch := list(itertools.islice(clips, batch_size)):
-        yield batch
-
-
 def extract_features(
     clips: Iterable[np.ndarray],
     extractor: Extractor | None = None,
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Features of clips, in their order. Memory holds one batch of clips at a time.
+    """Compute the features of clips, in their order. Memory holds one batch of clips at a time.
 
     clips: any iterable of (T, H, W, 3) uint8 arrays of one shape. extractor: default I3D from
     $OMNILATTE_WEIGHTS. on_batch: called with the number of clips done since the last call (a progress bar).
@@ -114,18 +108,22 @@ def extract_features(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
     extractor = extractor if extractor is not None else i3d_extractor()
-    features, shape, done = [], None, 0
-    for batch in _batches(clips, batch_size):
+    features, shape, done, clips = [], None, 0, iter(clips)
+    while batch := list(itertools.islice(clips, batch_size)):
         # All clips have one shape, that of the first.
         shape = shape or batch[0].shape
         for offset, clip in enumerate(batch):
             _check_clip(clip, shape, done + offset)
         # Prepare each clip as the network wants it, and run the batch in exact float32.
         with exact_float32(extractor.device.type):
-            writable = [torch.from_numpy(np.require(clip, requirements=["C", "W"])) for clip in batch]
-            inputs = [extractor.prepare(clip.to(extractor.device)) for clip in writable]
-            # stacked in (B, T, H, W, C) memory order: the layout of the frames, and of the fast network
-            stacked = torch.stack([x.permute(1, 2, 3, 0) for x in inputs]).permute(0, 4, 1, 2, 3)
+            inputs = []
+            for clip in batch:
+                pixels = torch.from_numpy(
+                    np.require(clip, requirements=["C", "W"])
+                )  # torch needs a writable one
+                inputs.append(extractor.prepare(pixels.to(extractor.device)).permute(1, 2, 3, 0))
+            # (B, 3, T, H, W), stacked in (B, T, H, W, 3) memory order: the layout of frames, and of the fast network
+            stacked = torch.stack(inputs).permute(0, 4, 1, 2, 3)
             output = extractor.network(stacked).float().cpu().numpy()
         # A score of features that are not numbers would be silently wrong.
         if output.ndim != 2 or len(output) != len(batch):

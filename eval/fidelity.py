@@ -56,7 +56,7 @@ def _check(real: np.ndarray, fake: np.ndarray) -> None:
 
 
 def psnr(real: np.ndarray, fake: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, mean over frames. Videos (T, H, W, 3) uint8, peak 255.
+    """Compute the peak signal-to-noise ratio in dB, mean over frames. Videos (T, H, W, 3) uint8, peak 255.
 
     A frame with mean squared error below 1e-10 (of pixels in [0, 1]) counts as 100 dB.
     """
@@ -69,7 +69,7 @@ def psnr(real: np.ndarray, fake: np.ndarray) -> float:
 
 
 def ssim(real: np.ndarray, fake: np.ndarray) -> float:
-    """Structural similarity (Wang et al., 2004), mean over frames. Videos (T, H, W, 3) uint8, >= 11 x 11.
+    """Compute the structural similarity (Wang et al., 2004), mean over frames. Videos (T, H, W, 3) uint8, >= 11 x 11.
 
     Gaussian window 11 x 11, sigma 1.5, positions where it fits, per RGB channel, biased variances, float64.
     """
@@ -82,7 +82,7 @@ def ssim(real: np.ndarray, fake: np.ndarray) -> float:
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> (H - 10, W - 10, 3): Gaussian mean at the positions where the window fits."""
+    """Take the Gaussian mean at the positions where the window fits: (H, W, 3) -> (H - 10, W - 10, 3)."""
     radius = WINDOW // 2
     weights = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / SIGMA))
     weights /= weights.sum()
@@ -91,6 +91,7 @@ def _blur(image: np.ndarray) -> np.ndarray:
 
 
 def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
+    # Local means, variances (var_a + var_b) and covariance: E[xy] - E[x] E[y].
     mean_a, mean_b = _blur(a), _blur(b)
     squares, product = mean_a**2 + mean_b**2, mean_a * mean_b
     variances = _blur(a * a + b * b) - squares
@@ -100,7 +101,7 @@ def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def load_lpips(weights=None, device="cpu", net: str = "alex"):
-    """LPIPS (Zhang et al., 2018) in eval mode, frozen, and the provenance of its trunk.
+    """Load LPIPS (Zhang et al., 2018) in eval mode, frozen, with the provenance of its trunk.
 
     net: "alex", the judge; "vgg", the loss of stage one. weights: as `find_weights`, or random:SEED. The linear
     heads come with the `lpips` package. Raises ValueError naming the way out when there is no trunk.
@@ -111,6 +112,7 @@ def load_lpips(weights=None, device="cpu", net: str = "alex"):
     path = find_weights(kind, weights) if seed is None else None
     state, provenance = open_weights(kind, path) if path else ({}, None)
 
+    # The package brings its linear heads and the trunk's architecture, without weights.
     with warnings.catch_warnings():  # torchvision's renamed argument, inside lpips
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -118,13 +120,14 @@ def load_lpips(weights=None, device="cpu", net: str = "alex"):
     if path is None:
         randomise(network.net, seed)
         return network.to(device), Provenance(NETWORKS[net], f"random:{seed}", "", False, seed)
-    names = {f"features.{k.split('.', 1)[1]}": k for k in network.net.state_dict()}  # slice1.0.weight
-    load_strict(network.net, {names.get(k, k): v for k, v in state.items()}, str(path))
+    # Torchvision's features.0.weight is slice1.0.weight in lpips.
+    names = {f"features.{key.split('.', 1)[1]}": key for key in network.net.state_dict()}
+    load_strict(network.net, {names.get(key, key): value for key, value in state.items()}, str(path))
     return network.to(device), provenance
 
 
 def check_lpips_size(height: int, width: int) -> None:
-    """ValueError for frames from which AlexNet's deeper layers get nothing."""
+    """Raise ValueError for frames from which AlexNet's deeper layers get nothing."""
     if min(height, width) < LPIPS_LEAST:
         raise ValueError(
             f"frames of {height}x{width}: LPIPS's AlexNet needs at least {LPIPS_LEAST} x {LPIPS_LEAST} pixels; "
@@ -133,7 +136,7 @@ def check_lpips_size(height: int, width: int) -> None:
 
 
 def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int = 8) -> float:
-    """LPIPS, mean over frames. Videos (T, H, W, 3) uint8, >= 31 x 31; network: from `load_lpips`."""
+    """Compute LPIPS, mean over frames. Videos (T, H, W, 3) uint8, >= 31 x 31; network: from `load_lpips`."""
     _check(real, fake)
     check_lpips_size(*real.shape[1:3])
     device = next(network.parameters()).device
@@ -151,7 +154,7 @@ def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int 
 
 
 def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
-    """Videos of two folders with one relative name (suffix aside). ValueError if one lacks a partner."""
+    """Pair the videos of two folders by relative name (suffix aside). ValueError if one lacks a partner."""
     from eval.selection import list_folder
 
     def pair_name(video, root: Path) -> str:
@@ -181,13 +184,14 @@ def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
 def read_pair(
     pair: tuple, num_frames: int | None, size: tuple[int, int] | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pixels of a pair, some frames at a time, (T, H, W, 3) uint8 each: as stored, or both at `size`.
+    """Yield the pixels of a pair, some frames at a time, (T, H, W, 3) uint8 each: as stored, or both at `size`.
 
     num_frames: the first N, None for all. Raises ValueError if the two differ in frames or size.
     """
+    # The two must have one shape, once frames and size are as asked for.
     shapes = [videos.shape_of(video) for video in pair]
-    frames = [shape[0] if num_frames is None else num_frames for shape in shapes]
-    if len({(n, *(size or shape[1:])) for n, shape in zip(frames, shapes, strict=True)}) > 1:
+    compared = [(num_frames or frames, *(size or stored)) for frames, *stored in shapes]
+    if compared[0] != compared[1]:
         raise ValueError(
             f"{pair[0].name}: real is {shapes[0]}, {pair[1].name}: fake is {shapes[1]} (frames, height, width); "
             "--num-frames and --size bring both to one shape"
@@ -197,19 +201,20 @@ def read_pair(
             f"{pair[0].name}: --num-frames {num_frames}, the videos have {shapes[0][0]}, {shapes[1][0]}"
         )
     # A few frames at a time, so that memory does not grow with the video.
-    block = max(1, videos.BLOCK_BYTES // max(3 * shape[1] * shape[2] for shape in shapes))
-    for start in range(0, frames[0], block):
-        indices = np.arange(start, min(start + block, frames[0]))
+    total, block = compared[0][0], max(1, videos.BLOCK_BYTES // max(3 * H * W for _, H, W in shapes))
+    for start in range(0, total, block):
+        indices = np.arange(start, min(start + block, total))
         sides = [videos.read_video(video, indices) for video in pair]
         yield tuple(videos.fit(side, *size) if size else side for side in sides)
 
 
 # A new metric of frames also goes into pipelines/reconstruct.py, train_vae.evaluate and pipelines/results/card.py.
 def measure_pair(blocks: Iterable[tuple[np.ndarray, np.ndarray]], network=None) -> dict[str, float]:
-    """{"PSNR", "SSIM", "LPIPS" if there is a network}: means over all frames of a pair's blocks."""
+    """Measure {"PSNR", "SSIM", "LPIPS" if there is a network}: means over all frames of a pair's blocks."""
     metrics = {"PSNR": psnr, "SSIM": ssim}
     if network is not None:
         metrics["LPIPS"] = lambda real, fake: lpips_distance(real, fake, network)
+    # Each block counts by its frames.
     sums, frames = dict.fromkeys(metrics, 0.0), 0
     for real, fake in blocks:
         for name, metric in metrics.items():
@@ -264,18 +269,16 @@ def report(
     values: dict[str, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
 ) -> None:
     """Print the means and append the records."""
-    storage = {
-        side: sorted({videos.storage_of(p[n]) for p in pairs}) for n, side in enumerate(("real", "fake"))
-    }
     if args.out:
         claim_file(args.out, is_json_object)
     made = records.environment(records.device_name(device)) if args.out else {}
-    digests = {
-        side: hashlib.sha256(
-            "\n".join(f"{p[n].name}\t{videos.content_digest(p[n])}" for p in pairs).encode()
-        ).hexdigest()
-        for n, side in enumerate(("real", "fake"))
-    }
+    # What was compared: how each side is stored, and a digest of its files.
+    storage, digests = {}, {}
+    for side, files in zip(("real", "fake"), zip(*pairs, strict=True), strict=True):
+        storage[side] = sorted(set(map(videos.storage_of, files)))
+        lines = [f"{video.name}\t{videos.content_digest(video)}" for video in files]
+        digests[side] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    # The means, and a record for each.
     for metric, numbers in values.items():
         name = provenance.metric_name(metric) if metric == "LPIPS" else metric
         print(f"{name} {np.mean(numbers):.4f}{' dB' if metric == 'PSNR' else ''}  ({len(numbers)} videos)")

@@ -31,13 +31,12 @@ measures = lazy("eval.measures")
 records = lazy("eval.records")
 
 logger = logging.getLogger(__name__)
-RELIABLE_VIDEOS = (
-    2048  # below, the bias of two samples of one distribution shows: about 6 at 2,048, 26 at 512
-)
+# Below, the bias of two samples of one distribution shows: about 6 at 2,048, 26 at 512.
+RELIABLE_VIDEOS = 2048
 
 
 def distances(real: np.ndarray, fake: np.ndarray, ddof: int = 1) -> dict[str, float]:
-    """{"FVD": ..., "KVD": ...} of two feature arrays (N, 400) of equal N, else ValueError."""
+    """Compute {"FVD": ..., "KVD": ...} of two feature arrays (N, 400) of equal N, else ValueError."""
     if len(real) != len(fake):
         raise ValueError(
             f"{len(real)} real and {len(fake)} fake clips: compare equal numbers, the bias depends on N"
@@ -48,14 +47,15 @@ def distances(real: np.ndarray, fake: np.ndarray, ddof: int = 1) -> dict[str, fl
 def fvd_of_clips(
     real: Iterable[np.ndarray], fake: Iterable[np.ndarray], extractor=None, ddof: int = 1, batch_size: int = 8
 ) -> dict[str, float]:
-    """FVD and KVD of clips in memory: iterables of (T, H, W, 3) uint8, as many real as fake.
+    """Compute FVD and KVD of clips in memory: iterables of (T, H, W, 3) uint8, as many real as fake.
 
     extractor: `eval.features.i3d_extractor(...)`, default the weights of $OMNILATTE_WEIGHTS. The keys carry
     the label of random weights: {"random-feature FVD (I3D, seed 0)": ...}.
     """
     extractor = extractor if extractor is not None else feature_networks.i3d_extractor()
-    features = [feature_networks.extract_features(clips, extractor, batch_size) for clips in (real, fake)]
-    values = distances(*features, ddof)
+    real_features = feature_networks.extract_features(real, extractor, batch_size)
+    fake_features = feature_networks.extract_features(fake, extractor, batch_size)
+    values = distances(real_features, fake_features, ddof)
     return {extractor.provenance.metric_name(metric): value for metric, value in values.items()}
 
 
@@ -63,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="FVD and KVD of generated videos against real ones; knobs not given are the protocol's"
     )
+    # The two sides and the named protocol.
     for side in ("real", "fake"):
         parser.add_argument(
             f"--{side}", required=True, help="folder of videos, at any depth, or an .npy/.npz file"
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="omnilatte",
         help=f"{', '.join(PROTOCOLS)}, or with a score: tats/fvd2048_16f_step3 (default omnilatte)",
     )
+    # Its knobs: None leaves the protocol's own value.
     parser.add_argument("--num-videos", type=int, help="clips of each side, exactly (default 2048)")
     parser.add_argument("--num-frames", type=int, help="9 to 256 (default 16)")
     parser.add_argument("--real-interval", type=int, help="frame step in real videos: the training's (1)")
@@ -86,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eps", type=float, help="batch norm of I3D: 1e-5 TATS, 1e-3 TF-Hub")
     parser.add_argument("--ddof", type=int, choices=CHOICES["ddof"], help="covariances over N - ddof")
     parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
+    # What the number is compared with, and the options of every judge.
     parser.add_argument(
         "--floor",
         choices=("full", "half"),
@@ -131,31 +134,27 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def score(real, fake, protocol: Protocol) -> dict[str, dict]:
-    """{"FVD": {"value", "interval", "floor"}, "KVD": ...} of two `eval.extraction.Judged`.
+    """Compute {"FVD": {"value", "interval", "floor"}, "KVD": ...} of two `eval.extraction.Judged`.
 
     real may hold clips beyond the first num_videos: they are for the floor only.
     """
+    # The value, of exactly num_videos clips of each side.
     num = protocol.num_videos
     sides = (real.features[:num], fake.features, real.groups[:num], fake.groups)
     values = distances(*sides[:2], protocol.ddof)
+    # How sure it is, and what real clips get against other real ones.
     intervals = {
         "FVD": measures.frechet_interval(*sides, values["FVD"], protocol.ddof, protocol.seed),
         "KVD": measures.kernel_interval(*sides, values["KVD"], protocol.seed),
     }
     floor = measures.same_distribution_floor(real.features, num, lambda a, b: distances(a, b, protocol.ddof))
-    return {
-        metric: {
-            "value": value,
-            "interval": intervals[metric],
-            "floor": floor_of(floor, metric),
-        }
-        for metric, value in values.items()
-    }
-
-
-def floor_of(floor: dict | None, metric: str) -> dict | None:
-    """One metric's part of the floor."""
-    return floor and {"value": floor["values"][metric], **{k: v for k, v in floor.items() if k != "values"}}
+    scores = {}
+    for metric, value in values.items():
+        scores[metric] = {"value": value, "interval": intervals[metric], "floor": None}
+        if floor:
+            of_metric = {key: floor[key] for key in ("num_videos", "same_num_videos")}
+            scores[metric]["floor"] = {"value": floor["values"][metric], **of_metric}
+    return scores
 
 
 def report(scores: dict[str, dict], protocol: Protocol, extractor, judged, options, args) -> None:
@@ -178,6 +177,7 @@ def report(scores: dict[str, dict], protocol: Protocol, extractor, judged, optio
 
 
 def floor_text(floor: dict | None) -> str:
+    """Say a floor in words: its value, its N, and whether that is the N of the number beside it."""
     if floor is None:
         return "not run (fewer than 4 real clips)"
     at = "the same N" if floor["same_num_videos"] else "two halves, so a larger bias than at the number's N"
@@ -185,14 +185,18 @@ def floor_text(floor: dict | None) -> str:
 
 
 def notes(protocol: Protocol, sides: dict[str, dict]) -> list[str]:
-    """What a reader of the numbers has to know."""
-    lines = [line for side, counts in sides.items() for line in side_notes(side, counts, protocol.size)]
+    """List what a reader of the numbers has to know: counts, and what weakens the comparison."""
+    lines = []
+    for side, counts in sides.items():
+        lines += side_notes(side, counts, protocol.size)
+    # Frames of the generated videos that no clip covers.
     covered = (protocol.num_frames - 1) * protocol.fake_interval + 1
     if longer := {int(frames) for frames in sides["fake"]["frames"]} - {covered}:
         lines.append(
             f"note: fake videos have up to {max(longer)} frames, clips cover {covered} of them (position "
             f"{protocol.position}); --num-frames {min(max(longer), MAX_FRAMES)} judges more"
         )
+    # Differences between the sides, and too few clips.
     if sides["real"]["storage"] != sides["fake"]["storage"]:
         lines.append(
             "note: one side is stored with loss and the other not: part of the distance is compression"

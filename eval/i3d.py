@@ -68,7 +68,9 @@ class Unit3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        return F.relu(self.bn(self.conv3d(x)))
+        return F.relu(
+            self.bn(self.conv3d(x))
+        )  # (B, in, T, H, W) -> (B, out, T / s, H / s, W / s), rounded up
 
 
 class Mixed(nn.Module):
@@ -110,9 +112,11 @@ class I3D(nn.Module):
     def __init__(self, eps: float = EPS_TATS):
         super().__init__()
         self.eps = eps
+        # Stem: half the frames and, with the pools that POOLS puts between, 224 -> 28 pixels.
         self.Conv3d_1a_7x7 = Unit3D(3, 64, kernel=7, stride=2, eps=eps)
         self.Conv3d_2b_1x1 = Unit3D(64, 64, eps=eps)
         self.Conv3d_2c_3x3 = Unit3D(64, 192, kernel=3, eps=eps)
+        # Nine Inception blocks: 192 channels at 28 x 28 to 1,024 at 7 x 7.
         channels = 192
         for name, widths in MIXED.items():
             block = Mixed(channels, widths, eps)
@@ -166,6 +170,7 @@ def to_i3d_input(clip: Tensor, resize: str = "squash") -> Tensor:
     """
     _, H, W, _ = clip.shape
     frames = clip.float().permute(0, 3, 1, 2)  # (T, 3, H, W), still channels last in memory
+    # The size to scale to: 224 x 224, or 224 for the short side.
     if resize == "squash":
         target = (RESOLUTION, RESOLUTION)
     elif resize == "short":
@@ -175,6 +180,7 @@ def to_i3d_input(clip: Tensor, resize: str = "squash") -> Tensor:
         raise ValueError(f"resize={resize!r}: one of squash, short")
     if (H, W) != target:
         frames = F.interpolate(frames, size=target, mode="bilinear", align_corners=False)
+    # The centre, and the range [-1, 1].
     top, left = (target[0] - RESOLUTION) // 2, (target[1] - RESOLUTION) // 2
     frames = frames[:, :, top : top + RESOLUTION, left : left + RESOLUTION]
     return frames.div(127.5).sub_(1.0).permute(1, 0, 2, 3)  # a product with 2 / 255 would be biased by 6e-8

@@ -13,7 +13,8 @@ from eval.i3d import I3D, MIXED, POOLS, Unit3D, check_input, head, pad_same, sam
 
 
 def _fold(*units: Unit3D) -> nn.Conv3d:
-    """One convolution with bias for units that share their input: batch norms folded, outputs stacked."""
+    """Make one convolution with bias of units that share their input: batch norms folded, outputs stacked."""
+    # bn(w x) = (s w) x + (bias - mean s), with s = weight / sqrt(var + eps).
     weights, biases = [], []
     for unit in units:
         bn = unit.bn
@@ -43,27 +44,30 @@ def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def _pool_time(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Max over time windows of a non-negative (B, C, T, H, W), "SAME" padding."""
+    """Take the maximum over time windows of a non-negative (B, C, T, H, W), "SAME" padding."""
     if kernel == 1:
         return x
     T = x.shape[2]
     front, _ = same_padding(T, kernel, stride)
     frames = []
     for start in range(-front, T - front, stride):
-        window = [x[:, :, t] for t in range(max(start, 0), min(start + kernel, T))]
-        out = window[0]
-        for frame in window[1:]:
-            out = torch.maximum(out, frame)
-        frames.append(out)
-    return torch.stack([f.permute(0, 2, 3, 1) for f in frames], dim=1).permute(0, 4, 1, 2, 3)
+        # The window's frames inside the clip: the padding is zero, and no value is below that.
+        first, stop = max(start, 0), min(start + kernel, T)
+        out = x[:, :, first]  # (B, C, H, W)
+        for t in range(first + 1, stop):
+            out = torch.maximum(out, x[:, :, t])
+        frames.append(out.permute(0, 2, 3, 1))
+    # (B, C, t, H, W), channels last in memory
+    return torch.stack(frames, dim=1).permute(0, 4, 1, 2, 3)
 
 
 def max_pool_separable(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Equal to `max_pool_same` for x >= 0 (after a ReLU): height and width first, then time."""
+    """Max-pool as `max_pool_same` does for x >= 0 (after a ReLU): height and width first, then time."""
+    # Height and width, frame by frame.
     B, C, T, H, W = x.shape
     frames = x.permute(0, 2, 1, 3, 4).reshape(B * T, C, H, W)
-    front = [same_padding(n, k, s)[0] for n, k, s in zip((H, W), kernel[1:], stride[1:], strict=True)]
-    frames = F.max_pool2d(frames, kernel[1:], stride[1:], front, ceil_mode=True)
+    top, left = same_padding(H, kernel[1], stride[1])[0], same_padding(W, kernel[2], stride[2])[0]
+    frames = F.max_pool2d(frames, kernel[1:], stride[1:], (top, left), ceil_mode=True)
     # ceil_mode with the front padding on both sides may add a window that starts beyond the data: cut it
     h, w = -(-H // stride[1]), -(-W // stride[2])
     frames = frames[:, :, :h, :w]
@@ -75,12 +79,13 @@ class FastI3D(nn.Module):
 
     def __init__(self, i3d: I3D):
         super().__init__()
-        self.stem = nn.ModuleDict(
-            {n: _fold(getattr(i3d, n)) for n in ("Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3")}
-        )
+        self.stem = nn.ModuleDict()
+        for name in ("Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3"):
+            self.stem[name] = _fold(getattr(i3d, name))
         self.blocks = nn.ModuleDict()
         for name in MIXED:
             block = getattr(i3d, name)
+            # b0, b1a and b2a read the block's input: one convolution.
             self.blocks[name] = nn.ModuleDict(
                 {
                     "pointwise": _fold(block.b0, block.b1a, block.b2a),
@@ -97,9 +102,11 @@ class FastI3D(nn.Module):
         """x: (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400)."""
         check_input(x)
         x = x.contiguous(memory_format=torch.channels_last_3d)
+        # Stem: (B, 3, T, 224, 224) -> (B, 192, ceil(T / 2), 28, 28)
         for name, conv in self.stem.items():
             x = _conv(conv, x)
             x = max_pool_separable(x, *POOLS[name][1:]) if name in POOLS else x
+        # Inception blocks: -> (B, 1024, ceil(T / 8), 7, 7)
         for name, block in self.blocks.items():
             b0, b1a, _, b2a, _, _ = MIXED[name]
             direct, left, right = _conv(block["pointwise"], x).split([b0, b1a, b2a], dim=1)

@@ -29,19 +29,18 @@ class ScriptedI3D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.own_resize:
             check_input(x)
-        with torch.jit.optimized_execution(
-            False
-        ):  # the profiling executor's first calls differ from later ones
+        # The profiling executor's first calls differ from later ones: not used.
+        with torch.jit.optimized_execution(False):
             return self.scripted(x, rescale=self.own_resize, resize=self.own_resize, return_features=True)
 
 
 def _raw_pixels(clip: Tensor) -> Tensor:
-    """(T, H, W, 3) uint8 -> (3, T, H, W) float32, 0..255."""
+    """Turn (T, H, W, 3) uint8 into (3, T, H, W) float32, 0..255."""
     return clip.float().permute(3, 0, 1, 2)
 
 
 def scripted_i3d(weights: str | os.PathLike | None) -> Path | None:
-    """Path of the TorchScript file if that is what `weights` leads to, else None."""
+    """Return the path of the TorchScript file if that is what `weights` leads to, else None."""
     if random_seed(weights) is not None:
         return None
     path = find_weights("i3d", weights)
@@ -49,7 +48,7 @@ def scripted_i3d(weights: str | os.PathLike | None) -> Path | None:
 
 
 def load_scripted_i3d(path: Path, eps: float, resize: str) -> tuple[ScriptedI3D, partial, Provenance]:
-    """(network, preprocessing of a clip, provenance). ValueError for another file, or another eps than 1e-3."""
+    """Load (network, preprocessing of a clip, provenance). ValueError for another file, or another eps than 1e-3."""
     provenance = identify(path, "i3d_torchscript")
     if not provenance.known:
         raise ValueError(

@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=INCEPTION_PROTOCOLS, help="default: both, each with a record of its own"
     )
+    # Its knobs: None leaves the protocol's own value.
     parser.add_argument("--num-videos", type=int, help="exactly this many (default 2048)")
     parser.add_argument("--splits", type=int, help="1 as TGAN2, 10 as StyleGAN-V")
     parser.add_argument("--shuffle-seed", type=int, help="shuffle before splitting (StyleGAN-V: 42)")
@@ -50,12 +51,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def protocols_of(args: argparse.Namespace) -> list[InceptionProtocol]:
-    """The named protocol, or all of them; with the knobs of the command line."""
-    names = [name for name in InceptionProtocol.__dataclass_fields__ if name != "name"]
-    knobs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    chosen = [args.protocol] if args.protocol else list(INCEPTION_PROTOCOLS)
-    if not args.protocol and args.splits is not None:
-        chosen = ["tgan2"]
+    """Choose the named protocol, or all of them; with the knobs of the command line."""
+    knobs = {}
+    for name in InceptionProtocol.__dataclass_fields__:
+        if name != "name" and getattr(args, name) is not None:
+            knobs[name] = getattr(args, name)
+    # The protocols differ in their splits: with those given, one is left.
+    chosen = list(INCEPTION_PROTOCOLS) if args.splits is None else ["tgan2"]
+    chosen = [args.protocol] if args.protocol else chosen
     return [replace(INCEPTION_PROTOCOLS[name], **knobs) for name in chosen]
 
 
@@ -65,12 +68,15 @@ def main(argv: list[str] | None = None) -> int | None:
     require_weights("c3d", args.weights)
 
     with extraction.joined_ranks() as ranks:
+        # Clips: the same for all protocols, which differ only in how the set is split.
         options = run_options(args, ranks, args.fake)
         first = protocols[0]
         selection = selection_of(args.fake, first, first.interval, options)
         size = tuple(ranks.from_main(lambda: first.size or selection.first_shape()))
+        # Logits of C3D over exactly num_videos clips.
         extractor = features.c3d_extractor(args.weights, args.device or features.default_device(ranks.rank))
         judged = extraction.judge_folder(selection, first.num_videos, size, extractor, options, text="fake")
+        # A score under each protocol; printed, and appended to the record.
         if ranks.main:
             for protocol in protocols:
                 report(judged, replace(protocol, size=size), extractor, options, args)
@@ -80,6 +86,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def report(judged, protocol: InceptionProtocol, extractor, options, args: argparse.Namespace) -> None:
     """Score under one protocol, print it and append the record."""
+    # The order decides which videos share a split: that of their names, or shuffled as StyleGAN-V does.
     order = np.argsort(judged.places)
     if protocol.shuffle_seed is not None:
         np.random.RandomState(protocol.shuffle_seed).shuffle(order)

@@ -48,16 +48,24 @@ def frechet_distance(a, b, ddof: int = 1) -> float:
     right for N < D too. For N > D the R factor of a QR decomposition stands in for the features.
     """
     a, b = _pair(a, b)
+    # The squared distance of the means, and the traces of both covariances from the scaled, centred features.
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
     a = (a - mean_a) / np.sqrt(len(a) - ddof)  # a new array: the caller's features stay as they are
     b = (b - mean_b) / np.sqrt(len(b) - ddof)
     traces = np.square(a).sum() + np.square(b).sum()
+    # With more clips than dimensions R has the same Gram matrix as the features and is smaller: (D, D).
     if len(a) > a.shape[1]:
         a = scipy.linalg.qr(a, mode="r")[0][: a.shape[1]]
     if len(b) > b.shape[1]:
         b = scipy.linalg.qr(b, mode="r")[0][: b.shape[1]]
+    # The trace of the covariances' geometric mean: the nuclear norm of A B^T.
     root = scipy.linalg.svdvals(a @ b.T).sum()
     return float(np.square(mean_a - mean_b).sum() + traces - 2.0 * root)
+
+
+def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Compute (x.y / D + 1)^3 of all pairs of rows: (N, D), (M, D) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
 def kernel_distance(a, b) -> float:
@@ -67,25 +75,23 @@ def kernel_distance(a, b) -> float:
     may be negative. Raises ValueError for N < 2, NaN, or different D.
     """
     a, b = _pair(a, b)
-    dim = a.shape[1]
-
-    def kernel(x, y):
-        return (x @ y.T / dim + 1.0) ** 3
 
     def within(x):
-        gram = kernel(x, x)
+        # Without the diagonal, which pairs each clip with itself: this is what makes the estimate unbiased.
+        gram = _cubic_kernel(x, x)
         return (gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1))
 
-    return float(within(a) + within(b) - 2.0 * kernel(a, b).mean())
+    return float(within(a) + within(b) - 2.0 * _cubic_kernel(a, b).mean())
 
 
 # ---- Inception Score ------------------------------------------------------------------------------------
 
 
 def inception_score(probabilities, splits: int = 1) -> tuple[float, float]:
-    """probabilities: (N, K), rows sum to 1. Returns (mean, standard deviation) over contiguous splits.
+    """Score class probabilities: exp of the mean KL divergence from their marginal.
 
-    With splits=1 the deviation is 0. Raises ValueError for NaN, rows that are not a distribution, or splits > N.
+    probabilities: (N, K), rows sum to 1. Returns (mean, standard deviation) over contiguous splits; with splits=1 the
+    deviation is 0. Raises ValueError for NaN, rows that are not a distribution, or splits > N.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2:
@@ -97,7 +103,7 @@ def inception_score(probabilities, splits: int = 1) -> tuple[float, float]:
 
 
 def inception_score_from_logits(logits, splits: int = 1) -> tuple[float, float]:
-    """logits: (N, K), through a log-softmax in float64: no probability underflows to zero."""
+    """`inception_score` of logits (N, K), through a log-softmax in float64: no probability underflows to zero."""
     from scipy.special import log_softmax
 
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
@@ -113,9 +119,11 @@ def _score(log_p: np.ndarray, p: np.ndarray, splits: int) -> tuple[float, float]
     for s in range(splits):
         rows = slice(s * len(p) // splits, (s + 1) * len(p) // splits)
         part, log_part = p[rows], log_p[rows]
+        # p(c), the mean over the split's videos.
         with np.errstate(divide="ignore"):
             log_marginal = np.log(part.mean(axis=0))
-        positive = part > 0  # p log p -> 0
+        # KL(p(c | x) || p(c)), where a class without probability adds nothing (p log p -> 0).
+        positive = part > 0
         terms = np.where(
             positive, part * (np.where(positive, log_part, 0) - np.where(positive, log_marginal, 0)), 0
         )
@@ -130,7 +138,7 @@ LEVEL = 0.95
 
 
 def _counts(groups: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each clip is in each resample: (resamples, N) float64."""
+    """Draw how often each clip is in each resample: (resamples, N) float64."""
     num = int(groups.max()) + 1
     drawn = rng.multinomial(num, np.full(num, 1 / num), size=resamples)
     return drawn[:, groups].astype(np.float64)
@@ -161,10 +169,12 @@ def _weighted(features: np.ndarray, counts: np.ndarray, ddof: int) -> tuple[np.n
 def _nuclear(a: np.ndarray, b: np.ndarray) -> float:
     """Nuclear norm of a b^T for features of one dimension. Squared singular values are enough for an interval, and faster."""
     if min(len(a), len(b)) <= a.shape[1]:
+        # Few clips: the singular values of the smaller product.
         small, large = (a, b) if len(a) < len(b) else (b, a)
         product = small @ large.T
         squares = scipy.linalg.eigvalsh(product @ product.T)
     else:
+        # Many clips: the eigenvalues of R^T C_b R, where R R^T is the covariance of a.
         covariance = a.T @ a
         np.fill_diagonal(covariance, covariance.diagonal() * (1 + 1e-12))  # a root exists for every rank
         try:
@@ -194,10 +204,12 @@ class _ShortWay:
 
     def __init__(self, a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndarray):
         """a: (N, D), b: (M, D), N and M > D; w: (R, N), v: (R, M) counts."""
+        # Turn both sets into the principal directions of their summed covariance, the largest first.
         mean = a.mean(axis=0)
         a, b = a - mean, b - mean
         turn = scipy.linalg.eigh(np.cov(a.T) + np.cov(b.T))[1][:, ::-1]
         self.a, self.b, self.w, self.v, self.ddof = a @ turn, b @ turn, w, v, ddof
+        # Per resample, what is cheap and exact: both traces, and the distance of the means.
         means, self.rest = [], 0.0
         for x, counts in ((self.a, w), (self.b, v)):
             total = counts.sum(axis=1)
@@ -212,12 +224,16 @@ class _ShortWay:
 
         It is (tr T C_a + tr T^-1 C_b) / 2 with the T that carries one Gaussian to the other.
         """
-        a, b = (x[:, :rank] - x[:, :rank].mean(axis=0) for x in (self.a, self.b))
-        covariances = [x.T @ x / (len(x) - self.ddof) for x in (a, b)]
-        least = 1e-10 * sum(np.trace(c) for c in covariances) / rank * np.eye(rank)
-        root = scipy.linalg.cholesky(covariances[0] + least, lower=True)
-        squares, vectors = scipy.linalg.eigh(root.T @ (covariances[1] + least) @ root)
+        # Covariances of the sets themselves, made regular by a little of the identity.
+        a = self.a[:, :rank] - self.a[:, :rank].mean(axis=0)
+        b = self.b[:, :rank] - self.b[:, :rank].mean(axis=0)
+        covariance_a, covariance_b = a.T @ a / (len(a) - self.ddof), b.T @ b / (len(b) - self.ddof)
+        least = 1e-10 * (np.trace(covariance_a) + np.trace(covariance_b)) / rank * np.eye(rank)
+        # T = R^-T V S V^T R^-1 with C_a = R R^T and R^T C_b R = V S^2 V^T.
+        root = scipy.linalg.cholesky(covariance_a + least, lower=True)
+        squares, vectors = scipy.linalg.eigh(root.T @ (covariance_b + least) @ root)
         sizes = np.sqrt(np.maximum(squares, 1e-20 * squares[-1]))
+        # Each clip's part in the two traces, weighted by how often a resample has the clip.
         back = a @ scipy.linalg.solve_triangular(root, vectors, lower=True, trans="T")
         ahead = b @ (root @ vectors)
         share_a = self.w @ (np.square(back) @ sizes) / (len(a) - self.ddof)
@@ -225,8 +241,9 @@ class _ShortWay:
         return (share_a + share_b) / 2
 
     def values(self, rank: int, most: int | None = None) -> np.ndarray:
-        """The distances of all resamples, or the first `most`, with `rank` leading directions."""
-        a, b = (np.ascontiguousarray(x[:, :rank]) for x in (self.a, self.b))
+        """Compute the distances of all resamples, or the first `most`, with `rank` leading directions."""
+        a, b = np.ascontiguousarray(self.a[:, :rank]), np.ascontiguousarray(self.b[:, :rank])
+        # The trace of the root in full along the leading directions; the others add their first-order part.
         leading = []
         for counts_a, counts_b in zip(self.w[:most], self.v[:most], strict=True):
             x, y = _weighted(a, counts_a, self.ddof)[1], _weighted(b, counts_b, self.ddof)[1]
@@ -236,13 +253,15 @@ class _ShortWay:
 
 
 def _frechets(a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """`_frechet` of each row of the counts w (R, N) and v (R, M).
+    """Compute `_frechet` of each row of the counts w (R, N) and v (R, M).
 
     The features of a network lie mostly along few directions, and there `_ShortWay` is 10 times faster. A few resamples
     computed in full say whether it is close enough, and what it is off by in all; otherwise all are computed in full.
     """
+    # A few resamples in full: what the short way is measured against.
     pairs = list(zip(w, v, strict=True))
     full = np.array([_frechet(a, b, ddof, *pair) for pair in pairs[:PROBES]])
+    # With clips enough, take the first number of directions whose error is small, less its mean.
     if min(len(a), len(b)) > 2 * a.shape[1] > 2 * LEADING[0] and full.std(ddof=1) > 0:
         try:
             short = _ShortWay(a, b, ddof, w, v)
@@ -252,50 +271,53 @@ def _frechets(a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndar
                     return short.values(rank) - error.mean()
         except scipy.linalg.LinAlgError:  # features without variance: the linear step has no root
             pass
+    # No number of directions was enough: the others in full too.
     return np.append(full, [_frechet(a, b, ddof, *pair) for pair in pairs[PROBES:]])
 
 
 def frechet_interval(
     real, fake, groups_real, groups_fake, value: float, ddof: int = 1, seed: int = 0
 ) -> dict:
-    """Interval of an FVD. Features (N, 400); groups: the video's number of each clip. JSON-ready."""
+    """Bootstrap the interval of an FVD. Features (N, 400); groups: the video's number of each clip. JSON-ready."""
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     rng = np.random.default_rng(seed)
-    w, v = (_counts(groups, RESAMPLES, rng) for groups in (groups_real, groups_fake))
+    w, v = _counts(groups_real, RESAMPLES, rng), _counts(groups_fake, RESAMPLES, rng)
     return _interval(value, _frechets(real, fake, ddof, w, v), seed)
 
 
 def _kernel(real: np.ndarray, fake: np.ndarray, w: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """KVD of weighted sets, a value for each row of the counts w (R, N) and v (R, M).
+    """Compute the KVD of weighted sets, a value for each row of the counts w (R, N) and v (R, M).
 
     A clip is never paired with its own copy, which would raise every resample.
     """
-    dim = real.shape[1]
 
     def within(x, counts):
-        kernel = (x @ x.T / dim + 1.0) ** 3
+        kernel = _cubic_kernel(x, x)
         np.fill_diagonal(kernel, 0.0)
+        # n clips of a set make n^2 pairs; those of a clip with a copy of itself are on the diagonal.
         pairs = counts.sum(axis=1) ** 2 - np.square(counts).sum(axis=1)
         return np.einsum("rn,rn->r", counts @ kernel, counts) / np.maximum(pairs, 1.0)
 
-    between = np.einsum("rn,rn->r", w @ (real @ fake.T / dim + 1.0) ** 3, v) / (w.sum(axis=1) * v.sum(axis=1))
+    # Every clip of one side with every clip of the other: (R,)
+    between = np.einsum("rn,rn->r", w @ _cubic_kernel(real, fake), v) / (w.sum(axis=1) * v.sum(axis=1))
     return within(real, w) + within(fake, v) - 2.0 * between
 
 
 def kernel_interval(real, fake, groups_real, groups_fake, value: float, seed: int = 0) -> dict:
-    """Interval of a KVD, as `frechet_interval`."""
+    """Bootstrap the interval of a KVD, as `frechet_interval`."""
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     rng = np.random.default_rng(seed)
-    w, v = (_counts(groups, RESAMPLES, rng) for groups in (groups_real, groups_fake))
+    w, v = _counts(groups_real, RESAMPLES, rng), _counts(groups_fake, RESAMPLES, rng)
     return _interval(value, _kernel(real, fake, w, v), seed)
 
 
 def inception_interval(logits, groups, value: float, splits: int = 1, seed: int = 0) -> dict:
-    """Interval of an IS from logits (N, 101), the score of each resample taken with the same splits."""
+    """Bootstrap the interval of an IS from logits (N, 101), the score of each resample taken with the same splits."""
     logits = np.asarray(logits, np.float64)
     counts = _counts(groups, RESAMPLES, np.random.default_rng(seed)).astype(int)
     values = []
     for row in counts:
+        # A clip that was drawn n times stands in the resample n times.
         drawn = np.repeat(np.arange(len(logits)), row)
         values.append(inception_score_from_logits(logits[drawn], min(splits, len(drawn)))[0])
     return _interval(value, np.array(values), seed)
@@ -304,7 +326,7 @@ def inception_interval(logits, groups, value: float, splits: int = 1, seed: int 
 def same_distribution_floor(
     real: np.ndarray, num: int, distances: Callable[[np.ndarray, np.ndarray], dict[str, float]]
 ) -> dict | None:
-    """The score of real clips against other real clips: what a perfect generator would get.
+    """Score real clips against other real clips: what a perfect generator would get.
 
     real: (N, D) features in the seeded order, the first `num` of them judged. With 2 num of them the floor is the
     first half against the second at the same N; with fewer, two halves of what is there, at an N of their own,

@@ -20,13 +20,13 @@ def size_argument(text: str) -> tuple[int, int]:
 
 
 def default_workers() -> int:
-    """Decoding processes: one less than the cores this process may use, 1 to 8."""
+    """Choose the number of decoding processes: one less than the cores this process may use, 1 to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores - 1, 1), 8)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The weights, the machine, the cache and the record."""
+    """Add the options of the weights, the machine, the cache and the record."""
     parser.add_argument(
         "--weights", help="file or folder (default $OMNILATTE_WEIGHTS), or random:SEED for a smoke run"
     )
@@ -42,7 +42,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptions:
-    """The options of a run; ValueError for a cache inside one of the folders judged."""
+    """Make the options of a run; ValueError for a cache inside one of the folders judged."""
     if args.out:
         claim_file(args.out, is_json_object)
     folder = None if args.no_cache else cache_folder(args.cache_dir, *roots)
@@ -50,7 +50,7 @@ def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptio
 
 
 def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any:
-    """The seeded order of a folder's clips by a protocol, in rank 0; None elsewhere. Errors reach all ranks."""
+    """Open the seeded order of a folder's clips by a protocol, in rank 0; None elsewhere. Errors reach all ranks."""
     selection = None
 
     def open_folder() -> None:
@@ -64,7 +64,7 @@ def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any
 
 
 def side_notes(side: str, counts: dict, size: tuple[int, int]) -> list[str]:
-    """What a reader of the number has to know about one side, a line each."""
+    """List what a reader of the number has to know about one side, a line each."""
     lines = [
         f"{side}: {counts['clips']} clips of {counts['videos']} videos ({counts['found']} found, {counts['short']} "
         f"too short, {counts['damaged']} damaged, {counts['stale']} stale, {counts['ignored_files']} other files), "

@@ -25,6 +25,7 @@ class _Knobs:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        # A knob that one of the two kinds lacks counts as its first choice.
         for name, choices in CHOICES.items():
             value = getattr(self, name, choices[0])
             if value not in choices:
@@ -40,9 +41,12 @@ class _Knobs:
     def overrides(self) -> dict:
         """Settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
         free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
-        base = self.table()[self.name]
-        named = [field.name for field in fields(self) if field.name not in free]
-        return {name: getattr(self, name) for name in named if getattr(self, name) != getattr(base, name)}
+        base, changed = self.table()[self.name], {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in free and value != getattr(base, field.name):
+                changed[field.name] = value
+        return changed
 
     def title(self) -> str:
         """The protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
@@ -167,17 +171,22 @@ def named_protocol(text: str, **knobs) -> Protocol:
     if name not in PROTOCOLS:
         raise ValueError(f"protocol {name!r}: one of {', '.join(PROTOCOLS)}")
     chosen = {}
+    # What the score's name says: clips, frames and steps.
     if score:
         match = SCORE.fullmatch(score)
         if not match:
             raise ValueError(f"score {score!r}: written like fvd2048_16f or fvd2048_16f_step3")
         names = ("num_videos", "num_frames", "real_interval", "fake_interval")
-        chosen = {name: int(value) for name, value in zip(names, match.groups(), strict=True) if value}
-    return replace(PROTOCOLS[name], **chosen | {k: v for k, v in knobs.items() if v is not None})
+        for knob, value in zip(names, match.groups(), strict=True):
+            if value:
+                chosen[knob] = int(value)
+    # Single knobs override it.
+    chosen |= {knob: value for knob, value in knobs.items() if value is not None}
+    return replace(PROTOCOLS[name], **chosen)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`256` is a square, `144x176` height x width. Raises ValueError for anything else."""
+    """Read a size in pixels: `256` is a square, `144x176` height x width. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:
         raise ValueError(f"size {text!r}: pixels, as 256 or 144x176 (height x width)")

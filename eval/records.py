@@ -14,32 +14,30 @@ from data.core.lazy import lazy
 torch = lazy("torch")
 
 
-def git_commit() -> str | None:
-    """Commit of this source tree, "+changes" if it was edited; None outside a repository."""
-    root = Path(__file__).resolve().parents[1]
+def _git(*arguments: str) -> bytes:
+    """Run git in this source tree and return what it prints; b"" where it fails, as outside a repository."""
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def git_changes() -> bytes:
-    """What this source tree differs in from its commit, as a patch; b"" when it does not, or outside a repository.
-
-    Files that git does not track are not in it.
-    """
-    root = Path(__file__).resolve().parents[1]
-    try:
-        command = ["git", "-C", str(root), "diff", "--binary", "HEAD"]
         return subprocess.run(command, capture_output=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return b""
 
 
+def git_commit() -> str | None:
+    """Return the commit of this source tree, "+changes" if it was edited; None outside a repository."""
+    return _git("describe", "--always", "--dirty=+changes", "--abbrev=40").decode().strip() or None
+
+
+def git_changes() -> bytes:
+    """Return how this source tree differs from its commit, as a patch; b"" when it does not, or outside a repository.
+
+    Files that git does not track are not in it.
+    """
+    return _git("diff", "--binary", "HEAD")
+
+
 def environment(device: str) -> dict:
-    """Versions, device, command line, commit, time (UTC)."""
+    """Describe the machine and the start: versions, device, command line, commit, time (UTC)."""
     packages = {}
     for name in ("torch", "numpy", "scipy", "av", "lpips"):
         try:
@@ -57,16 +55,12 @@ def environment(device: str) -> dict:
 
 
 def device_name(device) -> str:
-    """ "cpu", or the name of the GPU."""
-    if device.type != "cuda":
-        return device.type
-
-    return torch.cuda.get_device_name(device)
+    """Name a device: "cpu", or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def provenance_of_run(extractor, options, tag: str = "") -> dict:
-    """Weights, machine, versions and settings of a run of `eval.extraction`, for its records."""
-
+    """Describe weights, machine, versions and settings of a run of `eval.extraction`, for its records."""
     made = {
         "tag": tag,
         "weights": extractor.provenance.as_dict(),

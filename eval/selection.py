@@ -17,20 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from data.clip import ClipSpec, frame_indices, span
+from data.decoder import BadVideo
+from data.finding import IMAGE_SUFFIXES
 from data.index import build_index
-from data.video import IMAGE_SUFFIXES, BadVideo
-from eval.videos import (
-    ARRAY_SUFFIXES,
-    Video,
-    content_digest,
-    find_videos,
-    refuse_deep_pictures,
-    shape_of,
-    storage_of,
-)
+from eval.videos import Video, content_digest, find_videos, refuse_deep_pictures, shape_of, storage_of
 
 logger = logging.getLogger(__name__)
 LISTED = 50  # names of short videos in a record; the counts are exact
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -71,16 +65,18 @@ class Selection:
         self.clips_per_video, self.scan_file, self.workers = clips_per_video, scan_file, max(1, workers)
         self.spec = ClipSpec(num_frames, interval, position=position)
         self.listing = list_folder(root)
+        # What the scan found so far, by the videos' names.
         self.damaged: dict[str, str] = {}
         self.short: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, int, int]] = {}
         self._times: dict[str, bytes] = {}
+        # The beginning of the order that was asked for, and what comes after it.
         self._clips: list[Clip] = []
         self._wanted = 0
         self._stream = self._windows() if sampling == "clips" else self._videos()
 
     def take(self, num: int) -> list[Clip]:
-        """The first `num` clips, exactly. Raises ValueError with the counts and the way out if there are fewer."""
+        """Return the first `num` clips, exactly. Raises ValueError with the counts and the way out if there are fewer."""
         self._wanted = num
         while len(self._clips) < num:
             clip = next(self._stream, None)
@@ -95,7 +91,7 @@ class Selection:
         self._clips = [clip for clip in self._clips if clip.video != video]
 
     def first_shape(self) -> tuple[int, int]:
-        """(height, width) of the first usable video in natural order: the size at which samples are judged."""
+        """Return (height, width) of the first usable video in natural order: the size at which samples are judged."""
         for video in self.listing.videos:
             self._screen([video])
             if video.name in self._shapes:
@@ -110,9 +106,25 @@ class Selection:
     def _screen(self, videos: list[Video]) -> None:
         """Find frames and size of videos, or what is wrong with them. Files are decoded whole, arrays opened."""
         new = [v for v in videos if v.name not in self._shapes and v.name not in self.damaged]
-        files = {str(v.path): v for v in new if v.path.suffix not in ARRAY_SUFFIXES}
-        index = build_index(list(files), self.scan_file, self.workers) if files else None
-        for record in index.good if index else ():
+        # Files and folders of frames, by the scan that training uses.
+        if files := {str(v.path): v for v in new if not v.is_array}:
+            self._scan(files)
+        # Array files.
+        for video in new:
+            if video.is_array:
+                try:
+                    self._shapes[video.name] = shape_of(video)
+                except BadVideo as error:
+                    self._leave_out(video, str(error))
+        # Of what can be read, what is shorter than a clip.
+        for video in new:
+            if video.name in self._shapes and self._shapes[video.name][0] < span(self.spec):
+                self.short[video.name] = self._shapes[video.name][0]
+
+    def _scan(self, files: dict[str, Video]) -> None:
+        """Note the shape and timeline of each file that can be decoded to its end, and leave the others out."""
+        index = build_index(list(files), self.scan_file, self.workers)
+        for record in index.good:
             video = files[record.path]
             try:
                 if video.path.is_dir():
@@ -121,34 +133,26 @@ class Selection:
                 self._times[video.name] = record.times
             except BadVideo as error:
                 self._leave_out(video, str(error))
-        for record in index.damaged if index else ():
+        for record in index.damaged:
             self._leave_out(files[record.path], record.damaged)
-        for video in new:
-            if video.path.suffix in ARRAY_SUFFIXES:
-                try:
-                    self._shapes[video.name] = shape_of(video)
-                except BadVideo as error:
-                    self._leave_out(video, str(error))
-        for video in new:
-            if video.name in self._shapes and self._shapes[video.name][0] < span(self.spec):
-                self.short[video.name] = self._shapes[video.name][0]
 
     def _usable(self, video: Video) -> bool:
         return video.name in self._shapes and video.name not in self.short
 
     def _in_seeded_order(self) -> Iterator[Video]:
-        """Usable videos in the seeded order, screened some at a time."""
+        """Yield the usable videos in the seeded order, screened some at a time."""
         videos = self.listing.videos
         order = [videos[n] for n in np.random.default_rng(self.seed).permutation(len(videos))]
         start = 0
         while start < len(order):
-            size = max(self._wanted - len(self._clips), 16)
-            self._screen(order[start : start + size])
-            yield from (v for v in order[start : start + size] if self._usable(v))
-            start += size
+            # As many as clips are still wanted: with none damaged or short, all that has to be decoded.
+            part = order[start : start + max(self._wanted - len(self._clips), 16)]
+            self._screen(part)
+            yield from filter(self._usable, part)
+            start += len(part)
 
     def _starts(self, video: Video, count: int) -> list[int]:
-        """Starts of up to `count` different clips of a video, drawn from (seed, the video's name)."""
+        """Draw the starts of up to `count` different clips of a video from (seed, the video's name)."""
         total = self._shapes[video.name][0]
         rng = np.random.default_rng((self.seed, zlib.crc32(video.name.encode())))
         if count == 1:
@@ -162,11 +166,12 @@ class Selection:
         return Clip(video, tuple(indices.tolist()), tuple(source), total, self._times.get(video.name, b""))
 
     def _videos(self) -> Iterator[Clip]:
-        """A clip of each video, then a second one of each, up to clips_per_video."""
+        """Yield a clip of each video, then a second one of each, up to clips_per_video."""
         usable = []
         for video in self._in_seeded_order():
             usable.append(video)
             yield self._clip(video, self._starts(video, self.clips_per_video)[0])
+        # Further turns through the same videos; one that was rejected meanwhile is passed over.
         for turn in range(1, self.clips_per_video):
             for video in usable:
                 starts = self._starts(video, self.clips_per_video) if self._usable(video) else []
@@ -174,17 +179,20 @@ class Selection:
                     yield self._clip(video, starts[turn])
 
     def _windows(self) -> Iterator[Clip]:
-        """All windows of all videos in a seeded order without repetition: long videos weigh more."""
+        """Yield all windows of all videos in a seeded order without repetition: long videos weigh more."""
         self._screen(self.listing.videos)
+        # Number the windows through: those of usable[k] end before ends[k].
         usable = [video for video in self.listing.videos if self._usable(video)]
         counts = [self._shapes[video.name][0] - span(self.spec) + 1 for video in usable]
         ends = np.cumsum(counts, dtype=np.int64)
+        # Draw numbers, and find the video and the start of each.
         for window in np.random.default_rng(self.seed).permutation(int(ends[-1]) if len(ends) else 0):
             place = int(np.searchsorted(ends, window, side="right"))
             if self._usable(usable[place]):
                 yield self._clip(usable[place], int(window - (ends[place] - counts[place])))
 
     def _too_few(self, num: int) -> str:
+        """Say how many clips there are and how to get more, as far as the settings leave a way."""
         have, usable = len(self._clips), sum(map(self._usable, self.listing.videos))
         ways = [f"--num-videos {have}"] if have > 1 else ["fewer frames or a smaller interval"]
         if self.sampling == "videos" and usable and self.spec.position == "random":
@@ -197,11 +205,13 @@ class Selection:
         )
 
     def summary(self, clips: list[Clip]) -> dict:
-        """Counts, sizes, storage and digests of the clips that were judged, for the record."""
+        """Summarise counts, sizes, storage and digests of the clips that were judged, for the record."""
+        # Each clip counts in the digest, each video once in the counts of sizes and lengths.
         lines = [f"{clip.video.name}\t{content_digest(clip.video)}\t{clip.indices[0]}" for clip in clips]
         used = {clip.video: clip for clip in clips}
-        storage = {storage_of(video) for video in used}
+        storage = set(map(storage_of, used))
         sizes = Counter(f"{clip.source[0]}x{clip.source[1]}" for clip in used.values())
+        lengths = Counter(clip.total for clip in used.values())
         return {
             "root": self.root.resolve().name,
             "clips": len(clips),
@@ -217,16 +227,13 @@ class Selection:
             "stale_names": self.listing.stale[:LISTED],
             "manifest": self.listing.manifest,
             "sizes": dict(sizes.most_common()),
-            "frames": {str(n): c for n, c in sorted(Counter(c.total for c in used.values()).items())},
+            "frames": {str(frames): videos for frames, videos in sorted(lengths.items())},
             "files_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
             "storage": storage.pop() if len(storage) == 1 else "mixed",
         }
 
 
-# ---- lists of clips -------------------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
-FILE = "manifest.json"
+# ---- the videos of a folder, and the manifest of generated ones -----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,22 +251,21 @@ class Listing:
 
 
 def _count_ignored(root: Path, videos: list[Video]) -> int:
-    """Files below root that no video is made of; hidden ones and the manifest do not count."""
+    """Count the files below root that no video is made of; hidden ones and the manifest do not count."""
     paths = {str(video.path) for video in videos}
     ignored = 0
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [
-            name for name in files if not name.startswith(".") and os.path.join(folder, name) not in paths
-        ]
-        if folder in paths:
-            visible = [name for name in visible if not name.lower().endswith(IMAGE_SUFFIXES)]
-        ignored += len(visible) - (Path(folder) == root and FILE in visible)
+        for name in files:
+            is_video = os.path.join(folder, name) in paths
+            is_frame = folder in paths and name.lower().endswith(IMAGE_SUFFIXES)
+            is_manifest = Path(folder) == root and name == MANIFEST
+            ignored += not (name.startswith(".") or is_video or is_frame or is_manifest)
     return ignored
 
 
 def _names(path: Path, content: object) -> set[str]:
-    """The files of a manifest. Raises ValueError if it is none, or says that it is not complete."""
+    """Read the file names of a manifest. Raises ValueError if it is none, or says that it is not complete."""
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise ValueError(f"{path}: no list `files` in it; generate the samples again or delete it")
@@ -273,29 +279,34 @@ def _names(path: Path, content: object) -> set[str]:
 
 
 def list_folder(root: str | Path) -> Listing:
-    """All videos of a folder; where it has a manifest.json, exactly those listed there.
+    """List all videos of a folder; where it has a manifest.json, exactly those listed there.
 
     Raises ValueError if there is no video, if a listed file is missing, or if the samples are not complete.
     """
     root, videos = Path(root), find_videos(root)
-    path = root / FILE
+    path = root / MANIFEST
     if not path.is_file():
         return Listing(videos, [], None, _count_ignored(root, videos))
+    # Every file that the manifest names must be there.
     raw = path.read_bytes()
     try:
         content = json.loads(raw)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     names = _names(path, content)
-    listed = [v for v in videos if v.path.relative_to(root).as_posix() in names]
-    missing = names - {v.path.relative_to(root).as_posix() for v in listed}
+    missing = names - {video.path.relative_to(root).as_posix() for video in videos}
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} of {len(names)} files are missing, e.g. {min(missing)}; "
             "run pipelines.sample again to make them"
         )
-    kept = {video.name for video in listed}
-    stale = [video.name for video in videos if video.name not in kept]
+    # Others, left over from an earlier run, are left out and named.
+    listed, stale = [], []
+    for video in videos:
+        if video.path.relative_to(root).as_posix() in names:
+            listed.append(video)
+        else:
+            stale.append(video.name)
     if stale:
         logger.warning(
             "%s: %d videos are not in the manifest and left out, e.g. %s", root, len(stale), stale[0]

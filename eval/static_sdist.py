@@ -9,9 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-__legacy__ = sys.modules[
-    __name__
-]  # the object in setuptools.build_meta that pip asks when a package names no backend
+# The object in setuptools.build_meta that pip asks when a package names no backend.
+__legacy__ = sys.modules[__name__]
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: dict | None = None) -> str:

@@ -20,16 +20,9 @@ from PIL import Image
 from data.clip import ClipSpec, crop_resize_uint8
 from data.core.files import sha256_of
 from data.core.lazy import lazy
-from data.video import (
-    BadVideo,
-    Frames,
-    list_frames,
-    list_videos,
-    natural_key,
-    probe,
-    read_frames,
-    reading,
-)
+from data.decoder import BadVideo, reading
+from data.finding import list_frames, list_videos, natural_key
+from data.video import Frames, probe, read_frames
 
 av = lazy("av")
 
@@ -51,6 +44,10 @@ class Video:
     key: str = ""
     row: int = -1
 
+    @property
+    def is_array(self) -> bool:
+        return self.path.suffix in ARRAY_SUFFIXES
+
 
 @lru_cache(maxsize=2)
 def _unpack(path: Path, key: str, mtime_ns: int) -> np.ndarray:
@@ -60,7 +57,8 @@ def _unpack(path: Path, key: str, mtime_ns: int) -> np.ndarray:
 
 
 def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
-    """An array of an .npz file: mapped where it was stored as it is (np.savez), else in memory if it is small."""
+    """Open an array of an .npz file: mapped where it was stored as it is (np.savez), else in memory if it is small."""
+    # What the array's own header says, and where its values begin behind it.
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
         info = archive.getinfo(f"{key}.npy")
         version = np.lib.format.read_magic(member)
@@ -70,6 +68,7 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
         }
         shape, fortran_order, dtype = read_header[version](member)
         inside = member.tell()
+    # A header that promises more than the archive holds is a lie, or damage.
     size = math.prod(map(int, shape)) * dtype.itemsize
     if dtype.hasobject or 0 in shape or size > info.file_size:
         raise ValueError(f"{dtype} {shape} in {info.file_size} bytes")
@@ -77,6 +76,7 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
         if size > COMPRESSED_BYTES:
             raise ValueError(f"{size >> 20} MiB, compressed; save it with np.savez or as .npy")
         return _unpack(path, key, mtime_ns)
+    # The member's local header in the archive: 30 bytes, a name and an extra field, whose lengths are at byte 26.
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), "<u2")
@@ -85,16 +85,15 @@ def _map_member(path: Path, key: str, mtime_ns: int) -> np.ndarray:
 
 
 def _load_array(path: Path, key: str, mtime_ns: int) -> np.ndarray:
-    """An array of a file, mapped where possible, and mapped again each time, so that pages read do not pile up."""
+    """Open an array of a file, mapped where possible, and mapped again each time, so that pages read do not pile up."""
     try:
         with reading(path):
             if not path.is_file():
                 raise BadVideo("neither a file nor a folder")
-            array = (
-                _map_member(path, key, mtime_ns)
-                if path.suffix == ".npz"
-                else np.load(path, "r", allow_pickle=False)
-            )
+            if path.suffix == ".npz":
+                array = _map_member(path, key, mtime_ns)
+            else:
+                array = np.load(path, "r", allow_pickle=False)
     except _BROKEN as error:
         raise BadVideo(f"{path}: not a readable array file ({error})") from error
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
@@ -105,7 +104,7 @@ def _load_array(path: Path, key: str, mtime_ns: int) -> np.ndarray:
 
 
 def _array(video: Video) -> np.ndarray:
-    """The frames (T, H, W, 3) of an array video."""
+    """Open the frames (T, H, W, 3) of an array video."""
     array = _load_array(video.path, video.key, video.path.stat().st_mtime_ns)
     if (array.ndim == 5) != (video.row >= 0) or video.row >= len(array):
         raise BadVideo(f"{video.path}: changed while it was read")
@@ -113,7 +112,8 @@ def _array(video: Video) -> np.ndarray:
 
 
 def _array_videos(path: Path, name: str) -> list[Video]:
-    """The videos of one array file; one that cannot be opened stays one video, to be counted as damaged."""
+    """List the videos of one array file; one that cannot be opened stays one video, to be counted as damaged."""
+    # An .npz file has arrays by name, an .npy file one without.
     keys = [""]
     try:
         if path.suffix == ".npz":
@@ -121,6 +121,7 @@ def _array_videos(path: Path, name: str) -> list[Video]:
                 keys = sorted(arrays.files, key=natural_key)
     except _BROKEN:
         return [Video(name, path)]
+    # An array (T, H, W, 3) is one video, each row of an (N, T, H, W, 3) is one.
     found = []
     for key in keys:
         label = f"{name}:{key}" if key else name
@@ -129,26 +130,28 @@ def _array_videos(path: Path, name: str) -> list[Video]:
         except BadVideo:
             found.append(Video(label, path, key))
             continue
-        rows = range(len(array)) if array.ndim == 5 else (-1,)
-        found += [Video(label if row < 0 else f"{label}[{row}]", path, key, row) for row in rows]
+        if array.ndim == 4:
+            found.append(Video(label, path, key))
+        else:
+            found += [Video(f"{label}[{row}]", path, key, row) for row in range(len(array))]
     return found
 
 
 def find_videos(root: str | Path) -> list[Video]:
-    """All videos of a folder at any depth (or of one file), in natural order of their names.
+    """Find all videos of a folder at any depth (or of one file), in natural order of their names.
 
     Raises ValueError if there is none.
     """
     root = Path(root)
     if root.is_file():
         return _array_videos(root, root.name) if root.suffix in ARRAY_SUFFIXES else [Video(root.name, root)]
+    # Video files and folders of frames, then the array files beside them.
     found = [Video(path.relative_to(root).as_posix(), path) for path in list_videos(root)]
     for folder, _, files in os.walk(root):
-        paths = [
-            Path(folder, name) for name in files if Path(name).suffix in ARRAY_SUFFIXES and name[0] != "."
-        ]
-        for path in paths:
-            found += _array_videos(path, path.relative_to(root).as_posix())
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix in ARRAY_SUFFIXES and not name.startswith("."):
+                found += _array_videos(path, path.relative_to(root).as_posix())
     if not found:
         raise ValueError(
             f"{root}: no videos here (video files, folders of .png/.jpg frames, .npy or .npz arrays)"
@@ -157,18 +160,18 @@ def find_videos(root: str | Path) -> list[Video]:
 
 
 def shape_of(video: Video) -> tuple[int, int, int]:
-    """(frames, height, width). Raises ValueError or OSError if unreadable."""
-    if video.path.suffix in ARRAY_SUFFIXES:
+    """Look up (frames, height, width). Raises ValueError or OSError if unreadable."""
+    if video.is_array:
         return _array(video).shape[:3]
     info = probe(video.path)
     return info.num_frames, info.height, info.width
 
 
 def read_video(video: Video, indices: np.ndarray | None = None) -> np.ndarray:
-    """Frames `indices` of a video, default all: uint8 (T, H, W, 3)."""
+    """Read the frames `indices` of a video, default all: uint8 (T, H, W, 3)."""
     if indices is None:
         indices = np.arange(shape_of(video)[0])
-    if video.path.suffix in ARRAY_SUFFIXES:
+    if video.is_array:
         array = _array(video)
         if np.min(indices) < 0 or np.max(indices) >= len(array):
             raise ValueError(
@@ -183,7 +186,11 @@ def read_video(video: Video, indices: np.ndarray | None = None) -> np.ndarray:
 def refuse_deep_pictures(folder: Path, indices: Iterable[int]) -> None:
     """Raise ValueError for grey pictures of more than 8 bits; those of colour lose their low bits, rightly."""
     frames = list_frames(folder)
-    for path in [frames[n] for n in sorted(set(map(int, indices))) if n < len(frames)]:
+    for n in sorted(set(map(int, indices))):
+        if n >= len(frames):
+            return  # the reader says so
+        path = frames[n]
+        # The head of the file tells the mode; no pixel is decoded.
         try:
             with reading(path), Image.open(path) as picture:
                 mode = picture.mode
@@ -203,6 +210,7 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     if height == width:
         spec = ClipSpec(len(frames), size=height)  # centre crop: nothing is drawn
         return crop_resize_uint8(frames, spec, np.random.default_rng(0))
+    # The largest centred box of the target's aspect ratio, in pixels of the frame.
     _, H, W, _ = frames.shape
     scale = min(H / height, W / width)
     top, left = max((H - scale * height) / 2, 0.0), max((W - scale * width) / 2, 0.0)
@@ -217,15 +225,17 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def read_clip(
     video: Video, indices: np.ndarray, target: tuple[int, int], source: tuple[int, int], times: bytes = b""
 ) -> np.ndarray:
-    """Frames `indices` at the target size (height, width): uint8 (T, height, width, 3).
+    """Read the frames `indices` at the target size (height, width): uint8 (T, height, width, 3).
 
     source: height and width of the frames. times: the scan's timeline of a file. Large frames do not pile up. Raises
     ValueError if the video cannot be read.
     """
-    if video.path.suffix not in ARRAY_SUFFIXES:
+    # Files and folders: each frame is scaled as it is decoded.
+    if not video.is_array:
         if video.path.is_dir():
             refuse_deep_pictures(video.path, indices)
         return Frames(video.path, indices, times).map(lambda picture: fit(picture[None], *target)[0])
+    # Arrays: some frames at a time.
     H, W = source
     block = max(1, BLOCK_BYTES // (3 * H * W))
     parts = [fit(read_video(video, indices[n : n + block]), *target) for n in range(0, len(indices), block)]
@@ -238,7 +248,7 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def content_digest(video: Video) -> str:
-    """sha256 of what the video is made of: the file's bytes (and the place in an array file), or all frames'."""
+    """Return the sha256 of what the video is made of: the file's bytes (and the place in an array file), or all frames'."""
     digest = hashlib.sha256()
     for path in list_frames(video.path) if video.path.is_dir() else [video.path]:
         status = path.stat()
@@ -248,15 +258,12 @@ def content_digest(video: Video) -> str:
 
 
 def storage_of(video: Video) -> str:
-    """ "lossless" or "lossy": how the pixels of a file were stored. Lossy storage moves every metric."""
-
-    if video.path.suffix in ARRAY_SUFFIXES:
-        return "lossless"
-    if video.path.is_dir():
-        return (
-            "lossy"
-            if any(p.suffix.lower() in (".jpg", ".jpeg") for p in video.path.iterdir())
-            else "lossless"
-        )
-    with av.open(str(video.path)) as container:
-        return "lossless" if container.streams.video[0].codec_context.name in LOSSLESS_CODECS else "lossy"
+    """Tell how the pixels of a file were stored: "lossless" or "lossy". Lossy storage moves every metric."""
+    if video.is_array:
+        lossless = True
+    elif video.path.is_dir():
+        lossless = not any(path.suffix.lower() in (".jpg", ".jpeg") for path in video.path.iterdir())
+    else:
+        with av.open(str(video.path)) as container:
+            lossless = container.streams.video[0].codec_context.name in LOSSLESS_CODECS
+    return "lossless" if lossless else "lossy"

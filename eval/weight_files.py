@@ -73,6 +73,7 @@ WEIGHT_FILES = {
     ),
 }
 TRUNKS = {"alex": "alexnet", "vgg": "vgg16"}  # lpips' name of a network, and ours
+LPIPS_NAMES = {trunk: name for name, trunk in TRUNKS.items()}
 
 
 @dataclass(frozen=True)
@@ -122,29 +123,29 @@ MASK_DELTA = 0xA282EAD8  # TensorFlow stores checksums of checksummed data rotat
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
-    """CRC32C (Castagnoli) of bytes, or of an array's bytes."""
+    """Compute the CRC32C (Castagnoli) of bytes, or of an array's bytes."""
     return google_crc32c.value(data if isinstance(data, bytes) else data.tobytes())
 
 
 def masked(crc: int) -> int:
-    """A checksum as TensorFlow and LevelDB store it."""
+    """Mask a checksum as TensorFlow and LevelDB store it."""
     return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
 @lru_cache(maxsize=1)
 def tf_table() -> dict[str, dict]:
-    """{our key: {"tf_name", "tf_shape", "nbytes", "crc32c_masked"}} of the 230 tensors."""
+    """Read {our key: {"tf_name", "tf_shape", "nbytes", "crc32c_masked"}} of the 230 tensors."""
     return json.loads(TABLE_FILE.read_text())
 
 
 def to_tf_layout(value: np.ndarray) -> np.ndarray:
-    """(out, in, t, h, w) -> (t, h, w, in, out); vectors as they are. Float32, contiguous."""
+    """Turn (out, in, t, h, w) into (t, h, w, in, out); vectors stay. Float32, contiguous."""
     value = value.transpose(2, 3, 4, 1, 0) if value.ndim == 5 else value
     return np.ascontiguousarray(value, dtype=np.float32)
 
 
 def from_tf_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A dump of the TF-Hub checkpoint (names .../conv_3d/w, [t, h, w, in, out]) with our keys and layout.
+    """Rename a dump of the TF-Hub checkpoint (names .../conv_3d/w, [t, h, w, in, out]) to our keys and layout.
 
     Arrays under other names are returned as they are. Batch norms have no scale there: ones are put in.
     """
@@ -154,6 +155,7 @@ def from_tf_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     state = {}
     for name, value in arrays.items():
         key = ours.get(name.split(":")[0], name)
+        # (t, h, w, in, out) -> (out, in, t, h, w)
         if key.endswith("conv3d.weight") and value.ndim == 5:
             state[key] = np.ascontiguousarray(value.transpose(4, 3, 0, 1, 2))
         else:
@@ -164,7 +166,7 @@ def from_tf_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def tensor_digest(state: dict[str, np.ndarray]) -> str:
-    """sha256 over names, shapes and float32 values: the same in whatever file and order the tensors come."""
+    """Return the sha256 over names, shapes and float32 values: the same in whatever file and order the tensors come."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.shape}\n".encode())
@@ -173,10 +175,13 @@ def tensor_digest(state: dict[str, np.ndarray]) -> str:
 
 
 def differing_tensors(state: dict[str, np.ndarray]) -> list[str]:
-    """Keys of I3D that are missing or not the TF-Hub checkpoint's bit for bit; batch-norm scales must be ones."""
+    """List the keys of I3D that are missing or not the TF-Hub checkpoint's bit for bit; batch-norm scales must be ones."""
     wrong = []
     for key, entry in tf_table().items():
         raw = to_tf_layout(state[key]) if key in state else np.empty(0)
         if raw.nbytes != entry["nbytes"] or masked(crc32c(raw)) != entry["crc32c_masked"]:
             wrong.append(key)
-    return wrong + [key for key in state if key.endswith("bn.weight") and not np.all(state[key] == 1)]
+    for key, value in state.items():
+        if key.endswith("bn.weight") and not np.all(value == 1):
+            wrong.append(key)
+    return wrong

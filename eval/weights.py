@@ -18,7 +18,7 @@ import numpy as np
 from data.core.lazy import lazy
 from data.core.tensors import differences
 from data.core.weights import read_weights
-from eval.weight_files import TRUNKS, WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
+from eval.weight_files import LPIPS_NAMES, WEIGHT_FILES, WRONG_FILES, WRONG_NAMES
 
 c3d = lazy("eval.c3d")
 i3d = lazy("eval.i3d")
@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def weights_folder() -> Path:
-    """Where VAEs and judges are looked for: $OMNILATTE_WEIGHTS, else weights/ of this repository."""
+    """Return where VAEs and judges are looked for: $OMNILATTE_WEIGHTS, else weights/ of this repository."""
     return Path(os.environ.get("OMNILATTE_WEIGHTS") or ROOT / "weights").expanduser()
 
 
 def score_name(metric: str, weights: Mapping | None) -> str:
-    """The name under which a score may be printed or stored: `LPIPS`, or `random-feature LPIPS (AlexNet, seed 0)`.
+    """Name a score as it may be printed or stored: `LPIPS`, or `random-feature LPIPS (AlexNet, seed 0)`.
 
     weights: `Provenance.as_dict()` of the network, as records hold it; None when the score needs none. Every
     writer (console, JSON, table, model card, page) names its scores here.
@@ -69,7 +69,7 @@ class Provenance:
 
 @lru_cache(maxsize=16)
 def _digests(path: str, size: int, mtime_ns: int) -> tuple[str, str]:
-    """(sha256, git blob id) of a file; size and mtime are part of the cache's key."""
+    """Compute (sha256, git blob id) of a file; size and mtime are part of the cache's key."""
     sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -79,12 +79,13 @@ def _digests(path: str, size: int, mtime_ns: int) -> tuple[str, str]:
 
 
 def _refuse_wrong(path: Path, kind: str) -> tuple[str, str]:
-    """(sha256, git blob id) of a file; ValueError for one known to be a wrong one."""
+    """Compute (sha256, git blob id) of a file; ValueError for one known to be a wrong one."""
     stat = path.stat()
     sha256, blob = _digests(str(path), stat.st_size, stat.st_mtime_ns)
-    wrong = WRONG_FILES.get(blob) or next(
-        (w for f, w in WRONG_NAMES.items() if path.name.startswith(f)), None
-    )
+    wrong = WRONG_FILES.get(blob)
+    for prefix, reason in WRONG_NAMES.items():
+        if path.name.startswith(prefix):
+            wrong = wrong or reason
     if wrong:
         official = WEIGHT_FILES[kind]
         raise ValueError(f"{path} is {wrong}; use {official.file} from {official.source}")
@@ -92,17 +93,20 @@ def _refuse_wrong(path: Path, kind: str) -> tuple[str, str]:
 
 
 def identify(path: Path, kind: str, state: dict | None = None) -> Provenance:
-    """Digest of a weight file, and whether it or each of its tensors (state, by our names) is the official one.
+    """Say which file this is, and whether it or each of its tensors (state, by our names) is the official one.
 
     Raises ValueError for a file known to be a wrong one. An unknown file is a warning and is recorded.
     """
+    # By the digest of the file.
     sha256, blob = _refuse_wrong(path, kind)
     official = WEIGHT_FILES[kind]
     known = blob == official.git_blob or bool(official.sha256 and sha256.startswith(official.sha256))
-    tensors, wrong = "", []
+    # The same tensors in a file of another format have another digest: compare them one by one.
+    tensors, wrong = "", False
     if not known and state is not None and (official.tensors or kind == "i3d"):
         tensors, wrong = _compare_tensors(kind, _arrays(state))
         known = not wrong
+    # Unknown weights are allowed; the log and the record say so.
     if wrong:
         logger.warning("%s: %s; its scores compare with no published one", path.name, tensors)
     elif not known:
@@ -113,28 +117,25 @@ def identify(path: Path, kind: str, state: dict | None = None) -> Provenance:
 
 
 def _arrays(state: dict) -> dict[str, np.ndarray]:
-    """Tensors as numpy arrays; numpy has no bfloat16, so floats become float32."""
+    """Convert tensors to numpy arrays; numpy has no bfloat16, so floats become float32."""
     return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in state.items()}
 
 
-def _compare_tensors(kind: str, state: dict[str, np.ndarray]) -> tuple[str, list[str]]:
-    """(what was found, tensors that are not the official ones)."""
-    official, wrong = "TF-Hub deepmind/i3d-kinetics-400/1", []
-    if kind != "i3d":
+def _compare_tensors(kind: str, state: dict[str, np.ndarray]) -> tuple[str, bool]:
+    """Compare tensors with the official ones: (what was found, whether any differs)."""
+    if kind == "i3d":
+        official = "TF-Hub deepmind/i3d-kinetics-400/1"
+        differing = len(weight_files.differing_tensors(state))
+        found = f"{differing} of {len(weight_files.tf_table())} differ from {official}"
+    else:
         official = f"the trunk of {WEIGHT_FILES[kind].file}"
-        wrong = [] if weight_files.tensor_digest(state) == WEIGHT_FILES[kind].tensors else ["tensors"]
-        return (f"tensors differ from {official}" if wrong else f"all equal to {official}"), wrong
-    wrong = weight_files.differing_tensors(state)
-    text = (
-        f"{len(wrong)} of {len(weight_files.tf_table())} differ from {official}"
-        if wrong
-        else f"all equal to {official}"
-    )
-    return text, wrong
+        differing = weight_files.tensor_digest(state) != WEIGHT_FILES[kind].tensors
+        found = f"tensors differ from {official}"
+    return found if differing else f"all equal to {official}", bool(differing)
 
 
 def random_seed(argument: str | None) -> int | None:
-    """Seed of `random:SEED`, None for anything else. Raises ValueError for a malformed seed."""
+    """Read the seed of `random:SEED`, None for anything else. Raises ValueError for a malformed seed."""
     if argument is None or not str(argument).startswith("random"):
         return None
     match = re.fullmatch(r"random:(\d+)", str(argument))
@@ -144,15 +145,17 @@ def random_seed(argument: str | None) -> int | None:
 
 
 def accepted_names(kind: str) -> list[str]:
-    """The file names under which `find_weights` knows a network, the fetched one first."""
+    """List the file names under which `find_weights` knows a network, the fetched one first."""
     official = WEIGHT_FILES[kind]
-    names = [official.fetched, official.file, Path(official.file).with_suffix(".safetensors").name]
-    names += [WEIGHT_FILES["i3d_torchscript"].file] if kind == "i3d" else []
-    return [name for name in dict.fromkeys(names) if name]
+    names = [official.fetched] if official.fetched else []
+    names += [official.file, Path(official.file).with_suffix(".safetensors").name]
+    if kind == "i3d":
+        names.append(WEIGHT_FILES["i3d_torchscript"].file)
+    return list(dict.fromkeys(names))
 
 
 def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
-    """Path of the file of `kind`, a key of WEIGHT_FILES.
+    """Find the file of `kind`, a key of WEIGHT_FILES.
 
     argument: a file, or a folder that holds it; None is `weights_folder()`. A trunk of LPIPS that the folder lacks is
     looked for in torch's hub cache. Raises ValueError with the file's name, source and digest when there is none.
@@ -161,19 +164,21 @@ def find_weights(kind: str, argument: str | os.PathLike | None = None) -> Path:
     path = Path(argument).expanduser() if argument is not None else weights_folder()
     if path.is_file():
         return path
+    # Under each of its names in the folder, and where torchvision keeps what it downloaded.
     candidates = [path / name for name in accepted_names(kind)]
-    if kind in TRUNKS.values():
+    if kind in LPIPS_NAMES:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         hub = Path(os.environ.get("TORCH_HOME") or Path(cache) / "torch") / "hub"
         candidates.append(hub / "checkpoints" / official.file)
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    # What is missing, where to get it, and how to do without.
     where = f"{path} {'has no such file' if path.is_dir() else 'does not exist'}"
     get = "`bash scripts/fetch_weights.sh` gets them, or " if official.fetched else ""
     way_out = (
         "--no-lpips (lpips=false, val_lpips=false, loss.perceptual_weight=0) leaves LPIPS out"
-        if kind in TRUNKS.values()
+        if kind in LPIPS_NAMES
         else "--weights random:0 is for smoke runs only"
     )
     raise ValueError(
@@ -189,7 +194,7 @@ def require_weights(kind: str, argument: str | os.PathLike | None) -> None:
 
 
 def weights_line(kind: str, argument: str | os.PathLike | None = None) -> str:
-    """For --dry-run: where the weights of `kind` are, or what `find_weights` says about missing ones."""
+    """Say, for --dry-run, where the weights of `kind` are, or what `find_weights` says about missing ones."""
     try:
         return str(argument if random_seed(argument) is not None else find_weights(kind, argument))
     except ValueError as error:
@@ -197,7 +202,7 @@ def weights_line(kind: str, argument: str | os.PathLike | None = None) -> str:
 
 
 def read_state(path: Path) -> dict:
-    """Tensors of a .pt/.pth (weights only), .safetensors or .npz file. No pickled code is run.
+    """Read the tensors of a .pt/.pth (weights only), .safetensors or .npz file. No pickled code is run.
 
     Raises ValueError when the file is none of these, is damaged, or wants to run code.
     """
@@ -229,17 +234,19 @@ def randomise(module, seed: int) -> None:
     last = [name for name, p in module.named_parameters() if p.ndim > 1][-1]
     with torch.no_grad():
         for name, parameter in module.named_parameters():
+            # Scales and biases.
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if name.endswith("bn.weight") else 0.0)
                 continue
+            # Weights: variance 2 / fan-in before a ReLU, 1 / fan-in in the last layer, which has none.
             rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
             values = rng.standard_normal(tuple(parameter.shape), dtype=np.float32)
-            gain = 1.0 if name == last else 2.0  # no ReLU after the last layer
+            gain = 1.0 if name == last else 2.0
             parameter.copy_(torch.from_numpy(values) * (gain / parameter[0].numel()) ** 0.5)
 
 
 def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
-    """The tensors of a weight file by our names, and what it is. The one reader for all networks.
+    """Read the tensors of a weight file by our names, and say what it is. The one reader for all networks.
 
     A trunk comes without its classifier, `features.INDEX.weight`; a dump of the TF-Hub checkpoint is renamed.
     Raises ValueError for a file known to be a wrong one, or that is not a plain weight file.
@@ -249,7 +256,7 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
     if kind == "i3d":
         arrays = weight_files.from_tf_names(_arrays(state))
         state = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-    elif kind in TRUNKS.values():
+    elif kind in LPIPS_NAMES:
         state = {name: value for name, value in state.items() if name.startswith("features.")}
     elif kind == "c3d":
         state = {k.replace("/W", ".weight").replace("/b", ".bias"): v for k, v in state.items()}
@@ -257,7 +264,7 @@ def open_weights(kind: str, path: Path) -> tuple[dict, Provenance]:
 
 
 def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
-    """I3D in eval mode and its provenance; weights: as `find_weights`, or random:SEED."""
+    """Load I3D in eval mode, with its provenance; weights: as `find_weights`, or random:SEED."""
     seed, network = random_seed(weights), i3d.I3D(eps)
     if seed is not None:
         randomise(network, seed)
@@ -269,10 +276,9 @@ def load_i3d(weights: str | os.PathLike | None = None, eps: float = 1e-5):
 
 
 def load_c3d(weights: str | os.PathLike | None = None):
-    """C3D in eval mode and its provenance; mean2.npz lies beside the weights (.safetensors: inside)."""
-    seed = random_seed(weights)
+    """Load C3D in eval mode, with its provenance; mean2.npz lies beside the weights (.safetensors: inside)."""
+    seed, network = random_seed(weights), c3d.C3D()
     if seed is not None:
-        network = c3d.C3D()
         randomise(network, seed)
         network.mean.fill_(128.0)
         with torch.no_grad():
@@ -282,13 +288,12 @@ def load_c3d(weights: str | os.PathLike | None = None):
     state, provenance = open_weights("c3d", path)
     if "mean" not in state:
         state["mean"] = load_c3d_mean(find_weights("c3d_mean", path.parent))[0]
-    network = c3d.C3D()
     load_strict(network, state, str(path))
     return network.eval(), provenance
 
 
 def load_c3d_mean(path: Path):
-    """The mean clip of C3D's training, as the network sees it, and its provenance."""
+    """Load the mean clip of C3D's training, as the network sees it, with its provenance."""
     state, provenance = open_weights("c3d_mean", path)
     if "mean" not in state:
         raise ValueError(f"{path}: has {sorted(state)}, not the array `mean`")

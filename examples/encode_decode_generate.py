@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from data.clip import to_float, to_uint8
-from data.video import read_frames, write_mp4
+from data.encode import write_mp4
+from data.video import read_frames
 from pipelines.video_pipeline import LatentVideoPipeline
 
 demo = ("runs/demo/latte/pipeline", "runs/demo/samples/000000.mkv", "runs/demo/example")

@@ -25,9 +25,9 @@ from data.clip import to_float
 from data.core.cli import run
 from data.core.files import printable
 from data.core.lazy import lazy
+from data.decoder import BadVideo
 from data.processes import Pool
 from data.progress import Progress
-from data.video import BadVideo
 from pipelines.beside import Beside, Waits
 from pipelines.train_latte import FLAGS, TrainLatteConfig
 from pipelines.training.config import parse

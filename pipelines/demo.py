@@ -17,7 +17,7 @@ from typing import Any
 from data.core.cli import run
 from data.core.files import claim_folder
 from data.core.lazy import lazy
-from data.video import list_videos
+from data.finding import list_videos
 from pipelines.training.config import load
 from pipelines.training.folder import ROOT, versions
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from data.video import VIDEO_SUFFIXES, iterate_frames, probe
+from data.finding import VIDEO_SUFFIXES
+from data.video import iterate_frames, probe
 from pipelines import video_files
 from pipelines.training.log import command
 

@@ -25,10 +25,11 @@ from data.core.cli import run
 from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.core.lazy import lazy
 from data.core.option import option
+from data.decoder import BadVideo
 from data.encode import write_mp4
 from data.processes import Pool
 from data.progress import Progress
-from data.video import BadVideo, iterate_frames
+from data.video import iterate_frames
 from eval.protocol import MIN_FRAMES
 from eval.weights import score_name, weights_line
 from pipelines import video_files

@@ -22,9 +22,9 @@ from data.core.cli import run
 from data.core.files import printable, write_atomic
 from data.core.lazy import lazy
 from data.core.option import option
+from data.decoder import BadVideo
 from data.sources import Source, video_frames
 from data.user_list import SUFFIXES
-from data.video import BadVideo
 from pipelines.training.config import parse
 from pipelines.training.folder import refuse_in_data, summary
 from pipelines.training.log import command

@@ -15,10 +15,12 @@ import numpy as np
 
 from data.core.files import claim_folder, read_json, remove_leftovers, usual_mode, write_json
 from data.core.lazy import lazy
+from data.decoder import reading
 from data.encode import Clock, atomic_path, writing_video
+from data.finding import VIDEO_SUFFIXES, video_names
 from data.progress import Progress
 from data.timeline import rising
-from data.video import VIDEO_SUFFIXES, VideoInfo, iterate_frames, probe, reading, video_names
+from data.video import VideoInfo, iterate_frames, probe
 from eval.weights import score_name
 from pipelines.training.log import box, command
 

@@ -64,7 +64,7 @@ def write_file(dst: Path, save: Callable[[Path], None]) -> None:
 
 
 def load_source(family: str, src: Path, **latte: int | None):
-    """The model that the official file `src` holds, in eval mode. latte: num_heads and num_frames, for a Latte."""
+    """Load the model that the official file `src` holds, in eval mode. latte: num_heads and num_frames, for a Latte."""
     if family in BASELINES:
         return baseline_release.convert_baseline(family, src)
     if family == "open-sora-plan":
@@ -75,7 +75,7 @@ def load_source(family: str, src: Path, **latte: int | None):
 
 
 def convert(family: str, src: Path, dst: Path, **latte: int | None) -> str:
-    """Official file or folder -> folder dst; returns what was written, in words."""
+    """Convert an official file or folder to the folder dst; return what was written, in words."""
     model = load_source(family, src, **latte)
     if family in JUDGES:
         write_folder(dst, lambda folder: safetensors.save_file(model.state_dict(), folder / JUDGES[family]))
@@ -86,7 +86,7 @@ def convert(family: str, src: Path, dst: Path, **latte: int | None) -> str:
 
 
 def export(family: str, src: Path, dst: Path) -> str:
-    """Our folder -> upstream's layout; returns what was written, in words."""
+    """Write our folder in upstream's layout; return what was written, in words."""
     if family == "open-sora-plan":
         model = vaes.load_vae("odvae", src)
         write_folder(dst, lambda folder: vae_release.save_release(model, folder))
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int | None:
         help="latte only: latent frames of the new model, e.g. 21 from 16-frame weights",
     )
     args = parser.parse_args(argv)
+    # Options that do not fit are refused before anything is read.
     if args.export and args.family not in EXPORTS:
         raise ValueError(f"--export {args.family}: only {' and '.join(EXPORTS)} can be written back")
     for name in ("num_heads", "num_frames"):
@@ -127,13 +128,13 @@ def main(argv: list[str] | None = None) -> int | None:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if not args.src.exists():
         raise ValueError(f"--src {args.src}: no such file or folder")
+    # Convert; what goes wrong inside is told with the file that it is about.
     try:
         if args.export:
             print(export(args.family, args.src, args.dst))
         else:
-            print(
-                convert(args.family, args.src, args.dst, num_heads=args.num_heads, num_frames=args.num_frames)
-            )
+            latte = {"num_heads": args.num_heads, "num_frames": args.num_frames}
+            print(convert(args.family, args.src, args.dst, **latte))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # odd shapes and settings fail wherever they are first used

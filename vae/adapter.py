@@ -6,6 +6,7 @@ are those of diffusers bit for bit.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,9 @@ class Row:
     """What is particular to a class of diffusers.
 
     name: for --vae. ratios: (time, side) of a config. group: frames that a clip may grow by, where it is not the ratio in
-    time. causal: neither latents nor decoded frames depend on later frames. posterior: False where the encoder gives a point, no Gaussian.
-    chunks: how its encoder and decoder take a clip piece by piece with features carried on, for those that cannot be
-    checkpointed block by block. trainable: False for evaluation only.
+    time. causal: neither latents nor decoded frames depend on later frames. posterior: False where the encoder gives a
+    point, no Gaussian. chunks: how its encoder and decoder take a clip piece by piece with features carried on, for those
+    that cannot be checkpointed block by block. trainable: False for evaluation only.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Adapted(VideoVAE):
 
     @property
     def last_decoder_layer(self) -> nn.Parameter:
-        """The weight of the decoder's last layer, which balances the adversarial term."""
+        """Return the weight of the decoder's last layer, which balances the adversarial term."""
         layer = self.decoder.conv_out if hasattr(self.decoder, "conv_out") else self.decoder.proj_out
         return next(p for name, p in layer.named_parameters() if name.endswith("weight"))
 
@@ -106,27 +107,29 @@ class Adapted(VideoVAE):
             self._empty_causal_cached(stage)
 
     def _moments(self, x: Tensor) -> Tensor:
-        """(B, 2C or C, t, h, w) as diffusers computes it."""
+        """Compute (B, 2C or C, t, h, w) as diffusers does."""
         return super().encode(x).latent_dist.parameters
 
     def _pixels(self, z: Tensor) -> Tensor:
         return super().decode(z).sample
 
     def _in_pieces(self, stage: str, x: Tensor) -> Tensor | None:
-        """The stage's output by the row's chunks where gradients are recorded; None: diffusers' own way is right."""
+        """Compute a stage by the row's chunks where gradients are recorded; None: diffusers' own way is right."""
         if self.row.chunks is None or not torch.is_grad_enabled():
             return None
         return self.row.chunks(self, stage)(x, getattr(self, "gradient_checkpointing", False))
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """x (B, 3, T, H, W) in [-1, 1] -> posterior over (B, C, t, h, w). ValueError for a clip that would be cut."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, t, h, w). ValueError for a clip that would be cut."""
         self.check_video(x)
+        # By pieces for a training step, else as diffusers does.
         try:
             moments = self._in_pieces("encoder", x)
             moments = self._moments(x) if moments is None else moments
         finally:
             self._clean()
+        # Moments (B, 2C, t, h, w); of an encoder that gives a point, the first C channels.
         if self.has_posterior:
             posterior = VideoGaussian(moments)
         else:
@@ -135,7 +138,7 @@ class Adapted(VideoVAE):
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, C, t, h, w) -> DecoderOutput of (B, 3, T, H, W); with gradients before a final clamp, if there is one."""
+        """Decode z (B, C, t, h, w) to DecoderOutput of (B, 3, T, H, W); with gradients before a final clamp, if there is one."""
         self.check_frames(self.check_latents(z, num_frames))
         try:
             pixels = self._in_pieces("decoder", z)
@@ -156,26 +159,30 @@ class Adapted(VideoVAE):
     # ---- scaling -----------------------------------------------------------------------------------------
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Statistics in buffers or the config, divided by the scaling factor; one a channel, or one a channel and frame."""
+        """Return mean and std of buffers or the config, std over the scaling factor: one per channel, or per channel and frame."""
         rule = self.latent_rule()
         if rule["latents_mean"] is None or rule["latents_std"] is None:
             return None
-        mean, std = (
-            torch.tensor(rule[key], dtype=z.dtype).view(1, self.latent_channels, -1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
-        if 1 < mean.shape[2] < z.shape[2]:
-            raise ValueError(
-                f"{z.shape[2]} latent frames: {type(self).__name__} has statistics of {mean.shape[2]} frames"
-            )
-        mean, std = (v[:, :, : z.shape[2]].to(z.device) for v in (mean, std))
+
+        def for_clip(values: list) -> Tensor:
+            # (1, C, 1, 1, 1), or (1, C, t, 1, 1) of as many latent frames as z has
+            values = torch.tensor(values, dtype=z.dtype).view(1, self.latent_channels, -1, 1, 1)
+            if 1 < values.shape[2] < z.shape[2]:
+                raise ValueError(
+                    f"{z.shape[2]} latent frames: {type(self).__name__} has statistics of {values.shape[2]} frames"
+                )
+            return values[:, :, : z.shape[2]].to(z.device)
+
+        mean, std = for_clip(rule["latents_mean"]), for_clip(rule["latents_std"])
         return mean, std / (rule["scaling_factor"] or 1.0)
 
     def latent_rule(self) -> Config:
         rule = super().latent_rule()
+        # Statistics in buffers (LTX) count before those of the config,
         for key in ("latents_mean", "latents_std"):
             if key in self._buffers:
                 rule[key] = self._buffers[key].float().tolist()
+        # and a shift is a mean of all channels.
         shift = self.config.get("shift_factor")
         if shift is not None and rule["latents_mean"] is None:
             count = self.latent_channels
@@ -242,14 +249,11 @@ class AdaptedAllegro(Adapted):
         return self.stride[0], self.kernel[0]
 
     def check_sides(self, H: int, W: int) -> None:
-        wrong = [
-            (size - k) % s or size < k
-            for size, k, s in zip((H, W), self.kernel[1:], self.stride[1:], strict=True)
-        ]
-        if any(wrong):
-            (k, _), (s, t) = self.kernel[1:], self.stride[1:]
+        # A first tile of k pixels, and more of them a stride apart.
+        (_, k_h, k_w), (_, s_h, s_w) = self.kernel, self.stride
+        if H < k_h or W < k_w or (H - k_h) % s_h or (W - k_w) % s_w:
             raise ValueError(
-                f"H={H}, W={W}: {type(self).__name__} takes {k} + {s}i x {k} + {t}j pixels, e.g. {k} x {k}"
+                f"H={H}, W={W}: {type(self).__name__} takes {k_h} + {s_h}i x {k_h} + {s_w}j pixels, e.g. {k_h} x {k_h}"
             )
 
     def _tiled(self, stage: Callable[[Tensor], Any], x: Tensor) -> Tensor:
@@ -267,7 +271,7 @@ class AdaptedAllegro(Adapted):
 
 
 def _levels(key: str, time: str = "temporal_compression_ratio") -> Callable[[Config], tuple[int, int]]:
-    """Ratios of a config whose list `key` has a width a level, and `time` the ratio in time."""
+    """Make the rule of a config whose list `key` has one width per level, and `time` the ratio in time."""
     return lambda c: (int(c[time]), 2 ** (len(c[key]) - 1))
 
 
@@ -280,12 +284,14 @@ def _wan(c: Config) -> tuple[int, int]:
 
 
 def _ltx(c: Config) -> tuple[int, int]:
-    """From the blocks: the attributes of diffusers' LTX-2 say 16 and 64 where 8 and 32 are computed."""
+    """Count from the blocks: the attributes of diffusers' LTX-2 say 16 and 64 where 8 and 32 are computed."""
     scaling, kinds = c["spatio_temporal_scaling"], c["downsample_type"]
     scaling = [scaling] * len(kinds) if isinstance(scaling, bool) else scaling
-    used = [kind for kind, scales in zip(kinds, scaling, strict=False) if scales]
-    time = 2 ** sum(kind != "spatial" for kind in used)
-    return c["patch_size_t"] * time, c["patch_size"] * 2 ** sum(kind != "temporal" for kind in used)
+    time, side = c["patch_size_t"], c["patch_size"]
+    for kind, scales in zip(kinds, scaling, strict=False):
+        time *= 2 if scales and kind != "spatial" else 1
+        side *= 2 if scales and kind != "temporal" else 1
+    return time, side
 
 
 def _magvit(c: Config) -> tuple[int, int]:
@@ -294,9 +300,7 @@ def _magvit(c: Config) -> tuple[int, int]:
 
 
 def _mochi(c: Config) -> tuple[int, int]:
-    return functools.reduce(int.__mul__, c["temporal_expansions"]), functools.reduce(
-        int.__mul__, c["spatial_expansions"]
-    )
+    return math.prod(c["temporal_expansions"]), math.prod(c["spatial_expansions"])
 
 
 def _vidtok(c: Config) -> tuple[int, int]:
@@ -371,7 +375,7 @@ _SPECIAL = {
 
 @functools.cache
 def adapted(cls: str) -> type:
-    """The subclass of diffusers' `cls`, a key of ROWS; ValueError if the installed diffusers has no such class."""
+    """Make the subclass of diffusers' `cls`, a key of ROWS; ValueError if the installed diffusers has no such class."""
     base = getattr(diffusers, cls, None)
     if base is None:
         raise ValueError(f"{cls}: diffusers {diffusers.__version__} has no such class; install a later one")
@@ -380,7 +384,7 @@ def adapted(cls: str) -> type:
 
 
 def check_loaded(vae: Any, folder: Any) -> Any:
-    """The VAE itself; ValueError for a config that makes it something else than a video VAE of RGB frames."""
+    """Return the VAE itself; ValueError for a config that makes it something else than a video VAE of RGB frames."""
     config = vae.config
     if config.get("regularizer", "kl") != "kl":
         raise ValueError(
@@ -395,12 +399,12 @@ def check_loaded(vae: Any, folder: Any) -> Any:
 
 
 def adapted_classes() -> Iterator[type]:
-    """All that the installed diffusers has."""
+    """Yield all classes of ROWS that the installed diffusers has."""
     return (adapted(cls) for cls in ROWS if hasattr(diffusers, cls))
 
 
 def __getattr__(name: str) -> type:
-    """The classes by their names: a saved pipeline names them so."""
+    """Find the classes by their names: a saved pipeline names them so."""
     if name in ROWS:
         return adapted(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,12 +46,12 @@ class Chunks:
         return self.vae.quant_conv(x) if self.stage == "encoder" else x
 
     def head(self, features: Tensor, carried: list[Any]) -> Tensor:
-        """`last` of a piece; carried: what went into the piece's `step`."""
+        """Run `last` on a piece; carried: what went into the piece's `step`."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _headless(self) -> Iterator[None]:
-        """Inside, the decoder returns what its last convolution would get."""
+        """Run the block with a decoder that returns what its last convolution would get."""
         if self.last is None:
             yield
             return
@@ -62,14 +62,16 @@ class Chunks:
             self.network._modules["conv_out"] = self.last
 
     def __call__(self, x: Tensor, recompute: bool) -> Tensor:
-        """The whole stage. recompute: keep only the inputs of each piece for the backward pass."""
+        """Run the whole stage. recompute: keep only the inputs of each piece for the backward pass."""
         x, carried, outputs = self.prepare(x), self.start(), []
         for i, piece in enumerate(x.split(self.split(x), dim=2)):
+            # The piece and the carried features go in as values; its output and the next features come out.
             call, before = functools.partial(self._flat, i == 0), carried
             if recompute:
                 output, *carried = checkpoint(call, piece, *carried, use_reentrant=False)
             else:
                 output, *carried = call(piece, *carried)
+            # The last convolution with the features from before this piece, outside of the checkpoint.
             outputs.append(output if self.last is None else self.head(output, before))
         return self.finish(torch.cat(outputs, dim=2))
 
@@ -93,8 +95,9 @@ class WanChunks(Chunks):
         return [None] * self.vae._cached_conv_counts[self.stage]
 
     def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        # Wan's decoder has to be told which piece is the first; QwenImage's takes no such argument.
         marked = {"first_chunk": True} if first and self.stage == "decoder" and self._wan else {}
-        count = [0]
+        count = [0]  # the network's own counter of its convolutions
         output = self.network(piece, feat_cache=carried, feat_idx=count, **marked)
         self.place = count[0] - 1  # of the last convolution; the list is longer
         return output, carried
@@ -124,13 +127,14 @@ class MagvitChunks(Chunks):
     """Magvit: each convolution keeps its last features in an attribute."""
 
     def _keepers(self) -> list[nn.Module]:
-        found = (module for module in self.network.modules() if hasattr(module, "prev_features"))
-        return [module for module in found if module is not self.last]
+        modules = self.network.modules()
+        return [one for one in modules if hasattr(one, "prev_features") and one is not self.last]
 
     def start(self) -> list[Any]:
         return [None] * len(self._keepers())
 
     def step(self, first: bool, piece: Tensor, carried: list[Any]) -> tuple[Tensor, list[Any]]:
+        # Lend each convolution its features for this piece, and leave none behind.
         keepers = self._keepers()
         try:
             for module, features in zip(keepers, carried, strict=True):
@@ -148,6 +152,7 @@ class KVAEChunks(Chunks):
     """KVAE: a tree of dicts, filled in place, for segments of 16 frames after the first."""
 
     def start(self) -> list[Any]:
+        # A checkpoint takes values, not a tree: the leaves are carried, the tree is made again in each step.
         tree = getattr(self.vae, f"_make_{self.stage}_cache")()
         carried, self.layout = tree_flatten(tree, is_leaf=lambda node: node is None)
         self.kept = {"padding": None}
@@ -162,6 +167,7 @@ class KVAEChunks(Chunks):
         return self.last(features, cache=self.kept)
 
     def split(self, x: Tensor) -> list[int]:
+        # Segments of 16 frames, or as many latents, and what is left; the first has one frame more.
         size = 16 if self.stage == "encoder" else 16 // self.vae.config.temporal_compress_times
         whole, rest = divmod(max(0, x.shape[2] - 1), size)
         sizes = [size] * whole + [rest] * (rest > 0) or [0]

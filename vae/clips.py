@@ -39,7 +39,7 @@ class VideoLatents:
 
 
 def _fitting(least: int, check: Any) -> int:
-    """The first number from `least` on that `check` does not refuse."""
+    """Find the first number from `least` on that `check` does not refuse."""
     for n in range(least, least + MOST):
         try:
             check(n)
@@ -51,15 +51,16 @@ def _fitting(least: int, check: Any) -> int:
 
 
 def window_of(vae: Any, frames: int = 33) -> int:
-    """Frames of a piece for this VAE: 0 where it streams, else the first length it takes from `frames` on."""
+    """Choose the frames of a piece for this VAE: 0 where it streams, else the first length it takes from `frames` on."""
     return 0 if getattr(vae, "can_stream", False) else _fitting(frames, vae.check_frames)
 
 
 def padded(vae: Any, height: int, width: int) -> tuple[int, int]:
-    """The sides that a video of height x width is enlarged to. The two may have rules of their own."""
+    """Find the sides that a video of height x width is enlarged to. The two may have rules of their own."""
     try:
         vae.check_sides(height, width)
     except ValueError:
+        # One side at a time: beside one that fits, the other is refused for itself alone.
         square = _fitting(max(height, width), lambda n: vae.check_sides(n, n))
         height = _fitting(height, lambda n: vae.check_sides(n, square))
         width = _fitting(width, lambda n: vae.check_sides(height, n))
@@ -79,7 +80,7 @@ def _latents(vae: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_frames(vae: Any, frames: Iterable[np.ndarray], window: int) -> Iterator[Tensor]:
-    """Latents (1, C, n, h, w) of frames uint8 (H, W, 3) as they come; window: of `window_of`."""
+    """Yield latents (1, C, n, h, w) of frames uint8 (H, W, 3) as they come; window: of `window_of`."""
 
     def pixels() -> Iterator[Tensor]:
         for piece in _pieces(frames, window or AT_ONCE):
@@ -88,11 +89,13 @@ def encode_frames(vae: Any, frames: Iterable[np.ndarray], window: int) -> Iterat
             # repeat the last row and column
             yield F.pad(x, (0, width - x.shape[4], 0, height - x.shape[3], 0, 0), mode="replicate")
 
+    # Pieces on their own, the last one as long as the VAE needs it,
     if window:
         for x in pixels():
             yield _latents(vae, _longer(x, _fitting(x.shape[2], vae.check_frames)))
         return
 
+    # or one stream, with the last frame repeated at its end up to a length that the VAE takes.
     def whole() -> Iterator[Tensor]:
         count, last = 0, None
         for last in pixels():
@@ -101,32 +104,35 @@ def encode_frames(vae: Any, frames: Iterable[np.ndarray], window: int) -> Iterat
         if last is not None and (rest := _fitting(count, vae.check_frames) - count):
             yield last[:, :, -1:].expand(-1, -1, rest, -1, -1)
 
-    yield from (posterior.mode() for posterior in vae.stream_encode(whole()))
+    for posterior in vae.stream_encode(whole()):
+        yield posterior.mode()
 
 
 def _longer(x: Tensor, T: int) -> Tensor:
-    """x (B, C, n, H, W) with its last frame repeated up to T frames."""
+    """Repeat the last frame of x (B, C, n, H, W) up to T frames."""
     return torch.cat([x, x[:, :, -1:].expand(-1, -1, T - x.shape[2], -1, -1)], dim=2)
 
 
 @torch.no_grad()
 def decode_frames(vae: Any, latents: Iterable[Tensor], window: int) -> Iterator[np.ndarray]:
-    """Frames uint8 (n, H, W, 3), padding included, of latents as `encode_frames` gives them."""
-    # contiguous: a layout of its own may round in its own way
-    for frames in (
-        (vae.decode(z.contiguous()).sample for z in latents) if window else vae.stream_decode(latents)
-    ):
-        yield to_uint8(frames)[0]
+    """Yield frames uint8 (n, H, W, 3), padding included, of latents as `encode_frames` gives them."""
+    if not window:
+        for frames in vae.stream_decode(latents):
+            yield to_uint8(frames)[0]
+        return
+    for z in latents:  # contiguous: a layout of its own may round in its own way
+        yield to_uint8(vae.decode(z.contiguous()).sample)[0]
 
 
 def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int = 33) -> VideoLatents:
-    """Frames uint8 (T, H, W, 3), or an iterable of (H, W, 3), as latents. ValueError for a video without frames.
+    """Encode frames uint8 (T, H, W, 3), or an iterable of (H, W, 3). ValueError for a video without frames.
 
     window: about how many frames a VAE that cannot be streamed takes at once.
     """
     shape, count, pieces = None, 0, []
     window = window_of(vae, window)
 
+    # Check each frame as it passes, and count them: the length of an iterable is known at its end only.
     def counted() -> Iterator[np.ndarray]:
         nonlocal shape, count
         for frame in video:
@@ -144,7 +150,8 @@ def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int
 
 
 def decode_stream(vae: Any, video: VideoLatents) -> Iterator[np.ndarray]:
-    """`decode_video` piece by piece: uint8 (n, H, W, 3). ValueError for latents that hold fewer frames than they say."""
+    """Decode as `decode_video`, piece by piece: uint8 (n, H, W, 3). ValueError for latents that hold fewer frames than they say."""
+    # Latent frames of each piece: one, or those of a window, the last of which was shorter.
     z = video.latents[None].to(vae.device, vae.dtype)
     if video.window:
         whole, rest = divmod(video.num_frames, video.window)
@@ -154,9 +161,9 @@ def decode_stream(vae: Any, video: VideoLatents) -> Iterator[np.ndarray]:
         sizes = [1] * z.shape[2]
     if sum(sizes) != z.shape[2]:
         raise ValueError(f"{z.shape[2]} latent frames, {sum(sizes)} needed for {video.num_frames} frames")
+    # Of each piece its own frames, without the padding in time and space.
     done, kept = 0, 0
     for frames in decode_frames(vae, z.split(sizes, dim=2), video.window):
-        # of each piece its own frames; the padding of the last one is cut off
         end = min(done + (video.window or len(frames)), video.num_frames)
         if end > done:
             yield frames[: end - done, : video.height, : video.width]
@@ -167,5 +174,5 @@ def decode_stream(vae: Any, video: VideoLatents) -> Iterator[np.ndarray]:
 
 
 def decode_video(vae: Any, video: VideoLatents) -> np.ndarray:
-    """The video again, uint8 (T, H, W, 3)."""
+    """Decode the video, uint8 (T, H, W, 3)."""
     return np.concatenate(list(decode_stream(vae, video)))

@@ -14,9 +14,11 @@ class PatchDiscriminator3D(nn.Module):
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"n_layers={n_layers}: needs at least 1")
+        # First layer: space and time halved, no norm.
         layers = [nn.Conv3d(in_channels, base, 3, stride=2, padding=1)]
         layers.append(nn.LeakyReLU(0.2))
         width = base
+        # The others halve space, the first of them time too; the last keeps both.
         for n in range(1, n_layers + 1):
             before, width = width, base * min(2**n, 8)
             time_stride = 2 if n == 1 else 1

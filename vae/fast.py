@@ -9,11 +9,13 @@ window, the first frame's taps summed, upsampling as small convolutions on the s
 fused passes over the tensors (vae/ops.py). tests/unit/vae hold it equal to the plain network.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae import ops
+from vae import ops, winograd
 from vae.layers import (
     FrameAttention,
     FrameConv2d,
@@ -131,20 +133,23 @@ def conv(
     x = norm_silu(before, x, shift)
     if state is not None:
         state.frames[layer] = x
-    stride, padding = layer.conv.stride[1:], layer.conv.padding[1:]
-    kernel = ops.prepared(layer.conv, x, "first", lambda w: w.sum(2), stride, padding)
-    bias = layer.conv.bias if biased else None
-    return ops.convolve(x[:, :, 0], kernel, bias, stride, padding).unsqueeze(2)
+    return _convolve(layer.conv, x[:, :, 0], True, biased, "first").unsqueeze(2)
 
 
-def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool) -> Tensor:
-    """The convolution of a torch layer. kept: by a kernel that is prepared once and kept for the next step."""
-    bias = layer.bias if biased else None
-    if not ops.making_a_graph() and (kept or _is_slow_im2col(x, layer.weight)):
-        kernel = ops.prepared(layer, x, "", stride=layer.stride, padding=layer.padding)
-        return ops.convolve(x, kernel, bias, layer.stride, layer.padding)
-    function = F.conv2d if layer.weight.ndim == 4 else F.conv3d
-    return function(x, layer.weight, bias, layer.stride, layer.padding)
+def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool, what: str = "") -> Tensor:
+    """The convolution of a torch layer. kept: by a kernel that is prepared once and kept for the next step.
+
+    what: "", or "first" for a single frame x (B, I, H, W) that stands at every tap in time.
+    """
+    weight, bias = layer.weight, layer.bias if biased else None
+    derive = (lambda w: w.sum(2)) if what == "first" else (lambda w: w)
+    if winograd.suits(layer, x, kt=1 if x.ndim == 4 else weight.shape[2]):
+        kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w)), groups=16)
+        return winograd.convolve(x, kernel, bias)
+    stride, padding = layer.stride[2 - x.ndim :], layer.padding[2 - x.ndim :]
+    if what or kept or _is_slow_im2col(x, weight):
+        weight = ops.prepared(layer, x, what, derive, stride, padding)
+    return ops.convolve(x, weight, bias, stride, padding)
 
 
 def _is_slow_im2col(x: Tensor, weight: Tensor) -> bool:
@@ -256,11 +261,7 @@ def resample(layer: nn.Module | None, x: Tensor, state: StreamState | None) -> T
         return conv(layer.conv, ops.pad_right_bottom(x), state)
     # Up in space: the phases of the convolution on the small grid.
     if isinstance(layer, SpatialUpsample):
-        inner = _inner(layer.conv)
-        kernels = ops.prepared(
-            inner, x, "phases", lambda w: _phases_for(x, w if w.ndim == 5 else w.unsqueeze(2))
-        )
-        return interleave(x, kernels, inner.bias)
+        return _enlarge(_inner(layer.conv), x, "phases", lambda w: w if w.ndim == 5 else w.unsqueeze(2))
     if isinstance(layer, SpaceTimeUpsample):
         return _upsample_space_time(layer, x, state)
     # Up in time alone, only in the older layouts.
@@ -287,12 +288,10 @@ def _upsample_space_time(layer: SpaceTimeUpsample, x: Tensor, state: StreamState
     # Nearest: frame 0 stands at every tap; later ones meet the frame before them.
     if state.first:
         state.frames[layer] = x
-        kernels = ops.prepared(inner, x, "first phases", lambda w: _phases_for(x, w.sum(2, keepdim=True)))
-        return interleave(x, kernels, inner.bias)
-    kernels = ops.prepared(inner, x, "phases", lambda w: _phases_for(x, temporal_phases(w)))
+        return _enlarge(inner, x, "first phases", lambda w: w.sum(2, keepdim=True))
     window = torch.cat((state.frames[layer], x), dim=2)
     state.frames[layer] = x[:, :, -1:].clone()
-    return interleave(window, kernels, inner.bias, frames_per_input=2)
+    return _enlarge(inner, window, "phases", temporal_phases, kt=2, frames=2)
 
 
 def _double_linearly(x: Tensor) -> Tensor:
@@ -336,6 +335,20 @@ def temporal_phases(weight: Tensor) -> Tensor:
     (before, now, now).
     """
     return torch.cat((phase_rows(weight, 2, 1), phase_rows(weight, 2, 0)))
+
+
+def _enlarge(
+    layer: nn.Module, x: Tensor, what: str, derive: Callable[[Tensor], Tensor], kt: int = 1, frames: int = 1
+) -> Tensor:
+    """Nearest x2 in H and W, then the convolution of a torch layer with the kernel derive(weight), of kt taps in time.
+
+    frames: outputs of a frame, whose kernels stand one after the other.
+    """
+    if winograd.suits(layer, x, kt, enlarge=True):
+        kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w), 3), groups=9)
+        return winograd.convolve(x, kernel, layer.bias, 3, frames)
+    kernels = ops.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)))
+    return interleave(x, kernels, layer.bias, frames)
 
 
 def _phases_for(x: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ def inflate(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: needs one of {', '.join(METHODS)}")
+    # Every tensor of the model has one of the source, and none of the source is left over.
     tensors = image_vae_tensors(source, image)
     own = model.state_dict()
     names = {key: source_name(key, tensors) for key in own}
@@ -59,15 +60,16 @@ def inflate(
 
 
 def source_name(key: str, tensors: dict[str, Tensor]) -> str | None:
-    """The image VAE's (CompVis) name for a tensor of OD-VAE: the same, or without the `.conv` of a causal conv."""
+    """Find the image VAE's (CompVis) name for a tensor of OD-VAE: the same, or without the `.conv` of a causal conv."""
     stripped = re.sub(r"\.conv\.(weight|bias)$", r".\1", key)
     return next((name for name in (key, stripped) if name in tensors), None)
 
 
 def _fit(source: Tensor, target: Tensor, method: str) -> tuple[str, Tensor | None]:
-    """(operation, tensor of the target's shape); the tensor is None if no rule fits."""
+    """Fit a tensor: (operation, tensor of the target's shape); the tensor is None if no rule fits."""
     if source.shape == target.shape:
         return "copied", source
+    # A matrix for a 1 x 1 kernel.
     if target.ndim != 5:
         linear = source.ndim == 2 and target.shape == (*source.shape, 1, 1)
         return ("unsqueezed", source[..., None, None]) if linear else ("", None)
@@ -75,6 +77,7 @@ def _fit(source: Tensor, target: Tensor, method: str) -> tuple[str, Tensor | Non
         source = source[..., None, None]
     if source.ndim != 4 or source.shape != target.shape[:2] + target.shape[3:]:
         return "", None
+    # (out, in, h, w) -> (out, in, taps, h, w)
     taps = target.shape[2]
     if taps == 1:
         return "unsqueezed", source.unsqueeze(2)
@@ -104,7 +107,7 @@ _DIFFUSERS_RULES = (
 
 
 def compvis_name(key: str, levels: int = 4) -> str:
-    """A diffusers AutoencoderKL name -> the CompVis one; CompVis names come back unchanged.
+    """Translate a diffusers AutoencoderKL name into the CompVis one; CompVis names come back unchanged.
 
     diffusers counts up blocks from the deepest, CompVis (and OD-VAE) from full resolution.
     """
@@ -117,15 +120,13 @@ def compvis_name(key: str, levels: int = 4) -> str:
 
 
 def image_vae_tensors(source: str | Path | dict[str, Tensor], image: bool = True) -> dict[str, Tensor]:
-    """An image VAE's tensors under CompVis names; the rest of a whole Stable Diffusion checkpoint is left out.
+    """Read an image VAE's tensors under CompVis names; the rest of a whole Stable Diffusion checkpoint is left out.
 
     image: False refuses a source whose kernels extend in time.
     """
+    # The part of a whole Stable Diffusion checkpoint, or of a saved SDVAE.
     tensors = source if isinstance(source, dict) else _read(Path(source))
-    for prefix in (
-        "first_stage_model.",
-        "autoencoder.",
-    ):  # a whole Stable Diffusion checkpoint, a saved SDVAE
+    for prefix in ("first_stage_model.", "autoencoder."):
         if any(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     tensors = {compvis_name(key): v for key, v in tensors.items() if isinstance(v, Tensor)}
@@ -140,7 +141,7 @@ def image_vae_tensors(source: str | Path | dict[str, Tensor], image: bool = True
 
 
 def _on_single_frames(key: str, tensors: dict[str, Tensor]) -> tuple[str, Tensor]:
-    """CompVis name and value. An OD-VAE's causal kernel acts on a single frame, which fills every tap, by its sum."""
+    """Return CompVis name and value. An OD-VAE's causal kernel acts on a single frame, which fills every tap, by its sum."""
     value, weight = tensors[key], tensors.get(key.rpartition(".")[0] + ".weight")
     if weight is None or weight.ndim != 5:
         return key, value
@@ -148,7 +149,7 @@ def _on_single_frames(key: str, tensors: dict[str, Tensor]) -> tuple[str, Tensor
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a diffusers folder, or of a .safetensors / .ckpt / .pt / .bin file (weights only, no pickle code)."""
+    """Read the tensors of a diffusers folder, or of a .safetensors / .ckpt / .pt / .bin file (weights only, no pickle code)."""
     if path.is_dir():
         names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
         found = [path / name for name in names if (path / name).is_file()]

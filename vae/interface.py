@@ -35,7 +35,7 @@ class VideoGaussian:
         return torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, C, t, h, w); a CPU generator gives the same noise on every device."""
+        """Draw once, (B, C, t, h, w); a CPU generator gives the same noise on every device."""
         mean = self.mean
         device = mean.device if generator is None else generator.device
         noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
@@ -45,7 +45,7 @@ class VideoGaussian:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL to the standard normal in nats, (B,): summed over channels, time and space."""
+        """Compute the KL to the standard normal in nats, (B,): summed over channels, time and space."""
         return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).flatten(1).sum(1)
 
 
@@ -112,24 +112,24 @@ class VideoVAE:
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents; diffusers' configs have three names for it."""
+        """Return C of the latents; diffusers' configs have three names for it."""
         config = self.config
         return next(config[k] for k in ("latent_channels", "z_dim", "z_channels") if k in config)
 
     @property
     def clip_lengths(self) -> tuple[int, int]:
-        """(group, first): a clip has first + group * k frames; at least one group where no frame is first."""
+        """Return (group, first): a clip has first + group * k frames; at least one group where no frame is first."""
         s = self.temporal_compression_ratio
         return {"4n+1": (s, 1), "4n": (s, 0)}.get(self.frame_rule, (1, 0))
 
     def latent_frames(self, T: int) -> int:
-        """Latent frames of a clip of T frames. Raises ValueError where `check_frames` does."""
+        """Count the latent frames of a clip of T frames. Raises ValueError where `check_frames` does."""
         self.check_frames(T)
-        alone = int(self.clip_lengths[1] == 1)
+        alone = int(self.clip_lengths[1] == 1)  # a first frame has a latent frame of its own
         return (T - alone) // self.temporal_compression_ratio + alone
 
     def pixel_frames(self, t: int) -> int:
-        """Frames decoded from t latent frames."""
+        """Count the frames decoded from t latent frames."""
         if t < 1:
             raise ValueError(f"t={t}: a clip has at least one latent frame")
         alone = int(self.clip_lengths[1] == 1)
@@ -169,7 +169,7 @@ class VideoVAE:
         self._check_dtype(x, "video")
 
     def check_latents(self, z: Tensor, num_frames: int | None = None) -> int:
-        """Frames that z decodes to; ValueError unless z is (B, C, t, h, w) and agrees with `num_frames`, if given."""
+        """Count the frames that z decodes to; ValueError unless z is (B, C, t, h, w) and agrees with `num_frames`, if given."""
         C = self.latent_channels
         if z.ndim != 5 or z.shape[1] != C or min(z.shape) < 1:
             raise ValueError(
@@ -195,7 +195,7 @@ class VideoVAE:
             )
 
     def latent_rule(self) -> dict[str, Any]:
-        """How latents are scaled: scaling_factor, latents_mean, latents_std, None for what there is not."""
+        """Say how latents are scaled: scaling_factor, latents_mean, latents_std, None for what there is not."""
         return {key: self.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -203,14 +203,16 @@ class VideoVAE:
         mean, std = rule["latents_mean"], rule["latents_std"]
         if mean is None or std is None:
             return None
+        # One value per channel, along dim 1 of latents with or without an axis of time.
         shape = (1, -1) + (1,) * (z.ndim - 2)
-        return tuple(
-            torch.tensor(v, dtype=z.dtype).view(shape).to(z.device, non_blocking=True) for v in (mean, std)
+        mean, std = torch.tensor(mean, dtype=z.dtype), torch.tensor(std, dtype=z.dtype)
+        return mean.view(shape).to(z.device, non_blocking=True), std.view(shape).to(
+            z.device, non_blocking=True
         )
 
     @property
     def has_scaling_rule(self) -> bool:
-        """True if latents can be normalised: by channel statistics or a scaling factor."""
+        """Tell whether latents can be normalised: by channel statistics or a scaling factor."""
         rule = self.latent_rule()
         return None not in (rule["latents_mean"], rule["latents_std"]) or rule["scaling_factor"] is not None
 
@@ -223,7 +225,7 @@ class VideoVAE:
         return self.config["scaling_factor"]
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Posterior latents (B, C, t, h, w) -> what a diffusion model sees.
+        """Turn posterior latents (B, C, t, h, w) into what a diffusion model sees.
 
         (z - mean) / std per channel if the config holds latents_mean and latents_std, else z * scaling_factor.
         """
@@ -234,7 +236,7 @@ class VideoVAE:
         return (z - mean) / std
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Inverse of `normalize`."""
+        """Undo `normalize`."""
         statistics = self._latent_statistics(z)
         if statistics is None:
             return z / self._scaling_factor()
@@ -243,7 +245,7 @@ class VideoVAE:
 
     def set_latent_statistics(self, mean, std) -> None:
         """Store per-channel mean and std (sequences of C floats) in the config; save_pretrained keeps them."""
-        mean, std = ([float(v) for v in values] for values in (mean, std))
+        mean, std = list(map(float, mean)), list(map(float, std))
         channels = self.latent_channels
         if len(mean) != len(std) or len(mean) != channels:
             raise ValueError(
@@ -258,7 +260,7 @@ DECODER = ("decoder", "post_quant_conv")
 
 
 def makes_latents(name: str) -> bool:
-    """Whether a tensor of a VAE, by its name, has a part in the latents: all but those of the decoder."""
+    """Tell whether a tensor of a VAE, by its name, has a part in the latents: all but those of the decoder."""
     return not any(part in DECODER for part in name.split("."))
 
 
@@ -274,8 +276,8 @@ class Autoencode(nn.Module):
         self.encoder_trains = any(p.requires_grad for n, p in vae.named_parameters() if makes_latents(n))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, T, H, W) in [-1, 1]; noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
+        """Reconstruct x (B, 3, T, H, W) in [-1, 1] with noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * noise
+        z = posterior.mean + posterior.std * noise  # the reparameterised draw
         return self.vae.decode(z).sample, posterior.parameters

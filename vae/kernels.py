@@ -42,6 +42,7 @@ def _sums(
     x += ((one // frames).to(tl.int64) * x_sample + (one % frames).to(tl.int64) * x_frame) * C
     channel = tl.arange(0, C)
     offset = shifted * tl.load(shift + channel).to(tl.float32) - _start(x, shift, shifted, channel, C, G)
+    # Sums and sums of squares per channel over this program's share of the pixels.
     total = tl.zeros((ROWS, C), tl.float32)
     squares = tl.zeros((ROWS, C), tl.float32)
     begin = part.to(tl.int64) * share
@@ -53,6 +54,7 @@ def _sums(
         v = tl.where(mask, v + offset[None, :], 0.0)
         total += v
         squares += v * v
+    # Per group, in this part's place of sums (sets, PARTS, 2, G).
     group = tl.arange(0, G)
     sums += (one.to(tl.int64) * PARTS + part) * 2 * G
     tl.store(sums + group, tl.sum(tl.reshape(tl.sum(total, 0), (G, C // G)), 1))
@@ -86,6 +88,7 @@ def _apply(
     x += ((one // frames).to(tl.int64) * x_sample + (one % frames).to(tl.int64) * x_frame) * C
     out += ((one // frames).to(tl.int64) * out_sample + (one % frames).to(tl.int64) * out_frame) * C
     channel = tl.arange(0, C)
+    # Mean and variance of each group: the parts' sums, added in the same order by every program.
     at = tl.arange(0, PARTS)[:, None] * 2 * G + tl.arange(0, G)[None, :]
     sums += one.to(tl.int64) * PARTS * 2 * G
     count = rows.to(tl.float32) * (C // G)
@@ -97,6 +100,7 @@ def _apply(
     mean += _start(x, shift, shifted, channel, C, G) - shifted * tl.load(shift + channel).to(tl.float32)
     scale = rstd * tl.load(weight + channel).to(tl.float32)
     add = tl.load(bias + channel).to(tl.float32)
+    # Normalise this program's share of the pixels.
     begin = part.to(tl.int64) * share
     for at_row in range(0, share, ROWS):
         row = begin + at_row + tl.arange(0, ROWS)
@@ -136,6 +140,7 @@ def group_norm(
     a clip gives the same bits every time.
     """
     B, C, T, H, W = x.shape
+    # A set of statistics per frame, or per clip: `rows` pixels each.
     frames = T if by_frame else 1
     rows = H * W * (1 if by_frame else T)
     tile = max(1, TILE // C)
@@ -143,6 +148,7 @@ def group_norm(
     first = (x, weight if shift is None else shift, sums)  # without a shift, that operand is multiplied by 0
     sizes = (frames, int(shift is not None), x.stride(0) // C, x.stride(2) // C)
     fixed = {"PARTS": PARTS, "C": C, "G": groups, "ROWS": tile, "num_warps": 8}
+    # First pass: sums of PARTS shares of each set. Second pass: normalise, in smaller shares.
     share = triton.cdiv(triton.cdiv(rows, PARTS), tile) * tile
     _sums[B * frames, PARTS](*first, rows, share, *sizes, **fixed)
     share = TILES * tile
@@ -153,7 +159,7 @@ def group_norm(
 
 
 def add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> None:
-    """x += residual + shift, both (B, C, T, H, W) channels-last; shift (C,)."""
+    """Add in place: x += residual + shift, both (B, C, T, H, W) channels-last; shift (C,)."""
     block = 2048
     _add[(triton.cdiv(x.numel(), block),)](
         x, residual, shift, x.numel() // x.shape[1], C=x.shape[1], BLOCK=block, num_warps=8

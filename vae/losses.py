@@ -36,7 +36,7 @@ def reconstruction_and_kl(
     perceptual_weight: float = 1.0,
     loss_type: str = "l1",
 ) -> ReconstructionLoss:
-    """Reconstruction, perceptual and KL terms. x, xhat: (B, 3, T, H, W) in [-1, 1].
+    """Compute reconstruction, perceptual and KL terms. x, xhat: (B, 3, T, H, W) in [-1, 1].
 
     perceptual: frames (B T, 3, H, W) twice -> one distance per frame, e.g. `LPIPSLoss`.
     nll = (1 / BT) sum over frames, channels and pixels of (|x - xhat| + perceptual_weight * p), so a frame's p is
@@ -49,29 +49,32 @@ def reconstruction_and_kl(
     if loss_type not in ("l1", "l2"):
         raise ValueError(f'loss_type={loss_type!r}: needs "l1" or "l2"')
     B, _, T, _, _ = x.shape
-    x, xhat = (v.transpose(1, 2).flatten(0, 1) for v in (x, xhat))  # (B T, C, H, W)
+    x, xhat = x.transpose(1, 2).flatten(0, 1), xhat.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
+    # Reconstruction: the error of a frame, summed over channels and pixels.
     error = (x - xhat).abs() if loss_type == "l1" else (x - xhat).square()
     nll = error.sum() / (B * T)
+    # Perceptual: a frame's distance counts once per channel and pixel, as upstream.
     distance = error.new_zeros(())
     if perceptual is not None and perceptual_weight > 0:
         distance = perceptual(x, xhat).reshape(B * T).mean()
         nll = nll + perceptual_weight * x[0].numel() * distance
+    # KL: of a clip, whatever its number of frames.
     kl = posterior.kl().sum() / B
     return ReconstructionLoss(nll + kl_weight * kl, nll, kl, error.detach().mean(), distance.detach())
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """-mean D(xhat): what the VAE minimises to fool the discriminator."""
+    """Compute -mean D(xhat), which the VAE minimises to fool the discriminator."""
     return -fake_logits.mean()
 
 
 def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator's hinge loss, half the sum of its two means. Give it logits of a detached xhat."""
+    """Compute the discriminator's hinge loss, half the sum of its two means. Give it logits of a detached xhat."""
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
 def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|d nll / d W| / (|d g_loss / d W| + 1e-4), clamped to [0, 1e4], detached; W = `ODVAE.last_decoder_layer`.
+    """Compute |d nll / d W| / (|d g_loss / d W| + 1e-4), clamped to [0, 1e4], detached; W = `ODVAE.last_decoder_layer`.
 
     Balances the adversarial term with the others. Multiply it by the term's own weight (0.5 upstream).
     Keeps the graph, so that backward can follow.
@@ -97,13 +100,16 @@ class LPIPSLoss(nn.Module):
         self.recompute = recompute
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
-        """Stays in eval mode: its heads have dropout."""
+        """Stay in eval mode: the heads have dropout."""
         return super().train(False)
 
     def forward(self, x: Tensor, xhat: Tensor) -> Tensor:
-        """x, xhat: (N, 3, H, W) in [-1, 1] -> (N,)."""
+        """Compute the distance of each frame: x, xhat (N, 3, H, W) in [-1, 1] -> (N,)."""
         frames = max(1, AT_ONCE // x[0, 0].numel())
         if not (self.recompute and xhat.requires_grad and len(x) > frames):
             return self.lpips(x, xhat).flatten()
-        pairs = zip(x.split(frames), xhat.split(frames), strict=True)
-        return torch.cat([checkpoint(self.lpips, *pair, use_reentrant=False).flatten() for pair in pairs])
+        # A few frames at a time, whose activations are computed again in backward.
+        distances = []
+        for pair in zip(x.split(frames), xhat.split(frames), strict=True):
+            distances.append(checkpoint(self.lpips, *pair, use_reentrant=False).flatten())
+        return torch.cat(distances)

@@ -2,10 +2,12 @@
 
 Parameter names are those of Open-Sora-Plan, so released weights load directly (vae/release.py).
 Encoder and Decoder define the networks; wherever gradients are recorded they run as written, on whole clips. Without
-gradients (inference, validation, the discriminator's own steps in training) vae/fast.py computes the same in steps: frame 0, then four frames (one latent frame) at a time, on a GPU a few times as many. Whole clips and
-streams therefore agree bit for bit, and memory does not grow with the clip's length.
+gradients (inference, validation, the discriminator's own steps in training) vae/fast.py computes the same in steps:
+frame 0, then four frames (one latent frame) at a time, on a GPU a few times as many. Whole clips and streams therefore
+agree bit for bit, and memory does not grow with the clip's length.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -81,6 +83,7 @@ class Encoder(Checkpointed):
         scope: str,
     ):
         super().__init__()
+        # Levels from full resolution down: blocks, then what halves space, time or both.
         self.conv_in = conv3x3(layout.conv_in, in_channels, widths[0])
         self.down = nn.ModuleList()
         before = widths[0]
@@ -90,6 +93,7 @@ class Encoder(Checkpointed):
             level.time_downsample = TIME_DOWN[layout.time_down[i]](width) if layout.time_down[i] else None
             self.down.append(level)
             before = width
+        # The middle, at the deepest level, and the head.
         self.mid = MidBlock(layout, before, groups, scope)
         self.norm_out = VideoGroupNorm(groups, before, scope)
         self.conv_out = CausalConv3d(before, out_channels, 3, padding=1)
@@ -97,13 +101,14 @@ class Encoder(Checkpointed):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (B, 128, T, H, W), widths of the default model
         for level in self.down:
+            # (B, 128, T, H, W), then 256, 512, 512 channels
             for block in level.block:
-                x = self.run(block, x)  # (B, 128, T, H, W), then 256, 512, 512 channels
-            x = self.run(
-                level.downsample, x
-            )  # H, W halved after levels 0, 1, 2; variant 4: T too, after 1, 2
-            x = self.run(level.time_downsample, x)  # only in v1.0 and v1.1: T halved after levels 1, 2
-        x = self.run(self.mid.block_1, x)  # (B, 512, t, h, w), t = (T - 1) / 4 + 1, h = H / 8
+                x = self.run(block, x)
+            # H, W halved after levels 0, 1, 2; variant 4: T too, after 1, 2; in v1.0 and v1.1 T by a module of its own
+            x = self.run(level.downsample, x)
+            x = self.run(level.time_downsample, x)
+        # (B, 512, t, h, w), t = (T - 1) / 4 + 1, h = H / 8, w = W / 8
+        x = self.run(self.mid.block_1, x)
         x = self.run(self.mid.attn_1, x)
         x = self.run(self.mid.block_2, x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2C, t, h, w)
@@ -124,11 +129,13 @@ class Decoder(Checkpointed):
         scope: str,
     ):
         super().__init__()
+        # The middle, at the deepest level.
         before = widths[-1]
         self.conv_in = CausalConv3d(in_channels, before, 3, padding=1)
         self.mid = MidBlock(layout, before, groups, scope)
+        # Levels from the deepest up, stored as the encoder's: blocks, then what doubles space, time or both.
         levels = []
-        for i in reversed(range(len(widths))):  # the deepest level comes first
+        for i in reversed(range(len(widths))):
             level = Level(layout.decoder_blocks[i], blocks + 1, before, widths[i], groups, scope)
             before = widths[i]
             level.upsample = None
@@ -148,10 +155,12 @@ class Decoder(Checkpointed):
         x = self.run(self.mid.attn_1, x)
         x = self.run(self.mid.block_2, x)
         for level in reversed(self.up):
+            # (B, 512, t, h, w), then 512, 256, 128 channels
             for block in level.block:
-                x = self.run(block, x)  # (B, 512, t, h, w), then 512, 256, 128 channels
-            x = self.run(level.upsample, x)  # h, w doubled after levels 3, 2, 1; variant 4: t too, after 3, 2
-            x = self.run(level.time_upsample, x)  # only in v1.0 and v1.1: t doubled
+                x = self.run(block, x)
+            # h, w doubled after levels 3, 2, 1; variant 4: t too, after 3, 2; in v1.0 and v1.1 t by a module of its own
+            x = self.run(level.upsample, x)
+            x = self.run(level.time_upsample, x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, T, H, W)
 
 
@@ -192,6 +201,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         latents_std: list[float] | None = None,
     ):
         super().__init__()
+        # Settings, refused if unknown.
         layout = find_layout(variant)
         for name, value, known in (
             ("norm_scope", norm_scope, ("frame", "clip")),
@@ -205,6 +215,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"block_out_channels={widths}: needs 4 widths, multiples of norm_num_groups={norm_num_groups}"
             )
+        # Networks; mean and log-variance make 2C channels.
         shared = {
             "widths": widths,
             "blocks": layers_per_block,
@@ -215,6 +226,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         self.decoder = Decoder(layout, latent_channels, out_channels, up=(spatial_up, temporal_up), **shared)
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
+        # How a clip is computed; not in the config, so not saved.
         self.use_slicing = False
         self._path = "auto"
         self.tiling_groups: tuple[int, int] | None = None  # frames, latents of a temporal group
@@ -222,14 +234,14 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ODVAE":
-        """Random weights in a named configuration: "odvae", "osp_v1_2", "osp_v1_1" or "osp_v1_0"."""
+        """Make a model with random weights in a named configuration: "odvae", "osp_v1_2", "osp_v1_1" or "osp_v1_0"."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}: known are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
     def causal(self) -> bool:
-        """True if no latent or frame depends on later ones; only then can the model be streamed."""
+        """Tell whether no latent or frame depends on later ones; only then can the model be streamed."""
         return self._why_not_causal() is None
 
     def _why_not_causal(self) -> str | None:
@@ -242,7 +254,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     @property
     def last_decoder_layer(self) -> nn.Parameter:
-        """Weight of decoder.conv_out, where the adaptive GAN weight is measured (vae/losses.py)."""
+        """Return the weight of decoder.conv_out, where the adaptive GAN weight is measured (vae/losses.py)."""
         conv = self.decoder.conv_out
         return conv.weight if isinstance(conv, FrameConv2d) else conv.conv.weight
 
@@ -250,7 +262,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[VideoGaussian]:
-        """x: (B, 3, T, H, W) in [-1, 1], T = 4k + 1, H and W multiples of 8 -> posterior of (B, C, k + 1, h, w).
+        """Encode x (B, 3, T, H, W) in [-1, 1], T = 4k + 1, H and W multiples of 8, to a posterior of (B, C, k + 1, h, w).
 
         Latents are not normalised. Raises ValueError for any other length or side.
         """
@@ -263,7 +275,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
     def decode(
         self, z: Tensor, num_frames: int | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """z: (B, C, t, h, w), not normalised -> (B, 3, 4 (t - 1) + 1, 8 h, 8 w), about [-1, 1], not clamped.
+        """Decode z (B, C, t, h, w), not normalised, to (B, 3, 4 (t - 1) + 1, 8 h, 8 w), about [-1, 1], not clamped.
 
         num_frames, if given, must agree with t. Raises ValueError for latents of another shape or dtype.
         """
@@ -299,9 +311,9 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         self._path = name
 
     def _is_managed(self) -> bool:
-        """Whether accelerate or diffusers move or cast the weights of single layers, which only calling a layer does."""
-        marks = ("_hf_hook", "_diffusers_hook")
-        return any(hasattr(m, mark) for m in self.modules() if m is not self for mark in marks)
+        """Tell whether accelerate or diffusers move or cast the weights of single layers, which only calling a layer does."""
+        layers = itertools.islice(self.modules(), 1, None)  # the first is the model itself
+        return any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in layers)
 
     def _is_fast(self) -> bool:
         fast_now = self._path == "fast" or (self._path == "auto" and not torch.is_grad_enabled())
@@ -312,19 +324,21 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         return fast_now
 
     def _moments(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, 2C, t, h, w)."""
+        """Compute the moments of clips: (B, 3, T, H, W) -> (B, 2C, t, h, w)."""
         if not self._is_fast():
             return self.quant_conv(self.encoder(x))
+        # In steps where that is exact, else the whole clip at once.
         if self.causal:
             return torch.cat(list(self._encode_steps([x])), dim=2)
         return self._encode_step(channels_last(x) if fused(x) else x, None)
 
     def _pixels(self, z: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B, 3, T, H, W)."""
+        """Compute the clips of latents: (B, C, t, h, w) -> (B, 3, T, H, W)."""
         if not self._is_fast():
             return self.decoder(self.post_quant_conv(z))
         if not self.causal:
             return self._decode_step(channels_last(z) if fused(z) else z, None)
+        # Each step is written into the whole clip, so that no second copy of all frames is needed to join them.
         B, _, t, h, w = z.shape
         out, at = None, 0
         for frames in self._decode_steps([z]):
@@ -343,7 +357,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         return fast.decoder(self.decoder, fast.conv(self.post_quant_conv, z, state), state)
 
     def compile_steps(self, **options) -> None:
-        """torch.compile a step of fast inference: not the whole clip, whose twenty steps would be one graph."""
+        """Compile a step of fast inference with torch.compile: not the whole clip, whose twenty steps would be one graph."""
         self._encode_step = torch.compile(self._encode_step, **options)
         self._decode_step = torch.compile(self._decode_step, **options)
 
@@ -366,7 +380,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
     @apply_forward_hook
     @torch.no_grad()
     def stream_encode(self, frames: Iterable[Tensor]) -> Iterator[VideoGaussian]:
-        """Encode a clip that arrives in pieces, in constant memory, with the bits of `encode` under torch.no_grad() and without tiling.
+        """Encode a clip that arrives in pieces, in constant memory; the bits are those of `encode` under torch.no_grad(), untiled.
 
         frames: iterable of (B, 3, n, H, W) in [-1, 1], any n >= 1 each. Yields the posterior of one latent frame at
         a time: after frame 0, then after every four frames, on a GPU after every step of several latent frames.
@@ -375,6 +389,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         self._check_streamable()
         seen = 0
 
+        # Pieces are checked as they come; only the end tells whether the length is one that the model takes.
         def checked():
             nonlocal seen
             for chunk in frames:
@@ -390,10 +405,11 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
     @apply_forward_hook
     @torch.no_grad()
     def stream_decode(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latents that arrive in pieces, in constant memory, with the bits of `decode` under torch.no_grad() and without tiling.
+        """Decode latents that arrive in pieces, in constant memory; the bits are those of `decode` under torch.no_grad(), untiled.
 
         latents: iterable of (B, C, n, h, w), not normalised, any n >= 1. Yields (B, 3, 1, H, W), then
-        (B, 3, 4, H, W) per latent frame, on a GPU after every step of several. Raises ValueError if the model is not causal.
+        (B, 3, 4, H, W) per latent frame, on a GPU after every step of several. Raises ValueError if the model is not
+        causal.
         """
         self._check_streamable()
 
@@ -417,7 +433,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     @property
     def can_stream(self) -> bool:
-        """Whether `stream_encode` and `stream_decode` can be used now."""
+        """Tell whether `stream_encode` and `stream_decode` can be used now."""
         return self._why_not_streamable() is None
 
     def _check_streamable(self) -> None:
@@ -432,7 +448,8 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         """Encode and decode in groups that share one frame (paper 3.3; groups of 33 frames in Table 4).
 
         num_frames: 4k + 1; True or False switch it, as does use_tiling, like other VAEs of diffusers. num_latents: latents
-        of a group when decoding; default k + 1, the encoder's own boundaries. Deviation: Open-Sora-Plan v1.2 decodes groups of 16 latents (61 frames) of 33-frame groups.
+        of a group when decoding; default k + 1, the encoder's own boundaries. Deviation: Open-Sora-Plan v1.2 decodes
+        groups of 16 latents (61 frames) of 33-frame groups.
         """
         if num_frames is False or not use_tiling:
             self.tiling_groups = None
@@ -451,6 +468,7 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
 
         A clip no larger than a tile is never split. Independent of `enable_tiling`.
         """
+        # Side and distance of tiles in latents; they may overlap by half at most.
         side = size // self.spatial_compression_ratio
         step = int(side * (1 - overlap))
         if size % self.spatial_compression_ratio or side < 2 or not 0 <= overlap < 1 or side > 2 * step:
@@ -468,12 +486,12 @@ class ODVAE(VideoVAE, ModelMixin, ConfigMixin):
         self.use_slicing = False
 
     def disable_tiling(self) -> None:
-        """Back to whole frames and whole clips."""
+        """Go back to whole frames and whole clips."""
         self.tiling_groups = self._tiles = None
 
     @property
     def use_tiling(self) -> bool:
-        """Whether anything is tiled; setting it is `enable_tiling` or `disable_tiling`, as in other VAEs of diffusers."""
+        """Tell whether anything is tiled; setting it is `enable_tiling` or `disable_tiling`, as in other VAEs of diffusers."""
         return bool(self.tiling_groups or self._tiles)
 
     @use_tiling.setter

@@ -78,8 +78,11 @@ def prepared(
     derive: Callable[[Tensor], Any] = lambda weight: weight,
     stride: Any = 1,
     padding: Any = 0,
+    groups: int = 1,
 ) -> Any:
     """derive(layer.weight), a kernel or a tuple of them, ready for `convolve` with x: cast and in the device's order.
+
+    One of a name is kept: with other groups (vae/winograd.py) it takes the place of the one before.
 
     Kept beside the module (never in its state, copies or files) until the weight is another one or was changed in
     place. A fused optimizer may change a weight without raising its version: `forget` drops all kernels when gradients are recorded.
@@ -88,12 +91,12 @@ def prepared(
     if making_a_graph():
         return derive(weight)
     if weight.is_inference():  # such a tensor does not count its changes
-        return _ready(derive(weight), x, dtype, stride, padding)
+        return _ready(derive(weight), x, dtype, stride, padding, groups)
     kept, storage = _PREPARED.setdefault(layer, {}), weight.untyped_storage()
-    source, version, kernels = kept.get((what, dtype), (None, None, None))
-    if source is None or source() is not storage or version != weight._version:
-        kernels = _ready(derive(weight.detach()), x, dtype, stride, padding)
-        kept[what, dtype] = weakref.ref(storage), weight._version, kernels
+    source, made_of, kernels = kept.get((what, dtype), (None, None, None))
+    if source is None or source() is not storage or made_of != (weight._version, groups):
+        kernels = _ready(derive(weight.detach()), x, dtype, stride, padding, groups)
+        kept[what, dtype] = weakref.ref(storage), (weight._version, groups), kernels
     return kernels
 
 
@@ -105,11 +108,13 @@ def forget(model: nn.Module) -> None:
         _PREPARED.pop(module, None)
 
 
-def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any) -> Any:
+def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any, groups: int) -> Any:
     if isinstance(kernel, tuple):
-        return tuple(_ready(one, x, dtype, stride, padding) for one in kernel)
+        return tuple(_ready(one, x, dtype, stride, padding, groups) for one in kernel)
     if x.is_cuda:
         return channels_last(kernel.to(dtype))
+    if kernel.ndim == 3:  # of matrix products
+        return kernel
     if not ONEDNN or x.device.type != "cpu" or kernel.dtype != torch.float32 or dtype != torch.float32:
         return kernel
     dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make again in every call
@@ -117,17 +122,19 @@ def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any
     reorder = (
         torch._C._nn.mkldnn_reorder_conv3d_weight if dims == 3 else torch._C._nn.mkldnn_reorder_conv2d_weight
     )
-    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, 1)
+    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, groups)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0) -> Tensor:
+def convolve(
+    x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, groups: int = 1
+) -> Tensor:
     """F.conv2d or F.conv3d, by the dimensions of the kernel, which may be a prepared one."""
     dims = x.ndim - 2
     if not kernel.is_mkldnn:
-        return (F.conv2d if dims == 2 else F.conv3d)(x, kernel, bias, stride, padding)
+        return (F.conv2d if dims == 2 else F.conv3d)(x, kernel, bias, stride, padding, 1, groups)
     stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
     return torch.ops.mkldnn._convolution_pointwise(
-        channels_last(x), kernel, bias, padding, stride, [1] * dims, 1, "none", [], ""
+        channels_last(x), kernel, bias, padding, stride, [1] * dims, groups, "none", [], ""
     )
 
 

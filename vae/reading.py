@@ -35,9 +35,10 @@ class Release:
         return tuple(self.state[key].shape)
 
     def count(self, pattern: str) -> int:
-        """1 + the greatest number that the group of `pattern` takes among the keys; 0 if none."""
-        found = (re.match(pattern, key) for key in self.state)
-        number = 1 + max((int(m[1]) for m in found if m), default=-1)
+        """Count from the keys: 1 + the greatest number that the group of `pattern` takes among them; 0 if none."""
+        number = 0
+        for match in filter(None, map(re.compile(pattern).match, self.state)):
+            number = max(number, 1 + int(match[1]))
         if number > len(self.state):
             raise ValueError(
                 f"{self.source}: a key says {number - 1:.4g} where there are {len(self.state)} keys"
@@ -45,20 +46,18 @@ class Release:
         return number
 
     def widths(self, pattern: str, levels: int) -> list[int]:
-        """Output channels of the tensors `pattern` % level."""
+        """List the output channels of the tensors `pattern` % level."""
         return [self.shape(pattern % level)[0] for level in range(levels)]
 
     def keep(self, prefixes: tuple[str, ...], drop: tuple[str, ...]) -> None:
         """Keep keys with one of `prefixes` (all if empty), but none with one of `drop`."""
-        self.state = {
-            key: value
-            for key, value in self.state.items()
-            if not key.startswith(drop) and (not prefixes or key.startswith(prefixes))
-        }
+        for key in list(self.state):
+            if key.startswith(drop) or (prefixes and not key.startswith(prefixes)):
+                del self.state[key]
 
 
 def find_file(source: Path) -> Path:
-    """The weight file: `source` itself, or the only one (safetensors first) in the folder `source`."""
+    """Find the weight file: `source` itself, or the only one (safetensors first) in the folder `source`."""
     if source.is_file():
         return source
     if not source.is_dir():
@@ -75,7 +74,7 @@ def find_file(source: Path) -> Path:
 
 
 def read_checkpoint(file: Path) -> dict:
-    """What a .safetensors or torch file holds: tensors by name, in a torch file perhaps in dicts of dicts.
+    """Read what a .safetensors or torch file holds: tensors by name, in a torch file perhaps in dicts of dicts.
 
     Raises ValueError if the file is damaged, or is not a dict.
     """
@@ -86,7 +85,7 @@ def read_checkpoint(file: Path) -> dict:
 
 
 def read_config(file: Path) -> dict:
-    """The config.json beside a weight file, {} if there is none. Raises ValueError if it is not a JSON object."""
+    """Read the config.json beside a weight file, {} if there is none. Raises ValueError if it is not a JSON object."""
     path = file.parent / "config.json"
     if not path.is_file():
         return {}
@@ -100,9 +99,10 @@ def read_config(file: Path) -> dict:
 
 
 def read_release(source: str | Path) -> Release:
-    """Tensors of a .safetensors or torch file (or of a folder with one), its `state_dict` entry if it has one."""
+    """Read the tensors of a .safetensors or torch file (or of a folder with one), its `state_dict` entry if it has one."""
     file = find_file(Path(source))
     content, arguments = read_checkpoint(file), {}
+    # Lightning: the weights in `state_dict`, the training's arguments in `hyper_parameters`, alone or as `args`.
     if isinstance(content.get("state_dict"), dict):
         given = content.get("hyper_parameters") or {}
         given = given.get("args", given) if isinstance(given, dict) else given

@@ -81,19 +81,19 @@ FAMILIES = {
         convert="tats",
     ),
 }
-_BY_CLASS_NAME = {row.cls: name for name, row in FAMILIES.items()}
 # Plain diffusers folders open without conversion.
-_BY_CLASS_NAME |= {"AutoencoderKL": "sd2_1", "AutoencoderKLTemporalDecoder": "svd"}
+_DIFFUSERS = {"AutoencoderKL": "sd2_1", "AutoencoderKLTemporalDecoder": "svd"}
+_BY_CLASS_NAME = {row.cls: name for name, row in FAMILIES.items()} | _DIFFUSERS
 _UPSTREAM = {"CausalVAEModel": "open-sora-plan", "CVVAEModel": "cvvae", "VideoAutoencoderPipeline": "ops"}
 
 
 def list_vaes() -> list[str]:
-    """The paper's VAEs; build_vae and load_vae know diffusers' video autoencoders too (vae/adapter.py)."""
+    """List the paper's VAEs; build_vae and load_vae know diffusers' video autoencoders too (vae/adapter.py)."""
     return list(FAMILIES)
 
 
 def _adapter():
-    """The table of diffusers' own video autoencoders; it imports torch."""
+    """Import the table of diffusers' own video autoencoders, and torch with it."""
     return import_module("vae.adapter")
 
 
@@ -106,22 +106,23 @@ def _class(name: str):
 
 
 def vae_class(class_name: str):
-    """The VAE class of that name, None if neither this project nor a plugin has one."""
-    name = next((name for name, row in FAMILIES.items() if row.cls == class_name), _added_name(class_name))
+    """Find the VAE class of that name, None if neither this project nor a plugin has one."""
+    own = class_name in _BY_CLASS_NAME and class_name not in _DIFFUSERS
+    name = _BY_CLASS_NAME[class_name] if own else _added_name(class_name)
     if name is None and class_name in _adapter().ROWS:
         return _adapter().adapted(class_name)
     return None if name is None else _class(name)
 
 
 def _added_name(class_name: str) -> str | None:
-    """The name under which a plugin has added a class."""
+    """Find the name under which a plugin has added a class."""
     if class_name not in _BY_CLASS_NAME:
         added.find("")  # imports the plugins
     return next((name for name, cls in added.items() if cls.__name__ == class_name), None)
 
 
 def build_vae(name: str, **config):
-    """A model of that family with random weights, at the paper's (diffusers': the default) size unless `config` overrides it.
+    """Build a model with random weights, at the paper's (diffusers': the default) size unless `config` overrides it.
 
     Raises ValueError for an unknown name; TypeError for a config key that the class does not have.
     """
@@ -129,6 +130,7 @@ def build_vae(name: str, **config):
 
 
 def _weights_folder(name: str) -> Path:
+    """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/. Raises ValueError that says how to get the weights."""
     row = FAMILIES.get(name) or _adapter().ROWS.get(_adapter().NAMES.get(name))
     root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
     folder = root.expanduser() / name
@@ -144,7 +146,7 @@ def _weights_folder(name: str) -> Path:
 
 
 def vae_folder(name_or_folder: str | Path, path: str | Path | None = None) -> Path:
-    """The folder that `load_vae` reads for these arguments."""
+    """Find the folder that `load_vae` reads for these arguments."""
     if path is not None:
         return Path(path)
     return _weights_folder(str(name_or_folder)) if _is_name(name_or_folder) else Path(name_or_folder)
@@ -156,11 +158,12 @@ def _is_name(name_or_folder: str | Path) -> bool:
 
 
 def known_names() -> str:
-    """All names of load_vae, for messages: the paper's VAEs, and diffusers' classes."""
+    """List all names of load_vae, for messages: the paper's VAEs, and diffusers' classes."""
     return ", ".join([*FAMILIES, *_adapter().NAMES, *added])
 
 
 def _read_class_name(folder: Path) -> str:
+    """Read the class of a saved VAE from its config.json. Raises ValueError with the way out for any other folder."""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is neither a folder nor one of {known_names()}")
     file = folder / "config.json"
@@ -174,6 +177,7 @@ def _read_class_name(folder: Path) -> str:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
     if class_name in _BY_CLASS_NAME or class_name in _adapter().ROWS or _added_name(class_name):
         return class_name
+    # Not one that opens: perhaps one that can be converted.
     if class_name in _UPSTREAM:
         family = _UPSTREAM[class_name]
         raise ValueError(
@@ -185,12 +189,12 @@ def _read_class_name(folder: Path) -> str:
 
 
 def name_of(class_name: str) -> str:
-    """The name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
+    """Return the name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
     return _added_name(class_name) or _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
 
 
 def adapted_class(folder: str | Path):
-    """The class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is no VAE's."""
+    """Find the class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is not a VAE's."""
     class_name = _read_class_name(Path(folder))
     return _adapter().adapted(class_name) if class_name in _adapter().ROWS else None
 
@@ -200,18 +204,21 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
 
     name_or_folder: a folder with config.json and safetensors (ours, or a plain diffusers AutoencoderKL,
     AutoencoderKLTemporalDecoder or video autoencoder of vae/adapter.py), or a name: of list_vaes(), or of a row there, as
-    "wan". With a name, `path` is its folder; without `path` the folder is <name> in $OMNILATTE_WEIGHTS, else in weights/ of the repository. dtype: torch dtype of the weights, float32 if not given.
+    "wan". With a name, `path` is its folder; without `path` the folder is <name> in $OMNILATTE_WEIGHTS, else in weights/ of
+    the repository. dtype: torch dtype of the weights, float32 if not given.
     Raises ValueError if nothing is there (with the official source and what to do), if the folder is of another
     family than the name, or if a weight is missing, extra or of another shape.
     """
     name = str(name_or_folder) if _is_name(name_or_folder) else None
     if path is not None and name is None:
         raise ValueError(f"VAE {str(name_or_folder)!r} with a path: the name must be one of {known_names()}")
+    # What the folder holds, which must be what the name says.
     folder = vae_folder(name_or_folder, path)
     class_name = _read_class_name(folder)
     own, family = _added_name(class_name), name_of(class_name)
     if name is not None and family != name:
         raise ValueError(f"{folder} holds a {class_name} ({family}), not {name}")
+    # A plugin's class, a video autoencoder of diffusers, one of this project, or one of diffusers that a baseline wraps.
     if own:
         return _load_folder(added[own], folder, dtype)
     if class_name not in _BY_CLASS_NAME:
@@ -226,23 +233,26 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
 
 
 def _load_folder(cls, folder: Path, dtype):
-    """from_pretrained that stops, with the names, where diffusers would only warn."""
+    """Load as from_pretrained, but stop, with the names, where diffusers would only warn."""
     options = {"local_files_only": True, "output_loading_info": True}
     if dtype is not None:
         options["torch_dtype"] = dtype
-    files = [file.name for file in folder.iterdir()]
-    if not any(".fp16." not in file and file.endswith((".safetensors", ".bin")) for file in files):
-        if any(".fp16." in file for file in files):
-            options["variant"] = "fp16"
+    # The fp16 variant, where there is no other.
+    weights = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+    if weights and all(".fp16." in name for name in weights):
+        options["variant"] = "fp16"
     try:
         model, info = cls.from_pretrained(str(folder), **options)
     except (RuntimeError, ValueError) as error:
         text = str(error).partition(". If you want")[0]  # diffusers' advice there would keep random weights
         raise ValueError(f"{folder}: weights do not fit config.json: {text}") from error
-    wrong = {kind: list(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        text = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys)
-        raise ValueError(f"{folder}: weights do not fit config.json: {text}")
+    # Every tensor of the model must be in the file, in its shape, and none besides.
+    wrong = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := list(info[kind]):
+            wrong.append(f"{len(keys)} {kind}: {_shorten(keys)}")
+    if wrong:
+        raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong)}")
     return model.eval()
 
 
@@ -251,7 +261,7 @@ def _shorten(keys: list, most: int = 8) -> str:
 
 
 def describe_vaes() -> list[dict]:
-    """One dict per VAE at the paper's size, weights not needed (counted on the meta device).
+    """Describe each VAE at the paper's size in a dict, weights not needed (counted on the meta device).
 
     name, paper_name, licence, source; params = nn.Parameters of the shipped module, params_paper_counts = what
     the paper's Table 1 counts (differs for TATS: with its training losses); vcpr_nominal = product of strides,
@@ -263,6 +273,7 @@ def describe_vaes() -> list[dict]:
     for name, family in FAMILIES.items():
         with torch.device("meta"):
             model = build_vae(name)
+        # Latent frames of some clips; TATS takes them padded to groups of four.
         frames = {}
         for T in (25, 33, 81):
             if model.frame_rule == "4n":

@@ -36,7 +36,7 @@ _FIXED = {
 
 
 def layout_fields(layout: Layout) -> dict[str, str | list[str]]:
-    """A layout in the words of Open-Sora-Plan's config.json."""
+    """Write a layout in the words of Open-Sora-Plan's config.json."""
     attention = "AttnBlock3D" if layout.scrambled_attention else "AttnBlock3DFix"
     return {
         "encoder_conv_in": _CONV[layout.conv_in],
@@ -57,10 +57,11 @@ def layout_fields(layout: Layout) -> dict[str, str | list[str]]:
 
 
 def config_from_upstream(upstream: dict) -> dict:
-    """Open-Sora-Plan's config.json -> arguments of ODVAE. Raises ValueError for what ODVAE cannot be.
+    """Translate Open-Sora-Plan's config.json into arguments of ODVAE. Raises ValueError for what ODVAE cannot be.
 
     Upstream's blocks take statistics over the clip and interpolate trilinearly, so those settings follow.
     """
+    # All that is needed is there, and nothing has a value that ODVAE cannot have.
     wanted = (*_SIZES[:-1], *layout_fields(LAYOUTS[4]))
     missing = [key for key in wanted if key not in upstream]
     if missing:
@@ -72,6 +73,7 @@ def config_from_upstream(upstream: dict) -> dict:
         raise ValueError(
             f"config.json: embed_dim={upstream['embed_dim']} differs from z_channels={upstream['z_channels']}"
         )
+    # The layout whose fields are all as the file has them; the nearest one makes the message.
     differing = {}
     for variant, layout in LAYOUTS.items():
         fields = layout_fields(layout)
@@ -82,6 +84,7 @@ def config_from_upstream(upstream: dict) -> dict:
         raise ValueError(
             f"config.json fits no known layout; nearest is variant {variant!r}, apart from {found}"
         )
+    # Sizes, and how the released models norm and upsample.
     width = upstream["hidden_size"]
     return {
         "variant": variant,
@@ -93,7 +96,7 @@ def config_from_upstream(upstream: dict) -> dict:
 
 
 def config_to_upstream(model: ODVAE) -> dict:
-    """ODVAE's config in upstream's words. Raises ValueError if upstream's code would compute something else."""
+    """Write ODVAE's config in upstream's words. Raises ValueError if upstream's code would compute something else."""
     config = model.config
     other = [f"{key}={config[key]!r}" for key, value in RELEASED.items() if config[key] != value]
     if other:
@@ -101,12 +104,10 @@ def config_to_upstream(model: ODVAE) -> dict:
             f"{', '.join(other)}: Open-Sora-Plan's code has no such setting and would decode other pixels; "
             "only models built as preset osp_v1_0, osp_v1_1 or osp_v1_2 can be exported"
         )
+    # Upstream has no words for other widths, channels and groups.
     widths = config.block_out_channels
-    if any(w % widths[0] for w in widths) or (
-        config.in_channels,
-        config.out_channels,
-        config.norm_num_groups,
-    ) != (3, 3, 32):
+    sizes = (config.in_channels, config.out_channels, config.norm_num_groups)
+    if any(w % widths[0] for w in widths) or sizes != (3, 3, 32):
         raise ValueError(
             "Open-Sora-Plan needs widths that are multiples of the first, 3 channels in and out, 32 groups"
         )
@@ -124,7 +125,7 @@ def config_to_upstream(model: ODVAE) -> dict:
 
 
 def vae_tensors(checkpoint: dict) -> dict[str, Tensor]:
-    """The VAE's tensors in a checkpoint: flat, or under state_dict, gen_model or ema_state_dict (preferred).
+    """Choose the VAE's tensors in a checkpoint: flat, or under state_dict, gen_model or ema_state_dict (preferred).
 
     The `module.` prefix goes, and so does what a training run stores beside the VAE (`loss.*`: LPIPS and
     discriminator).
@@ -133,12 +134,16 @@ def vae_tensors(checkpoint: dict) -> dict[str, Tensor]:
     for name in ("ema_state_dict", "state_dict", "gen_model"):
         if isinstance(tensors.get(name), dict) and tensors[name]:
             tensors = tensors[name]
-    tensors = {key.removeprefix("module."): v for key, v in tensors.items() if isinstance(v, Tensor)}
-    return {key: v for key, v in tensors.items() if not key.startswith("loss.")}
+    chosen = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("module.")
+        if isinstance(value, Tensor) and not key.startswith("loss."):
+            chosen[key] = value
+    return chosen
 
 
 def from_release(source: str | Path) -> ODVAE:
-    """A released VAE, in eval mode. source: a folder with config.json and one weight file, or that file.
+    """Load a released VAE, in eval mode. source: a folder with config.json and one weight file, or that file.
 
     Raises ValueError listing missing, extra and wrongly shaped tensors, or the field of config.json that does not fit.
     """

@@ -28,6 +28,7 @@ def regroup(chunks: Iterable[Tensor], unit: int, units: Callable[[Tensor], int])
     rest, wanted, size = None, 1, unit
     for chunk in chunks:
         B, C, _, H, W = chunk.shape
+        # Join the piece to what is left of those before.
         if rest is None:
             size = unit * units(chunk)
         elif rest.shape != (B, C, rest.shape[2], H, W):
@@ -35,10 +36,12 @@ def regroup(chunks: Iterable[Tensor], unit: int, units: Callable[[Tensor], int])
                 f"stream: a piece of shape {tuple(chunk.shape)} after {tuple(rest.shape)}: only the number of frames may differ"
             )
         rest = chunk if rest is None or rest.shape[2] == 0 else torch.cat((rest, chunk), dim=2)
+        # The first frame alone, then steps of one size.
         while rest.shape[2] >= wanted:
             yield rest[:, :, :wanted].clone(memory_format=torch.channels_last_3d)
             rest, wanted = rest[:, :, wanted:], size
         rest = rest.clone()  # the caller may reuse its buffer
+    # What is left at the end, in whole latent frames.
     last = 0 if rest is None else rest.shape[2] // unit * unit
     if last:
         yield rest[:, :, :last].clone(memory_format=torch.channels_last_3d)

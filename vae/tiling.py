@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def temporal_groups(length: int, size: int) -> list[tuple[int, int]]:
-    """Groups [start, stop) of `size` frames that share one frame with their neighbour; the last may be shorter.
+    """Cut into groups [start, stop) of `size` frames that share one frame with their neighbour; the last may be shorter.
 
     `temporal_groups(97, 33)` -> [(0, 33), (32, 65), (64, 97)]. A length up to `size` gives one group.
     """
@@ -24,12 +24,15 @@ def over_groups(fn: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
 
     The first frame of a later group repeats the last frame of the group before, so its output stands twice.
     """
-    parts = [fn(x[:, :, start:stop]) for start, stop in temporal_groups(x.shape[2], size)]
-    return torch.cat([part if i == 0 else part[:, :, 1:] for i, part in enumerate(parts)], dim=2)
+    parts = []
+    for start, stop in temporal_groups(x.shape[2], size):
+        part = fn(x[:, :, start:stop])
+        parts.append(part[:, :, 1:] if parts else part)
+    return torch.cat(parts, dim=2)
 
 
 def tile_starts(length: int, size: int, step: int) -> list[int]:
-    """Where tiles begin, every `step`; none begins once a tile has reached the end."""
+    """List where tiles begin, every `step`; none begins once a tile has reached the end."""
     return list(range(0, max(length - size, 0) + step, step)) if length > size else [0]
 
 
@@ -38,6 +41,7 @@ def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
     extent = min(extent, before.shape[dim], after.shape[dim])
     if extent == 0:
         return after
+    # Weights 0, 1 / extent, ... along dim: the first position is all `before`.
     shape = [1] * after.ndim
     shape[dim] = extent
     ramp = (torch.arange(extent, device=after.device, dtype=after.dtype) / extent).view(shape)
@@ -55,19 +59,20 @@ def over_tiles(
     size, step: tile side and distance in x; out_size, out_step: the same in fn's output.
     Each tile is blended with its upper, then with its left neighbour, then cropped to out_step.
     """
-    rows, columns = (tile_starts(n, size, step) for n in x.shape[-2:])
+    rows, columns = tile_starts(x.shape[-2], size, step), tile_starts(x.shape[-1], size, step)
     overlap, above, joined = out_size - out_step, None, []
-    for i, top in enumerate(rows):
+    for top in rows:
+        # A row of tiles, blended with the row above and from left to right.
         tiles = []
-        for j, left in enumerate(columns):
+        for left in columns:
             tile = fn(x[..., top : top + size, left : left + size])
             if above is not None:
-                tile = blend(above[j], tile, overlap, -2)
-            if j > 0:
-                tile = blend(tiles[j - 1], tile, overlap, -1)
+                tile = blend(above[len(tiles)], tile, overlap, -2)
+            if tiles:
+                tile = blend(tiles[-1], tile, overlap, -1)
             tiles.append(tile)
-        height = None if i == len(rows) - 1 else out_step
-        widths = [None if j == len(columns) - 1 else out_step for j in range(len(columns))]
-        joined.append(torch.cat([t[..., :height, :n] for t, n in zip(tiles, widths, strict=True)], dim=-1))
         above = tiles
+        # Without what the next tile and the next row blend; the last of each is whole.
+        kept = [tile[..., :out_step] for tile in tiles[:-1]] + tiles[-1:]
+        joined.append(torch.cat(kept, dim=-1)[..., : None if top == rows[-1] else out_step, :])
     return torch.cat(joined, dim=-2)

@@ -107,7 +107,7 @@ PRESETS: dict[str, dict] = {
 
 
 def find_layout(variant: int | str) -> Layout:
-    """The row of a variant. Raises ValueError naming the known ones."""
+    """Find the row of a variant. Raises ValueError naming the known ones."""
     if variant not in LAYOUTS:
         raise ValueError(f"variant={variant!r}: known are {', '.join(map(repr, LAYOUTS))}")
     return LAYOUTS[variant]

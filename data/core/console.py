@@ -16,9 +16,8 @@ class Console(logging.Handler):
         super().__init__()
         self.terminal = sys.stderr.isatty()
         self.texts: set[tuple[str, str]] = set()
-        self.kinds: dict[
-            tuple[str, str], list
-        ] = {}  # name and text before its values -> [shown, hidden, the last hidden]
+        # Name and text before its values -> [shown, hidden, the last hidden].
+        self.kinds: dict[tuple[str, str], list] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -32,6 +31,7 @@ class Console(logging.Handler):
             self.handleError(record)
 
     def _hides(self, record: logging.LogRecord, text: str) -> bool:
+        """Tell whether a warning is only counted: a text that was shown, or one of a kind that was shown often enough."""
         kind = self.kinds.setdefault((record.name, str(record.msg)), [0, 0, ""])
         if kind[0] < SHOWN and (record.name, text) not in self.texts:
             self.texts.add((record.name, text))

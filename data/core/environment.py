@@ -11,18 +11,19 @@ _FILE = Path(__file__).parents[2] / "dependencies.txt"
 
 
 def requirements() -> list[Requirement]:
-    """What this project declares: of the checkout, or of the installed package where there is no checkout."""
+    """Read what this project declares: of the checkout, or of the installed package where there is no checkout."""
     if _FILE.is_file():
         lines = [line.partition("#")[0].strip() for line in _FILE.read_text().splitlines()]
-        return [Requirement(line) for line in lines if line]
+        return list(map(Requirement, filter(None, lines)))
     try:
-        return [Requirement(line) for line in metadata.requires("omnilatte") or []]
+        return list(map(Requirement, metadata.requires("omnilatte") or []))
     except metadata.PackageNotFoundError:
         return []
 
 
 def _too_old() -> Iterator[str]:
     for needed in requirements():
+        # Not those of other systems or of extras.
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -34,7 +35,7 @@ def _too_old() -> Iterator[str]:
 
 
 def check_packages() -> None:
-    """ValueError that names every installed package older than the project can use."""
+    """Raise ValueError that names every installed package older than the project can use."""
     if old := list(_too_old()):
         raise ValueError(
             f"{'; '.join(old)}. Update them, or make the pinned environment: bash scripts/setup.sh"

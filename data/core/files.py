@@ -21,7 +21,7 @@ os.umask(_UMASK)
 
 @cache
 def machine() -> str:
-    """Where process numbers mean the same processes: host, boot and container."""
+    """Name the machine inside which process numbers mean the same processes: host, boot and container."""
     where = ""
     with contextlib.suppress(OSError):
         where = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
@@ -29,7 +29,7 @@ def machine() -> str:
 
 
 def temporary_name(path: Path, suffix: str = "") -> Path:
-    """A hidden name beside `path` for a file that is being written, by this process of this machine alone.
+    """Make a hidden name beside `path` for a file that is being written, by this process of this machine alone.
 
     suffix: an ending that the writing library wants to see.
     """
@@ -37,7 +37,7 @@ def temporary_name(path: Path, suffix: str = "") -> Path:
 
 
 def remove_leftovers(folder: str | Path) -> list[str]:
-    """Delete what killed processes of this machine left under `temporary_name`s in a folder; their names.
+    """Delete what killed processes of this machine left under `temporary_name`s in a folder; return their names.
 
     Files of living processes stay, and those of other machines and containers, which may be in use, for a week.
     """
@@ -48,6 +48,7 @@ def remove_leftovers(folder: str | Path) -> list[str]:
         with contextlib.suppress(OSError):
             if match is None:
                 continue
+            # Of this machine: whether the process lives. Of another: whether the file is older than a week.
             if match[1] == machine():
                 in_use = _is_another_living_process(int(match[2]))
             else:
@@ -67,7 +68,7 @@ def remove_tree(path: Path) -> None:
 
 
 def read_json(path: str | Path, *keys: str, way_out: str = "") -> dict[str, Any]:
-    """A JSON object that has the keys. Raises ValueError, with what to do, for anything else; FileNotFoundError if absent."""
+    """Read a JSON object that has the keys. Raises ValueError, with what to do, for anything else; FileNotFoundError if absent."""
     try:
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
@@ -90,6 +91,7 @@ def claim_folder(
     known: says whether a folder without a mark is this program's all the same. Raises ValueError for any other, whose
     files would be lost or mixed with ours.
     """
+    # A marked folder says whose it is.
     folder = Path(folder)
     mark = folder / MARK_FILE
     if mark.is_file():
@@ -99,6 +101,7 @@ def claim_folder(
                 f"{folder}: holds the output of {owner}, not of {program}; choose another folder"
             )
         return
+    # One without a mark must be new or empty, hidden files apart, or look like this program's of before.
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file; give a folder")
     if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()) and not known(folder):
@@ -107,7 +110,7 @@ def claim_folder(
 
 
 def claim_file(path: str | Path, mine: Callable[[str], bool]) -> None:
-    """ValueError unless a file to write is new, empty, or ours: mine(its first line)."""
+    """Raise ValueError unless a file to write is new, empty, or ours: mine(its first line)."""
     path = Path(path)
     if not path.exists():
         return
@@ -120,7 +123,7 @@ def claim_file(path: str | Path, mine: Callable[[str], bool]) -> None:
 
 
 def is_json_object(line: str) -> bool:
-    """For `claim_file` of a file with a JSON object a line."""
+    """Tell whether a line is a JSON object, for `claim_file` of a file with one object per line."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
@@ -128,17 +131,17 @@ def is_json_object(line: str) -> bool:
 
 
 def escaped(name: str) -> str:
-    """A file's name on one line of a list of columns: backslash, tab and line breaks as \\\\, \\t, \\n, \\r."""
+    """Write a file's name on one line of a list of columns: backslash, tab and line breaks as \\\\, \\t, \\n, \\r."""
     return name.translate(_ESCAPES)
 
 
 def printable(name: str) -> str:
-    """A file's name on one line that any terminal and log can take: bytes that are not UTF-8 as \\udcXX."""
+    """Write a file's name on one line that any terminal and log can take: bytes that are not UTF-8 as \\udcXX."""
     return escaped(name).encode(errors="backslashreplace").decode()
 
 
 def unescaped(text: str) -> str:
-    """The inverse of `escaped`."""
+    """Undo `escaped`."""
     return re.sub(r"\\([\\tnr])", lambda match: _UNESCAPES[match[1]], text)
 
 
@@ -153,7 +156,7 @@ def usual_mode(path: Path) -> None:
 
 
 def _is_another_living_process(number: int) -> bool:
-    """False for this process itself: it has no unfinished file when it looks for leftovers."""
+    """Tell whether a process lives; False for this one, which has no unfinished file when it looks for leftovers."""
     if number == os.getpid():
         return False
     try:
@@ -186,13 +189,14 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=1))
 
 
 def append_line(path: str | Path, line: str) -> None:
     """Add a line to a file, whole or not at all: what a full disk cut off is taken back, then OSError."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    # One write of all bytes: lines of several programs do not mix.
     try:
         size, data = os.fstat(handle).st_size, (line + "\n").encode(errors="surrogateescape")
         if size and not _ends_with_a_line(path, size):

@@ -25,7 +25,7 @@ class Registry(dict[str, Any]):
         self.kind = kind
 
     def add(self, name: str) -> Callable[[Any], Any]:
-        """Decorator. Raises ValueError for a name that something else has already."""
+        """Register what is decorated under a name. Raises ValueError for a name that something else has already."""
 
         def register(thing: Any) -> Any:
             # a module that is imported again brings the same thing as another object
@@ -37,7 +37,7 @@ class Registry(dict[str, Any]):
         return register
 
     def find(self, name: str) -> Any | None:
-        """What has this name, None if nothing has it."""
+        """Find what has this name, None if nothing has it."""
         if name not in self:
             load_plugins(os.environ.get("OMNILATTE_PLUGINS", ""))
         return self.get(name)
@@ -49,7 +49,7 @@ vaes, losses, samplers, sources = map(Registry, ("VAE", "loss", "sampler", "sour
 @functools.cache
 def load_plugins(modules: str) -> None:
     """Import the modules, with commas between, and the entry points of the group `omnilatte`; once each."""
-    for name in filter(None, (part.strip() for part in modules.split(","))):
+    for name in filter(None, map(str.strip, modules.split(","))):
         try:
             import_module(name)
         except ModuleNotFoundError as error:

@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 
 def some(names: Iterable[str], most: int = 20) -> str:
-    """The first of the names, sorted, and how many more there are."""
+    """List the first of the names, sorted, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def differences(wanted: Mapping[str, Any], given: Mapping[str, Any], optional: Iterable[str] = ()) -> str:
-    """What keeps a state dict from being loaded: "" or counts and names of missing tensors, extra ones, and wrong shapes.
+    """Say what keeps a state dict from being loaded: "" or counts and names of missing tensors, extra ones, and wrong shapes.
 
     optional: keys of `wanted` that may be missing.
     """
-    shapes = (
-        f"{key} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted.keys() & given.keys()
-        if given[key].shape != wanted[key].shape
-    )
+    shapes = []
+    for key in wanted.keys() & given.keys():
+        own, other = tuple(wanted[key].shape), tuple(given[key].shape)
+        if own != other:
+            shapes.append(f"{key} {other} instead of {own}")
     kinds = {
         "missing": wanted.keys() - given.keys() - set(optional),
         "extra": given.keys() - wanted.keys(),
-        "wrong shapes": list(shapes),
+        "wrong shapes": shapes,
     }
     return "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names)
 
 
 def to_float(clip: np.ndarray | Tensor) -> Tensor:
-    """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
+    """Turn uint8 (..., T, H, W, 3) into float32 (..., 3, T, H, W) in [-1, 1]: x / 127.5 - 1, where the clip is (on the GPU)."""
     clip = torch.as_tensor(clip)
     if clip.dtype != torch.uint8 or clip.ndim < 4 or clip.shape[-1] != 3:
         raise ValueError(f"clip {clip.dtype} {tuple(clip.shape)}: need uint8 (..., T, H, W, 3)")
@@ -50,7 +50,7 @@ def to_float(clip: np.ndarray | Tensor) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """Float video (..., 3, T, H, W) in [-1, 1] to uint8 (..., T, H, W, 3): clamp, then round half to even.
+    """Turn a float video (..., 3, T, H, W) in [-1, 1] into uint8 (..., T, H, W, 3): clamp, then round half to even.
 
     The inverse of `to_float` on all 256 levels. Raises ValueError on NaN.
     """

@@ -19,7 +19,7 @@ torch = lazy("torch")
 
 
 def read_weights(path: str | Path, inert: bool = False) -> Any:
-    """What a .safetensors, .npz or torch file holds, on the CPU. No pickled code is run.
+    """Read what a .safetensors, .npz or torch file holds, on the CPU. No pickled code is run.
 
     inert: argparse.Namespace is read too, and objects of other classes become empty ones, named in the log: Lightning
     stores callbacks (taming) and the training's arguments (TATS) beside the weights. Raises ValueError when the file is
@@ -38,15 +38,14 @@ def read_weights(path: str | Path, inert: bool = False) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # the readers raise many kinds on what is no weight file
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # torch seeks beyond the end of a cut file
+        # The disk's own errors stay what they are; EINVAL is torch, which seeks beyond the end of a cut file.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise ValueError(f"{path}: damaged, or not a plain weight file ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
-    """Why a file was not read, in a few words; torch's own would advise to run what is in it."""
+    """Say why a file was not read, in a few words; torch's own would advise to run what is in it."""
     if isinstance(error, (pickle.UnpicklingError, KeyError)):
         return "it is damaged, or holds Python objects beside tensors, and those are never run"
     text = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -67,7 +66,7 @@ class _Inert:
 
 
 def _allowed(path: Path) -> list[Any]:
-    """Classes for torch's reader: argparse.Namespace, and an inert one for each other that the file names."""
+    """Make classes for torch's reader: argparse.Namespace, and an inert one for each other that the file names."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):  # a file in the format before torch 1.6 cannot be listed beforehand

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 from markupsafe import Markup, escape
 
 from data.core.files import claim_folder, write_atomic
@@ -292,6 +293,31 @@ def numbers(table: Table, cells: Cells) -> pd.DataFrame:
     return pd.DataFrame(lines).rename(columns={"git": "commit"}).assign(table=table.name, preset=table.preset)
 
 
+def differences(table: Table, cells: Cells) -> pd.DataFrame:
+    """Each row against the first, paired by seed: mean difference, its 95 % interval (paired t) and whether it excludes 0.
+
+    Empty when no two seeds are measured. The intervals are of single comparisons, not corrected for their number.
+    """
+    lines = []
+    for column in table.columns:
+        first = cells[table.rows[0].name, column.title]
+        for row in table.rows[1:]:
+            cell = cells[row.name, column.title]
+            # Seeds that both rows have; a number that no seed changes stands alone and has no pair
+            both = zip(cell.sources, first.sources, strict=False)
+            pairs = [(ours.value, base.value) for ours, base in both if None not in (ours.value, base.value)]
+            if len(pairs) < 2 or cell.label or first.label:
+                continue
+            test = scipy.stats.ttest_rel(*np.transpose(pairs))
+            low, high = test.confidence_interval(0.95)
+            by = float(np.mean([a - b for a, b in pairs]))
+            told = "differs" if low > 0 or high < 0 else "no difference shown"
+            mean, *ends = (f"{value:+.{column.digits}f}" for value in (by, low, high))
+            names = f"{row.name} against {first.row.name}"
+            lines.append((column.title, names, mean, f"{ends[0]} to {ends[1]}", len(pairs), told))
+    return pd.DataFrame(lines, columns=["column", "rows", "difference", "95 % interval", "seeds", "result"])
+
+
 def remarks(table: Table, cells: Cells) -> list[str]:
     """The rows' notes, then each reason why a cell is empty, once, with the columns that it concerns."""
     notes = [f"{row.name}: {row.note}" for row in table.rows if row.note]
@@ -319,7 +345,11 @@ def markdown(table: Table, cells: Cells, figures: list[Figure]) -> str:
     parts.append(markdown_table(["", *shown.columns], shown.reset_index().values))
     for number, figure in enumerate(figures, 1):
         parts += [f"![{figure.alt}]({table.name}-{number}.svg)", plain(figure.caption)]
-    # What is needed to read it, and to check it.
+    # Which rows differ by more than their seeds do.
+    if len(found := differences(table, cells)):
+        shown = markdown_table(found.columns, found.map(str).map(plain).values)
+        parts += ["## Differences, paired by seed", shown]
+    # What is needed to read the table, and to check it.
     if notes := remarks(table, cells):
         parts += ["## Notes", "\n".join(f"- {plain(text)}" for text in notes)]
     made = traces(table, cells).drop(columns="protocol").map(plain)
@@ -348,9 +378,14 @@ def write_html(path: Path, table: Table, cells: Cells, figures: list[Figure]) ->
     heads = ["", *map(Markup, shown.columns)]
     rows = [(row.name, *map(Markup, line)) for row, line in zip(table.rows, shown.values, strict=True)]
     notes = [(text,) for text in remarks(table, cells)] or [("none",)]
+    found = differences(table, cells)
+    paired = Section(
+        "Differences, paired by seed", "", list(found.columns), found.values.tolist(), dim_from=4
+    )
     sections = [
         Section("Ours, and the paper's in brackets", table.text, heads, rows, dim_from=len(heads)),
         *([Section("Curves", figures=figures)] if figures else []),
+        *([paired] if len(found) else []),
         Section("Notes", header=["bold: best, underlined: second"], rows=notes, dim_from=1),
         Section("Where each number comes from", "", list(made.columns), made.values.tolist(), dim_from=3),
     ]

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HTTPError
 
 from data.core.files import read_json, sha256_of, write_atomic, write_json
 from data.encode import write_mp4
-from data.video import list_videos, probe, read_frames
+from data.finding import list_videos
+from data.video import probe, read_frames
 from pipelines.results.bundle import add_code
 from pipelines.results.card import Card, public, read_scores, render, training_score
 from pipelines.results.runs import is_run, read_manifest, read_run

@@ -17,8 +17,8 @@ from torch import Tensor
 from data.clip import to_float
 from data.core.files import printable
 from data.dataset import VideoClips
+from data.decoder import BadVideo
 from data.latents import LatentCache, LatentStream, differences, fingerprint_id, read_index
-from data.video import BadVideo
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.distributed import main_process_first
 from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.video import write_ffv1
+from data.encode import write_ffv1
 from eval.fidelity import main as fidelity_main
 from eval.fvd import fvd_of_clips
 from eval.fvd import main as fvd_main

@@ -33,12 +33,12 @@ class Baseline(VideoVAE, ModelMixin, AutoencoderMixin, ConfigMixin):
 
 
 def fold(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B T, C, H, W)."""
+    """Turn clips into a batch of frames: (B, C, T, H, W) -> (B T, C, H, W)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def unfold(x: Tensor, B: int) -> Tensor:
-    """(B T, C, H, W) -> (B, C, T, H, W)."""
+    """Turn a batch of frames into clips again: (B T, C, H, W) -> (B, C, T, H, W)."""
     return x.unflatten(0, (B, -1)).transpose(1, 2)
 
 
@@ -53,7 +53,7 @@ def check_frame_batch(frame_batch: int) -> None:
 
 
 def posterior_output(moments: Tensor, return_dict: bool):
-    """moments (B, 2C, t, h, w) -> AutoencoderKLOutput, or a 1-tuple."""
+    """Wrap moments (B, 2C, t, h, w) in an AutoencoderKLOutput, or a 1-tuple."""
     posterior = VideoGaussian(moments)
     return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 

@@ -20,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vae.baselines.common import Baseline, decoder_output, fold, posterior_output, unfold
+from vae.tiling import tile_starts
 
 
 class CausalConv3d(nn.Conv3d):
@@ -76,9 +77,9 @@ class SpatialAttention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def attend(self, frames: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, C, h, w), without the residual."""
+        """Attend within each frame: (N, C, h, w) -> (N, C, h, w), without the residual."""
         h = self.norm(frames)
-        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))
+        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))  # (N, 1, h w, C)
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.unflatten(2, frames.shape[2:])
         return self.proj_out(h)
 
@@ -95,9 +96,13 @@ class SpatioTemporalAttention(SpatialAttention):
         self.norm_t = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Along space
         h = unfold(self.attend(fold(x)), x.shape[0])  # (B, C, T, h, w)
+        # and along time, one sequence per position.
         h = self.norm_t(h.permute(0, 3, 4, 2, 1))  # (B, h, w, T, C)
-        q, k, v = (linear(h).flatten(0, 2).unsqueeze(1) for linear in (self.q_t, self.k_t, self.v_t))
+        q, k, v = (
+            linear(h).flatten(0, 2).unsqueeze(1) for linear in (self.q_t, self.k_t, self.v_t)
+        )  # (B h w, 1, T, C)
         out = F.scaled_dot_product_attention(q, k, v).view(h.shape)
         return x + self.proj_out_t(out).permute(0, 4, 3, 1, 2)
 
@@ -122,8 +127,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv3d(channels, channels * (2 if time else 1), 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
-        x = self.conv(torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2))
+        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")  # (B, C, T, 2h, 2w)
+        x = self.conv(torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2))  # (B, 2C, T, 2h, 2w) where `time`
         if not self.time:
             return x
         # channel s C + c of frame t becomes channel c of frame 2t + s
@@ -164,6 +169,7 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, widths: list[int], blocks: int, groups: int):
         super().__init__()
         self.conv_in = CausalConv3d(in_channels, widths[0], 3)
+        # Space is halved after every level but the last, time after every other one.
         self.down = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             last = i == len(widths) - 1
@@ -174,10 +180,10 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x)  # (B, 128, T, H, W), widths of the release
         for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+            h = level(h)  # 128, 256, 512, 512 channels; in the end (B, 512, (T - 1) / 4 + 1, H / 8, W / 8)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 2C, t, h, w)
 
 
 class Decoder(nn.Module):
@@ -195,10 +201,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv3d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(z))  # (B, 512, t, h, w)
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)  # 512, 512, 256, 128 channels; in the end (B, 128, 4 (t - 1) + 1, 8 h, 8 w)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, T, H, W)
 
 
 class CVVAE(Baseline):
@@ -245,7 +251,7 @@ class CVVAE(Baseline):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """x (B, 3, T, H, W) in [-1, 1], T = 4k + 1 -> posterior over (B, 4, k + 1, H/8, W/8)."""
+        """Encode x (B, 3, T, H, W) in [-1, 1], T = 4k + 1, to a posterior over (B, 4, k + 1, H/8, W/8)."""
         self.check_video(x)
         size, s = self.config.tile_spatial_size, self.spatial_compression_ratio
         moments = self._by_groups(x, self.config.frames_at_a_time, self.encoder, size, size and size // s)
@@ -253,7 +259,7 @@ class CVVAE(Baseline):
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, 4, t, h, w) -> DecoderOutput of (B, 3, 4(t - 1) + 1, 8h, 8w)."""
+        """Decode z (B, 4, t, h, w) to DecoderOutput of (B, 3, 4(t - 1) + 1, 8h, 8w)."""
         self.check_latents(z, num_frames)
         frames, size = self.config.frames_at_a_time, self.config.tile_spatial_size
         group = frames and frames // self.temporal_compression_ratio
@@ -261,7 +267,7 @@ class CVVAE(Baseline):
         return decoder_output(self._by_groups(z, group, self.decoder, latent_size, size), return_dict)
 
     def _by_groups(self, x: Tensor, stride: int | None, fn: Callable, size, out_size) -> Tensor:
-        """fn on x[n stride : (n + 1) stride + 1] for each n; the shared first frame of n > 0 is dropped."""
+        """Apply fn to x[n stride : (n + 1) stride + 1] for each n; the shared first frame of n > 0 is dropped."""
         T = x.shape[2]
         stride = stride or T
         parts = []
@@ -273,12 +279,13 @@ class CVVAE(Baseline):
 
 
 def _tiled(fn: Callable, x: Tensor, size: int, out_size: int, ratio: float) -> Tensor:
-    """fn on overlapping squares of `size`, blended linearly over the overlap of the squares of `out_size`."""
+    """Apply fn to overlapping squares of `size`, blended linearly over the overlap of the squares of `out_size`."""
     stride, overlap = round(size * (1 - ratio)), round(out_size * ratio)
+    # Each tile is blended with its upper neighbour, then with its left one.
     rows = []
-    for top in _tile_starts(x.shape[3], size, stride):
+    for top in tile_starts(x.shape[3], size, stride):
         row = []
-        for left in _tile_starts(x.shape[4], size, stride):
+        for left in tile_starts(x.shape[4], size, stride):
             tile = fn(x[:, :, :, top : top + size, left : left + size])
             if rows:
                 tile = _blend(rows[-1][len(row)], tile, overlap, dim=3)
@@ -291,17 +298,12 @@ def _tiled(fn: Callable, x: Tensor, size: int, out_size: int, ratio: float) -> T
 
 
 def _joined(tiles: list[Tensor], keep: int, dim: int) -> Tensor:
-    """The tiles side by side along dim: `keep` entries of each, all of the last."""
+    """Join the tiles side by side along dim: `keep` entries of each, all of the last."""
     return torch.cat([t.narrow(dim, 0, keep) for t in tiles[:-1]] + tiles[-1:], dim=dim)
 
 
-def _tile_starts(length: int, size: int, stride: int) -> list[int]:
-    """Starts of the tiles; the first tile that reaches the end is the last."""
-    return [0, *range(stride, length - size + stride, stride)] if length > size else [0]
-
-
 def _blend(before: Tensor, after: Tensor, overlap: int, dim: int) -> Tensor:
-    """after, its first `overlap` entries along dim faded in from the last ones of before."""
+    """Return after, its first `overlap` entries along dim faded in from the last ones of before (rounded as upstream)."""
     shape = [1] * after.ndim
     shape[dim] = overlap
     weight = (torch.arange(overlap, device=after.device, dtype=after.dtype) / overlap).view(shape)

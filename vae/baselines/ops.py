@@ -62,6 +62,7 @@ class TemporalEncoder(nn.Module):
         super().__init__()
         width = widths[0]
         self.conv_in = CausalConv3d(in_channels, width, 3, bias=False)
+        # Levels: residual blocks, then, but for the last, a convolution that halves time or nothing.
         self.block_res_blocks, self.conv_blocks = nn.ModuleList(), nn.ModuleList()
         for level, after in enumerate(widths):
             level_blocks = nn.ModuleList()
@@ -72,18 +73,21 @@ class TemporalEncoder(nn.Module):
             if level < len(widths) - 1:
                 down = CausalConv3d(width, width, 3, time_stride=2) if halve[level] else nn.Identity()
                 self.conv_blocks.append(down)
+        # The middle and the head.
         self.res_blocks = nn.Sequential(*(ResBlock(width, width, groups) for _ in range(blocks)))
         self.norm1 = nn.GroupNorm(groups, width)
         self.conv2 = CausalConv3d(width, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x)  # (B, 128, T, h, w), widths of the release; h and w stay
         for level, level_blocks in enumerate(self.block_res_blocks):
+            # 128, 256, 256, 512 channels
             for block in level_blocks:
                 h = block(h)
+            # T halved after levels 1 and 2
             if level < len(self.conv_blocks):
                 h = self.conv_blocks[level](h)
-        return self.conv2(F.silu(self.norm1(self.res_blocks(h))))
+        return self.conv2(F.silu(self.norm1(self.res_blocks(h))))  # (B, 2C, T / 4, h, w)
 
 
 class TemporalDecoder(nn.Module):
@@ -108,7 +112,8 @@ class TemporalDecoder(nn.Module):
         self.conv_out = CausalConv3d(width, out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.res_blocks(self.conv1(z))
+        h = self.res_blocks(self.conv1(z))  # (B, 512, t, h, w)
+        # From the deepest level up; T doubled after levels 3 and 2.
         for level in reversed(range(len(self.block_res_blocks))):
             for block in self.block_res_blocks[level]:
                 h = block(h)
@@ -131,11 +136,11 @@ class TemporalVAE(nn.Module):
         self.decoder = TemporalDecoder(channels, channels, widths, blocks, halve, groups)
 
     def moments(self, x: Tensor) -> Tensor:
-        """x (B, C, T, h, w) -> (B, 2C, ceil(T / 4), h, w)."""
+        """Encode x (B, C, T, h, w) to moments (B, 2C, ceil(T / 4), h, w)."""
         return self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.ratio, 0))))
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """z (B, C, t, h, w) -> the last num_frames of its 4t frames."""
+        """Decode z (B, C, t, h, w) to the last num_frames of its 4t frames."""
         return self.decoder(self.post_quant_conv(z))[:, :, -num_frames % self.ratio :]
 
 
@@ -173,6 +178,7 @@ class OPSVAE(Baseline):
         check_frame_batch(frame_batch)
         if micro_frame_size is not None and micro_frame_size < 1:
             raise ValueError(f"micro_frame_size={micro_frame_size}: give frames per chunk, e.g. 17, or None")
+        # The first stage, on frames; the second, on their latents.
         levels = len(spatial_block_out_channels)
         self.spatial_compression_ratio = 2 ** (levels - 1)
         self.spatial_vae = nn.Module()
@@ -220,27 +226,31 @@ class OPSVAE(Baseline):
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
     ):
-        """x (B, 3, T, H, W) in [-1, 1] -> posterior over (B, 4, t, H/8, W/8), not normalised.
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, 4, t, H/8, W/8), not normalised.
 
         sample_posterior: draw the 2D latents (upstream's way) instead of taking their mode.
         """
         self.check_video(x)
+        # Latents of all frames: (B, 4, T, h, w)
         spatial = VideoGaussian(map_frames(self.spatial_vae.module._encode, x, self.config.frame_batch))
         h = spatial.sample(generator) if sample_posterior else spatial.mode()
         h = h * self.config.spatial_scaling_factor
+        # Moments of each chunk in time, on its own.
         chunks = h.split(self.config.micro_frame_size or h.shape[2], dim=2)
         return posterior_output(torch.cat([self.temporal_vae.moments(c) for c in chunks], dim=2), return_dict)
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, 4, t, h, w), not normalised -> DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
+        """Decode z (B, 4, t, h, w), not normalised, to DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
         left = self.check_latents(z, num_frames)
+        # Latents of all frames again, chunk by chunk: (B, 4, T, h, w)
         micro = self.config.micro_frame_size
         parts = []
         for part in z.split(-(-(micro or left) // self.temporal_compression_ratio), dim=2):
             frames = min(micro or left, left)
             parts.append(self.temporal_vae.decode(part, frames))
             left -= frames
+        # Frames.
         h = torch.cat(parts, dim=2) / self.config.spatial_scaling_factor
         decode = self.spatial_vae.module._decode
         return decoder_output(map_frames(lambda f: decode(f).sample, h, self.config.frame_batch), return_dict)

@@ -30,16 +30,18 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 
 
 def compvis_to_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """Names of taming's and CompVis' 2D autoencoders -> diffusers' names; 1x1 attention kernels become matrices.
+    """Translate names of taming's and CompVis' 2D autoencoders to diffusers'; 1x1 attention kernels become matrices.
 
     Attention at levels (taming) is renamed too, which diffusers' own checkpoint converter leaves out.
     """
     renamed = {}
     for key, value in state.items():
+        # Levels: diffusers counts up blocks from the deepest.
         key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
         key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
         for pattern, replacement in _PARTS:
             key = re.sub(pattern, replacement, key)
+        # Attention: other names inside, and matrices for 1 x 1 kernels.
         inner = re.match(r"(.*\.attentions\.\d+\.)(\w+)(\..*)", key)
         if inner and inner[2] in _ATTENTION:
             key = inner[1] + _ATTENTION[inner[2]] + inner[3]
@@ -59,11 +61,12 @@ def _image_sizes(release: Release) -> dict:
 
 
 def convert_sd_vae(release: Release) -> AutoencoderKL:
-    """CompVis SD-VAE (vae-ft-mse-840000-ema-pruned.ckpt) or a whole SD checkpoint -> diffusers' AutoencoderKL."""
+    """Convert CompVis SD-VAE (vae-ft-mse-840000-ema-pruned.ckpt) or a whole SD checkpoint to diffusers' AutoencoderKL."""
     if any(key.startswith("encoder.down_blocks.") for key in release.state):
         raise ValueError(
             f"{release.source}: already has diffusers' names; load_vae opens its folder as it is"
         )
+    # The VAE alone, without what its training stored beside it.
     prefix = "first_stage_model."
     if any(key.startswith(prefix) for key in release.state):
         release.keep((prefix,), ())
@@ -83,7 +86,7 @@ def convert_sd_vae(release: Release) -> AutoencoderKL:
 
 
 def convert_vqgan(release: Release) -> GumbelVQGAN:
-    """taming's vqgan_gumbel_f8 (Lightning checkpoint) -> GumbelVQGAN."""
+    """Convert taming's vqgan_gumbel_f8 (Lightning checkpoint) to GumbelVQGAN."""
     release.keep((), ("loss.",))
     codes, channels = release.shape("quantize.embed.weight")
     sizes = _image_sizes(release) | {
@@ -96,7 +99,7 @@ def convert_vqgan(release: Release) -> GumbelVQGAN:
 
 
 def convert_tats(release: Release) -> TATSVQGAN:
-    """TATS' Lightning checkpoint -> TATSVQGAN; its discriminators and LPIPS are left behind.
+    """Convert TATS' Lightning checkpoint to TATSVQGAN; its discriminators and LPIPS are left behind.
 
     The factor in time leaves no trace in the shapes: it comes from the stored training arguments, else it is 4.
     """
@@ -124,20 +127,14 @@ _CVVAE_FIXED = {"use_3d_conv": True, "half_3d": True, "causal_encoder": True, "c
 
 
 def convert_cvvae(release: Release) -> CVVAE:
-    """CV-VAE's vae3d or vae3d_v1-1 folder (config.json + weights) -> CVVAE."""
+    """Convert CV-VAE's vae3d or vae3d_v1-1 folder (config.json + weights) to CVVAE."""
     for key, value in _CVVAE_FIXED.items():
         if release.config.get(key, value) != value:
             raise ValueError(
                 f"{release.source}: config.json has {key}={release.config[key]}, CVVAE is {key}={value}"
             )
-    levels = release.count(r"encoder\.down\.(\d+)\.")
-    config = {
-        "in_channels": release.shape("encoder.conv_in.weight")[1],
-        "out_channels": release.shape("decoder.conv_out.weight")[0],
-        "latent_channels": release.shape("decoder.conv_in.weight")[1],
-        "block_out_channels": tuple(release.widths("encoder.down.%d.block.0.conv1.weight", levels)),
-        "layers_per_block": release.count(r"encoder\.down\.0\.block\.(\d+)\."),
-    }
+    # Sizes from the shapes; how it encodes, which leaves no trace in them, from config.json.
+    config = _image_sizes(release) | {"latent_channels": release.shape("decoder.conv_in.weight")[1]}
     names = {"en_de_n_frames_a_time": "frames_at_a_time"}
     for key in ("scaling_factor", "en_de_n_frames_a_time", "tile_spatial_size", "tile_overlap_ratio"):
         if key in release.config:
@@ -146,11 +143,13 @@ def convert_cvvae(release: Release) -> CVVAE:
 
 
 def convert_ops(release: Release) -> OPSVAE:
-    """Open-Sora v1.2's VAE (both stages in one file) -> OPSVAE; its shift and scale become the latent statistics."""
+    """Convert Open-Sora v1.2's VAE (both stages in one file) to OPSVAE; its shift and scale become the latent statistics."""
+    # Levels and widths of both stages.
     spatial, temporal = "spatial_vae.module.encoder", "temporal_vae.encoder"
     levels = release.count(rf"{temporal}\.block_res_blocks\.(\d+)\.")
     widths = release.widths(f"{temporal}.block_res_blocks.%d.0.conv1.conv.weight", levels)
     spatial_levels = release.count(rf"{spatial}\.down_blocks\.(\d+)\.")
+    # Statistics of the latents, one value or one per channel.
     channels = release.shape("temporal_vae.post_quant_conv.conv.weight")[0]
     statistics = {}
     for key, name in (("shift", "latents_mean"), ("scale", "latents_std")):
@@ -185,7 +184,7 @@ CONVERTERS = {
 
 
 def convert_baseline(family: str, source: str | Path) -> nn.Module:
-    """Official file or folder -> model in eval mode. family: a key of CONVERTERS."""
+    """Convert an official file or folder to a model in eval mode. family: a key of CONVERTERS."""
     if family not in CONVERTERS:
         raise ValueError(f"family {family!r}: must be one of {', '.join(CONVERTERS)}")
     return CONVERTERS[family](read_release(source))

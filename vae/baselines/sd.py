@@ -69,6 +69,7 @@ class SDVAE(Baseline):
 
         A shift_factor s with scaling factor f becomes latents_mean = s, latents_std = 1 / f.
         """
+        # The settings of the loaded network, and how its latents are scaled.
         source = autoencoder.config
         config = {key: source[key] for key in _COPIED}
         config["scaling_factor"] = source["scaling_factor"]
@@ -77,20 +78,21 @@ class SDVAE(Baseline):
         if source.get("shift_factor") is not None and config["latents_mean"] is None:
             config["latents_mean"] = [source["shift_factor"]] * source["latent_channels"]
             config["latents_std"] = [1.0 / source["scaling_factor"]] * source["latent_channels"]
-        with torch.device("meta"):  # the network is replaced in the next line
+        # A model without weights, whose network is replaced by the loaded one.
+        with torch.device("meta"):
             model = cls(**config, frame_batch=frame_batch)
         model.autoencoder = autoencoder
         return model.train(autoencoder.training)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """x (B, 3, T, H, W) in [-1, 1] -> posterior over (B, C, T, H/8, W/8)."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, T, H/8, W/8)."""
         self.check_video(x)
         return posterior_output(map_frames(self.autoencoder._encode, x, self.config.frame_batch), return_dict)
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, C, T, h, w) -> DecoderOutput of (B, 3, T, 8h, 8w)."""
+        """Decode z (B, C, T, h, w) to DecoderOutput of (B, 3, T, 8h, 8w)."""
         self.check_latents(z, num_frames)
         decode = self.autoencoder._decode
         return decoder_output(

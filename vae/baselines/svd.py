@@ -84,7 +84,7 @@ class SVDVAE(Baseline):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """x (B, 3, T, H, W) in [-1, 1] -> posterior over (B, 4, T, H/8, W/8)."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, 4, T, H/8, W/8)."""
         self.check_video(x)
         net = self.autoencoder
         moments = map_frames(lambda part: net.quant_conv(net.encoder(part)), x, self.config.frame_batch)
@@ -92,10 +92,11 @@ class SVDVAE(Baseline):
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, 4, T, h, w) -> DecoderOutput of (B, 3, T, 8h, 8w)."""
+        """Decode z (B, 4, T, h, w) to DecoderOutput of (B, 3, T, 8h, 8w)."""
         T = self.check_latents(z, num_frames)
-        parts = [
-            unfold(self.autoencoder.decode(fold(part), num_frames=part.shape[2]).sample, part.shape[0])
-            for part in z.split(self.config.decode_chunk_size or T, dim=2)
-        ]
+        # Chunks in time, each decoded on its own; diffusers takes frames as a batch and the length of a clip.
+        parts = []
+        for part in z.split(self.config.decode_chunk_size or T, dim=2):
+            frames = self.autoencoder.decode(fold(part), num_frames=part.shape[2]).sample
+            parts.append(unfold(frames, part.shape[0]))
         return decoder_output(torch.cat(parts, dim=2), return_dict)

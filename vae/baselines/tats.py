@@ -24,9 +24,12 @@ _ROWS_AT_ONCE = 4096  # positions compared with the codebook at a time: 256 MiB 
 
 
 def _same_padding(kernel: int, stride: tuple[int, ...]) -> list[int]:
-    """F.pad's list (last axis first): kernel - stride in total per axis, the odd one in front."""
-    totals = [kernel - s for s in reversed(stride)]
-    return [side for total in totals for side in (total - total // 2, total // 2)]
+    """Make F.pad's list (last axis first): kernel - stride in total per axis, the odd one in front."""
+    sides = []
+    for s in reversed(stride):
+        total = kernel - s
+        sides += [total - total // 2, total // 2]
+    return sides
 
 
 class SamePadConv3d(nn.Module):
@@ -70,7 +73,7 @@ class ResBlock(nn.Module):
 
 
 def _level_strides(downsample: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """(4, 8, 8) -> (2, 2, 2), (2, 2, 2), (1, 2, 2): an axis is halved until its factor is used up."""
+    """Split factors into strides: (4, 8, 8) -> (2, 2, 2), (2, 2, 2), (1, 2, 2); an axis is halved until its factor is used up."""
     halvings = [int(math.log2(d)) for d in downsample]
     if any(2**n != d for n, d in zip(halvings, downsample, strict=True)):
         raise ValueError(f"downsample={tuple(downsample)}: every factor must be a power of 2")
@@ -89,9 +92,11 @@ class Encoder(nn.Module):
         self.final_block = nn.Sequential(_norm(hidden, norm_type), nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_first(x)
+        h = self.conv_first(x)  # (B, 32, T, H, W), widths of the release
         for block in self.conv_blocks:
-            h = block["res"](block["down"](h))
+            h = block["res"](
+                block["down"](h)
+            )  # 64, 128, 256 channels; in the end (B, 256, T / 4, H / 8, W / 8)
         return self.final_block(h)
 
 
@@ -111,9 +116,11 @@ class Decoder(nn.Module):
         self.conv_last = SamePadConv3d(width, out_channels, 3)
 
     def forward(self, h: Tensor) -> Tensor:
-        h = self.final_block(h)
+        h = self.final_block(h)  # (B, 256, t, h, w)
         for block in self.conv_blocks:
-            h = block["res2"](block["res1"](block["up"](h)))
+            h = block["res2"](
+                block["res1"](block["up"](h))
+            )  # 256, 128, 64 channels; in the end (B, 64, T, H, W)
         return self.conv_last(h)
 
 
@@ -127,8 +134,9 @@ class Codebook(nn.Module):
         self.register_buffer("z_avg", self.embeddings.clone())
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h (B, C, t, h, w) -> entries at the least Euclidean distance, (B, C, t, h, w), and their indices (B, t, h, w)."""
-        rows, table = h.movedim(1, -1).float(), self.embeddings.float()
+        """Find the nearest entries (Euclidean) of h (B, C, t, h, w): (B, C, t, h, w), and their indices (B, t, h, w)."""
+        rows, table = h.movedim(1, -1).float(), self.embeddings.float()  # (B, t, h, w, C), (codes, C)
+        # |row - entry|^2 / 2 without |row|^2 / 2, which is the same for all entries.
         half_norms = 0.5 * table.square().sum(1)
         codes = [(half_norms - part @ table.T).argmin(1) for part in rows.flatten(0, -2).split(_ROWS_AT_ONCE)]
         codes = torch.cat(codes).view(rows.shape[:-1])
@@ -171,7 +179,7 @@ class TATSVQGAN(Baseline):
 
     @property
     def num_training_parameters(self) -> int:
-        """Parameters of TATS' image and video discriminators and LPIPS, which the paper's Table 1 counts too."""
+        """Count the parameters of TATS' image and video discriminators and LPIPS, which the paper's Table 1 counts too."""
         patch = [self.config.in_channels, 64, 128, 256, 512, 1]
         vgg16 = [3, 64, 64, 128, 128, 256, 256, 256] + [512] * 6
         total = _conv_parameters(patch, 4**2) + _conv_parameters(patch, 4**3) + _conv_parameters(vgg16, 3**2)
@@ -195,21 +203,23 @@ class TATSVQGAN(Baseline):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """x (B, 3, T, H, W) in [-1, 1] -> latents (B, C, t, h, w), the chosen entries, and codes (B, t, h, w)."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to latents (B, C, t, h, w), the chosen entries, and codes (B, t, h, w)."""
         self.check_video(x)
+        # With frame padding: the last frame repeated up to a multiple of 4.
         surplus = -x.shape[2] % self.temporal_compression_ratio
         if surplus:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, surplus, -1, -1)], dim=2)
+        # Pixels in [-0.5, 0.5], features, the nearest entry of each.
         latents, codes = self.codebook(self.pre_vq_conv(self.encoder(0.5 * x)))
         return VideoVQOutput(latents=latents, codes=codes) if return_dict else (latents, codes)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """codes (B, t, h, w) -> latents (B, C, t, h, w)."""
+        """Look up the latents (B, C, t, h, w) of codes (B, t, h, w)."""
         return F.embedding(codes, self.codebook.embeddings).movedim(-1, 1)
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, C, t, h, w), codebook entries -> DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
+        """Decode z (B, C, t, h, w), codebook entries, to DecoderOutput of (B, 3, num_frames or 4t, 8h, 8w)."""
         T = self.check_latents(z, num_frames)
         return decoder_output(2.0 * self.decoder(self.post_vq_conv(z))[:, :, :T], return_dict)
 

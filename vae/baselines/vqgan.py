@@ -27,8 +27,9 @@ class GumbelQuantizer(nn.Module):
         self.embedding = nn.Embedding(num_codes, code_dim)
 
     def forward(self, h: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """h (N, C, h, w) -> codes (N, h, w): argmax of the logits, after Gumbel noise if `sample`."""
-        logits = self.proj(h)
+        """Choose codes (N, h, w) of h (N, C, h, w): argmax of the logits, after Gumbel noise if `sample`."""
+        logits = self.proj(h)  # (N, codes, h, w)
+        # -log of an exponential draw is a Gumbel draw: the argmax is then a sample of the softmax.
         if sample:
             device = logits.device if generator is None else generator.device
             noise = torch.empty(logits.shape, device=device).exponential_(generator=generator).log_()
@@ -90,7 +91,7 @@ class GumbelVQGAN(Baseline):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True, generator: torch.Generator | None = None):
-        """x (B, 3, T, H, W) in [-1, 1] -> latents (B, C, T, H/8, W/8) and codes (B, T, H/8, W/8).
+        """Encode x (B, 3, T, H, W) in [-1, 1] to latents (B, C, T, H/8, W/8) and codes (B, T, H/8, W/8).
 
         `generator` draws the Gumbel noise of config.gumbel_sample.
         """
@@ -106,12 +107,12 @@ class GumbelVQGAN(Baseline):
         return VideoVQOutput(latents=latents, codes=codes) if return_dict else (latents, codes)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """codes (B, T, h, w) -> latents (B, C, T, h, w)."""
+        """Look up the latents (B, C, T, h, w) of codes (B, T, h, w)."""
         return self.quantize.embedding(codes).movedim(-1, 1)
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """z (B, C, T, h, w), codebook entries -> DecoderOutput of (B, 3, T, 8h, 8w)."""
+        """Decode z (B, C, T, h, w), codebook entries, to DecoderOutput of (B, 3, T, 8h, 8w)."""
         self.check_latents(z, num_frames)
         frames = map_frames(lambda part: self.decoder(self.post_quant_conv(part)), z, self.config.frame_batch)
         return decoder_output(frames, return_dict)

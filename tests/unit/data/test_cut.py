@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import video as video_module
-from data.cut import pack_times, parse_time, read_cut, show_time
+from data.cut import parse_time, read_cut, show_time
 from data.scan import scan_file
-from data.timeline import cut_between
+from data.timeline import cut_between, pack_times
 from data.video import read_frames
 
 COUNT = 90

@@ -13,16 +13,16 @@ import pytest
 from data import dataset
 from data.clip import ClipSpec
 from data.dataset import VideoClips
+from data.decoder import BadVideo
 from data.loader import StepBatches, make_loader
 from data.processes import Pool
 from data.sources import open_source
-from data.video import BadVideo
 
 ROOT = Path(__file__).parents[3]
 JOBS = """
 import os, signal, time
 from data import dataset
-from data.video import BadVideo
+from data.decoder import BadVideo
 
 def echo(value): return value
 def bad(path): raise BadVideo(f"{path}: torn")

@@ -15,10 +15,12 @@ from PIL import Image
 from data import by_decord
 from data import video as video_module
 from data.clip import ClipSpec, crop_resize_uint8
+from data.decoder import BadVideo
+from data.finding import VIDEO_SUFFIXES, video_names
 from data.scan import scan_file
 from data.sources import open_source, video_frames
 from data.timeline import unpack_times
-from data.video import BadVideo, Frames, probe, read_frames
+from data.video import Frames, probe, read_frames
 
 COUNT = 150
 BASE = Fraction(1, 25)
@@ -342,7 +344,7 @@ def test_listing_passes_over_what_is_no_file_and_survives_links_and_any_bytes(tm
     (tmp_path / "frames").mkdir()
     Image.fromarray(picture(0)).save(tmp_path / "frames" / "1.png")
     (tmp_path / "frames" / "2.png").symlink_to(tmp_path / "gone.png")
-    found = video_module.video_names(tmp_path)
+    found = video_names(tmp_path)
     assert sorted(found) == sorted([*map(os.fsdecode, names), "frames"])
     assert caplog.text.count("pipe.mp4: neither a file nor a folder") == 1
     assert "2.png" in scan_file(tmp_path / "frames").damaged
@@ -357,7 +359,7 @@ def test_decord_reads_only_files_on_which_every_frame_agreed(tmp_path, monkeypat
     root = tmp_path / "videos"
     root.mkdir()
     for name, (codec, pixel_format, options) in KINDS.items():
-        if codec in av.codecs_available and Path(name).suffix in video_module.VIDEO_SUFFIXES:
+        if codec in av.codecs_available and Path(name).suffix in VIDEO_SUFFIXES:
             count = 60 if codec in ("cinepak", "libsvtav1") else COUNT
             write(root / name, codec, pixel_format, count, **options)
     trimmed(root)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from data import processes, scan
+from data.finding import list_videos
 from data.index import build_index
 from data.scan import scan_file
-from data.video import list_videos
 
 # In the folder of damaged clips, but only odd: few frames, a small or an odd size.
 ODD = {"odd_size.mkv", "one_frame.mp4", "three_frames.mp4", "tiny_16x16.mp4"}
@@ -138,12 +138,12 @@ def bad_worker(tmp_path, monkeypatch):
 def test_a_crash_or_a_hang_is_one_record_and_the_rest_goes_on(tmp_path, scene, encode, bad_worker):
     names = ("crash.avi", "a.avi", "hang.avi", "b.avi", "killed.avi", "spin.avi", "once.avi")
     paths = [encode(tmp_path / "data" / name, scene[:2], "mpeg4") for name in names]
-    index = build_index(paths, tmp_path / "x.sqlite", workers=2, timeout_s=3)
+    index = build_index(paths, tmp_path / "x.sqlite", workers=2, timeout_s=6)
     assert [(Path(r.path).name, r.damaged) for r in index.damaged] == [
         ("crash.avi", "the decoder crashed on this file"),
-        ("hang.avi", "not decoded within 3 s"),
+        ("hang.avi", "not decoded within 6 s"),
         ("killed.avi", "the decoder crashed on this file"),
-        ("spin.avi", "not decoded within 3 s"),
+        ("spin.avi", "not decoded within 6 s"),
     ]
     assert [Path(r.path).name for r in index.good] == ["a.avi", "b.avi", "once.avi"]
     with sqlite3.connect(tmp_path / "x.sqlite") as store:
@@ -151,7 +151,7 @@ def test_a_crash_or_a_hang_is_one_record_and_the_rest_goes_on(tmp_path, scene, e
     # a process that somebody killed or stopped says nothing about its file: it is looked at again the next time
     assert {os.path.basename(path).decode(): reason for path, reason in rows.items()} == {
         "crash.avi": "the decoder crashed on this file",
-        "spin.avi": "not decoded within 3 s",
+        "spin.avi": "not decoded within 6 s",
         **dict.fromkeys(("a.avi", "b.avi", "once.avi"), ""),
     }
 

@@ -5,15 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.video import (
-    encode_webp,
-    list_videos,
-    natural_key,
-    probe,
-    read_frames,
-    write_ffv1,
-    write_mp4,
-)
+from data.encode import encode_webp, write_ffv1, write_mp4
+from data.finding import list_videos, natural_key
+from data.video import probe, read_frames
 
 # name, codec, pixel format, options; B-frames and open groups are where readers that seek go wrong.
 FILES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.video import BadVideo
+from data.decoder import BadVideo
 from eval.extraction import Ranks, RunOptions, extract_selected, judge_folder
 from eval.feature_cache import FeatureCache, cache_folder
 from eval.features import Extractor

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.video import read_frames, write_ffv1, write_mp4
+from data.encode import write_ffv1, write_mp4
+from data.video import read_frames
 from eval.extraction import RunOptions, judge_folder
 from eval.features import Extractor
 from eval.selection import Selection

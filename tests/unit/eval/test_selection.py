@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data.video import write_ffv1
+from data.encode import write_ffv1
 from eval.selection import Selection, list_folder
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data.clip import ClipSpec, crop_resize_uint8
-from data.video import write_ffv1
+from data.encode import write_ffv1
 from eval.videos import _load_array, find_videos, fit, read_clip, read_video, shape_of, storage_of
 
 

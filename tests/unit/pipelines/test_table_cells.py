@@ -6,9 +6,19 @@ import json
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 
 from pipelines.results.records import Command, find
-from pipelines.results.render import cells_of, comma_separated, latex, markdown, mean_and_spread, render, tex
+from pipelines.results.render import (
+    cells_of,
+    comma_separated,
+    differences,
+    latex,
+    markdown,
+    mean_and_spread,
+    render,
+    tex,
+)
 from pipelines.results.run_table import Desk, row_state
 from pipelines.results.tables import load_table
 from tests.unit.pipelines.tables import reconstruction, run_folder, score, table_of, write_summary
@@ -118,6 +128,32 @@ def test_seeds_give_mean_and_spread_and_say_how_many_there_are(desk, places):
     assert cells_of(desk, table)["a", "PSNR"].text == "25.00 ± 1.00 (n = 3)"
     (steps[2].folder / "vae" / "config.json").unlink()
     assert cells_of(Desk(places), table)["a", "PSNR"].text == "24.50 ± 0.71 (n = 2)"
+
+
+def test_rows_are_compared_with_the_first_seed_by_seed(desk, places):
+    """a spreads over 20 dB between seeds; b is 1 dB above it in each of them, c by anything."""
+    gains = {"a": (0, 0, 0), "b": (1.0, 1.1, 0.9), "c": (5.0, -5.0, 1.0)}
+    steps = {}
+    for row, gain in gains.items():
+        steps[row] = [reconstruction(places, f"{row}{n}") for n in range(3)]
+        for n, step in enumerate(steps[row]):
+            write_summary(step, 20.0 + 10 * n + gain[n])
+    table = table_of(steps, rows="abc")
+    b, c = differences(table, cells_of(desk, table)).to_dict("records")
+    low, high = scipy.stats.t.interval(0.95, 2, loc=1.0, scale=0.1 / 3**0.5)
+    assert (b["rows"], b["difference"], b["seeds"], b["result"]) == ("b against a", "+1.00", 3, "differs")
+    assert b["95 % interval"] == f"{low:+.2f} to {high:+.2f}"
+    assert c["result"] == "no difference shown"
+    assert "| b against a | +1.00 |" in markdown(table, cells_of(desk, table), [])
+
+
+def test_one_seed_is_not_compared(desk, places):
+    steps = {row: [reconstruction(places, row)] for row in "ab"}
+    for row, value in zip("ab", (20.0, 30.0), strict=True):
+        write_summary(steps[row][0], value)
+    table = table_of(steps)
+    assert differences(table, cells_of(desk, table)).empty
+    assert "Differences" not in markdown(table, cells_of(desk, table), [])
 
 
 def test_curves_have_the_mean_and_the_spread_of_the_steps_that_all_runs_share():

@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
 from tests.unit.vae.tiny import four_tiles
 from vae import build_vae, load_vae
-from vae.baselines.cvvae import _tile_starts, _tiled
+from vae.baselines.cvvae import _tiled
+from vae.tiling import tile_starts
 
 IMAGE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
 TINY = {
@@ -284,10 +285,10 @@ def test_cvvae_groups_share_one_frame():
 
 @torch.no_grad()
 def test_cvvae_tiles_cover_the_frame_and_blend_linearly():
-    assert _tile_starts(96, 64, 48) == [0, 48]
-    assert _tile_starts(112, 64, 48) == [0, 48]
-    assert _tile_starts(113, 64, 48) == [0, 48, 96]
-    assert _tile_starts(64, 64, 48) == [0]
+    assert tile_starts(96, 64, 48) == [0, 48]
+    assert tile_starts(112, 64, 48) == [0, 48]
+    assert tile_starts(113, 64, 48) == [0, 48, 96]
+    assert tile_starts(64, 64, 48) == [0]
     x = torch.rand(1, 2, 1, 112, 160, dtype=torch.float64)
     torch.testing.assert_close(_tiled(lambda tile: tile, x, 64, 64, 0.25), x)
     number = iter(range(100))

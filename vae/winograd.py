@@ -1,0 +1,129 @@
+"""3 x 3 convolutions with 4/9 of the multiplications, on a CPU in float32: Winograd's F(2x2, 3x3).
+
+After Lavin and Gray, arXiv 1509.09308. Along an axis two outputs of three taps (a, b, c) need six products; Winograd
+needs four, of sums of the inputs d0 to d3 with sums of the taps:
+
+    m0 = (d0 - d2) a        m1 = (d1 + d2) (a + b + c) / 2        m2 = (d2 - d1) (a - b + c) / 2        m3 = (d1 - d3) c
+    y0 = m0 + m1 + m2       y1 = m1 - m2 - m3
+
+In both axes that is 16 products of channels for 2 x 2 outputs, instead of 36. After nearest upsampling d1 = d2: m2 is
+0 and 9 products are left. Taps in time stay sums within a product. Errors are smaller than those of oneDNN's direct
+convolution. The sums are bound by memory, so a band of a few rows stays in the cache from its inputs to its outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae import ops
+
+TAPS = {4: ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)), 3: ((1, 0, 0), (1, 1, 1), (0, 0, 1))}
+WORTH = 60  # products for each value that is summed, from which it is faster (measured, as is the next)
+LEAST = {True: 64, False: 1024}  # pixels; False: with one tap in time
+TILES = 32  # of a row or more: fewer make the products slow
+BAND_BYTES = 3 * 2**19  # of a band's transformed inputs
+FRAMES = 4  # outputs of a band; a step of a stream has no more
+
+
+def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
+    """Whether to compute the convolution of a torch layer here, on x (B, I, [T + kt - 1,] H, W), with kt taps in time.
+
+    By shape, dtype and device alone, so that streams and clips agree. enlarge: x is enlarged before.
+    """
+    weight = layer.weight
+    if x.device.type != "cpu" or not ops.ONEDNN or ops.making_a_graph():
+        return False
+    if {x.dtype, weight.dtype, ops.compute_dtype(x)} != {torch.float32} or weight.shape[-2:] != (3, 3):
+        return False
+    T, (H, W), (O, I) = x.shape[2] - kt + 1 if x.ndim == 5 else x.shape[0], x.shape[-2:], weight.shape[:2]  # noqa: E741
+    if not enlarge and (H % 2 or W % 2 or layer.stride[-1] != 1 or layer.padding[-1] != 1):
+        return False
+    return T * H * W >= LEAST[kt > 1 or enlarge] and kt * I * O >= WORTH * (I + O)
+
+
+def transform(weight: Tensor, positions: int = 4) -> Tensor:
+    """(O, I, [kt,] 3, 3) -> kernels of the P x P products: (P P O, I, kt, 1), or (P P, I, O) if kt = 1."""
+    taps = weight.new_tensor(TAPS[positions])
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
+    kernels = torch.einsum("qj,pi,octij->qpoct", taps, taps, weight).flatten(0, 1)
+    if weight.shape[2] == 1:
+        return kernels.squeeze(3).transpose(1, 2).contiguous()
+    return kernels.flatten(0, 1).unsqueeze(3)
+
+
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
+    """A convolution with one zero around each frame and none in time.
+
+    x: (B, I, H, W), or (B, I, T + kt - 1, H, W). kernel: prepared of `transform`, with groups = P P. positions: P along
+    an axis, 4, or 3 to enlarge H and W x2 (nearest) before. frames: outputs of a frame, whose kernels stand one after
+    the other -> (B, O, frames T, H or 2 H, W or 2 W), channels-last.
+    """
+    if x.ndim == 4:  # its samples are frames
+        y = convolve(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
+        return y[0].transpose(0, 1)
+    x, P, O = ops.channels_last(x), positions, len(bias)  # noqa: E741
+    (B, C, T, H, W), step, kt = x.shape, P - 2, 1 if kernel.ndim == 3 else kernel.shape[2]
+    T, h, w = T - kt + 1, H // step, W // step
+    out = x.new_empty(B, T, frames, h, 2, w, 2, O)
+    # Buffers of a band, the first with a zero at either end of a row
+    most = min(T, FRAMES) + kt - 1
+    rows = min(h, max(1, max(TILES, BAND_BYTES // (4 * P * P * C * most)) // w))
+    sums = x.new_zeros(most, rows, W + 2, P, C)
+    inputs = x.new_empty(most * rows * w * P * P * C)
+    bands = [
+        (t, min(t + FRAMES, T), a, min(a + rows, h)) for t in range(0, T, FRAMES) for a in range(0, h, rows)
+    ]
+    for sample, result in zip(x.permute(0, 2, 3, 4, 1), out, strict=True):
+        for t, end, a, b in bands:
+            n = end - t + kt - 1
+            clip = sample[t : t + n, max(0, step * a - 1) : step * b + 1]
+            if a == 0 or b == h:
+                clip = F.pad(clip, (0, 0, 0, 0, int(a == 0), int(b == h)))
+            band, v = sums[:n, : b - a], inputs[: n * (b - a) * w * P * P * C].view(n, b - a, w, P, P, C)
+            _differences(clip, 1, band[:, :, 1:-1].unbind(3))
+            _differences(band, 2, v.unbind(3))
+            m = _products(v.view(n, -1, P * P * C), kernel, P * P).view(end - t, b - a, w, P, P, frames, O)
+            m[:, :, :, 1, 1] += bias  # it stands once in every output
+            columns = m.unbind(3)
+            _outputs(columns, columns)
+            places = result[t:end, :, a:b].permute(5, 3, 0, 2, 4, 1, 6)  # (2, 2, n, rows, w, frames, O)
+            for half, place in zip(columns[:2], places, strict=True):
+                _outputs(half.unbind(3), place)
+    return out.view(B, frames * T, 2 * h, 2 * w, O).permute(0, 4, 1, 2, 3)
+
+
+def _products(v: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    """(T + kt - 1, n, P P I) -> (T, n, P P O): by oneDNN's convolution of groups, whose 1 x 1 form is no use (at some
+    sizes 30 times slower, measured), else as a batch of matrix products."""
+    if kernel.ndim == 4:
+        return ops.convolve(v.permute(2, 0, 1)[None], kernel, None, groups=groups)[0].permute(1, 2, 0)
+    rows = v.view(-1, groups, v.shape[2] // groups)
+    m = v.new_empty(len(rows), groups, kernel.shape[2])
+    torch.bmm(rows.transpose(0, 1), kernel, out=m.transpose(0, 1))
+    return m.view(*v.shape[:2], -1)
+
+
+def _differences(x: Tensor, axis: int, out: tuple[Tensor, ...]) -> None:
+    """The inputs of the products of an axis (1 or 2) of x, padded, into out, one tensor for each product."""
+    step = len(out) - 2
+    last = x.shape[axis] - step - 1
+    d = [x[:, k : k + last : step] if axis == 1 else x[:, :, k : k + last : step] for k in range(len(out))]
+    torch.sub(d[0], d[-2], out=out[0])
+    torch.sub(d[1], d[-1], out=out[-1])
+    if step == 2:
+        torch.add(d[1], d[2], out=out[1])
+        torch.sub(d[2], d[1], out=out[2])
+    else:
+        out[1].copy_(d[1])
+
+
+def _outputs(m: tuple[Tensor, ...], out: tuple[Tensor, ...] | Tensor) -> None:
+    """The two outputs of the products of an axis, into out[0] and out[1]; m is overwritten."""
+    if len(m) == 4:
+        m[0].add_(m[1])
+        torch.add(m[0], m[2], out=out[0])
+        m[1].sub_(m[2])
+        torch.sub(m[1], m[3], out=out[1])
+    else:
+        torch.add(m[0], m[1], out=out[0])
+        torch.sub(m[1], m[2], out=out[1])
