@@ -81,6 +81,7 @@ KINDS = ("vae", "train", "cache", "sample", "data", "eval")
 def compare(argv: list[str]) -> int:
     """`benchmark KIND [--peer FOLDERS] [--model]`: our ways and others in turns, or what they cost on a card."""
     modelled = "print what the work costs at full size on card=h100, from a simulation, then stop"
+    # Which kinds, and whether the settings make sense.
     kinds = KINDS if argv[0] == "all" else argv[:1]
     config, args = parse(
         ComparisonConfig, argv[1:], "benchmark", __doc__, {"--peer": "peer"}, {"--model": modelled}
@@ -101,6 +102,7 @@ def compare(argv: list[str]) -> int:
     if config.out:
         files.claim_file(config.out, files.is_json_object)
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    # Each case is printed, and appended to the file, as soon as it is measured.
     rows = _modelled(kinds, config) if args.model else _measured(kinds, config)
     made = {"versions": run_folder.versions(), "command": sys.argv}
     found = False
@@ -129,6 +131,7 @@ def _measured(kinds: Iterable[str], config: ComparisonConfig) -> Iterator[tuple[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
     modules, clock = peers.load_peers(config.peer), pairs.Clock(device)
+    # What this machine reaches at most, for the share of it that each case reaches.
     best = pairs.peaks(clock, device)
     where = torch.cuda.get_device_name() if clock.cuda else f"{platform.machine()}, {config.threads} threads"
     machine = {"device": where, "clock": clock.unit, "peaks": best}
@@ -150,6 +153,7 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     """One row: encode and decode speed and peak memory of a variant."""
     import resource
 
+    # A variant with random weights: its speed is that of a trained one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     vae = vaes.ODVAE.preset(
@@ -170,16 +174,13 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
     s = vae.spatial_compression_ratio
     sides = vae.latent_frames(config.num_frames), config.size // s, config.size // s
     z = torch.randn(config.batch, vae.latent_channels, *sides, device=device, dtype=dtype)
-    row = {"variant": variant, "params": sum(p.numel() for p in vae.parameters())}
-    row["precision"] = config.precision.value
+    row = {"variant": variant, "params": vae.num_parameters(), "precision": config.precision.value}
     runs = {"encode": lambda x: vae.encode(x).latent_dist.mode()}
     if config.decode:
         runs["decode"] = lambda _: vae.decode(z).sample
     with distributed.matrix_products(config):
-        row |= {
-            name: efficiency.encoder_speed(go, clip, config.warmup, config.repeats)
-            for name, go in runs.items()
-        }
+        for name, go in runs.items():
+            row[name] = efficiency.encoder_speed(go, clip, config.warmup, config.repeats)
     # kilobytes on Linux, bytes on macOS
     row["host_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -189,15 +190,16 @@ def measure(config: BenchmarkConfig, variant: int) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     encode, decode = row["encode"], row.get("decode")
-    speeds = [
-        f"{v['batches_per_s']:8.3f} it/s"
-        if v and v["batches_per_s"]
-        else f"{(v and v['out_of_memory']) or '-':>13}"
-        for v in (encode, decode)
-    ]
+
+    def speed(measured: dict[str, Any] | None) -> str:
+        if measured and measured["batches_per_s"]:
+            return f"{measured['batches_per_s']:8.3f} it/s"
+        return f"{(measured and measured['out_of_memory']) or '-':>13}"
+
     memory = encode["allocated_mib"]
     where = f"{memory:8.0f} MiB GPU" if memory is not None else f"{row['host_peak_mib']:8.0f} MiB host"
-    return f"variant {row['variant']}  {row['params']:>12,}  encode {speeds[0]}  decode {speeds[1]}  {where}"
+    words = f"encode {speed(encode)}  decode {speed(decode)}"
+    return f"variant {row['variant']}  {row['params']:>12,}  {words}  {where}"
 
 
 def config_from(argv: list[str] | None) -> tuple[BenchmarkConfig, argparse.Namespace]:
@@ -214,8 +216,9 @@ def config_from(argv: list[str] | None) -> tuple[BenchmarkConfig, argparse.Names
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    compared = words[:1] == ["vae"] and any(w.split("=")[0] in ("--peer", "--model", "peer") for w in words)
-    if compared or words[:1] in [[kind] for kind in (*KINDS[1:], "all")]:
+    # Comparisons have settings of their own; the rest is the speed of the four variants.
+    kind, options = "".join(words[:1]), {word.split("=")[0] for word in words}
+    if kind in (*KINDS[1:], "all") or (kind == "vae" and options & {"--peer", "--model", "peer"}):
         return compare(words)
     config, args = config_from(argv)
     if args.plan:
@@ -227,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if config.out:
         files.claim_file(config.out, files.is_json_object)
+    # Each variant in a process of its own, whose peak of memory is then the variant's.
     made = run_folder.versions()
     for variant in config.variants:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -28,9 +28,11 @@ class Waits:
 
     def over(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         """The items; the time until each of them is there counts as waiting for `what`."""
+        # The clock runs only while the next item is not there; what the caller does with it is not waiting.
         items = iter(items)
         while True:
             with self.waiting(what):
+                # Without an error of the caller: wait for all, so that an error of a piece is raised here.
                 try:
                     item = next(items)
                 except StopIteration:
@@ -39,9 +41,7 @@ class Waits:
 
     def __str__(self) -> str:
         passed = max(time.monotonic() - self.began, 1e-9)
-        shares = [
-            f"{100 * s / passed:.0f}% of the time waiting for {what}" for what, s in self.seconds.items()
-        ]
+        shares = [f"{100 * s / passed:.0f}% of the time waiting for {n}" for n, s in self.seconds.items()]
         return ", ".join(shares) or "no waiting"
 
 
@@ -75,6 +75,7 @@ class Beside:
         self._given.append(self._thread.submit(self._one, function, args))
 
     def _one(self, function: Callable[..., Any], args: tuple) -> None:
+        # After an error nothing more is begun: the next piece might build on what is missing.
         if self._failed:
             return
         try:
@@ -84,6 +85,7 @@ class Beside:
             raise
 
     def _settle(self, most: int) -> None:
+        # Take what is done off the front; its error, if any, is raised by result().
         while self._given and (len(self._given) > most or self._given[0].done()):
             with self.waits.waiting(self.what):
                 self._given[0].result()

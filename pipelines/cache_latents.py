@@ -62,6 +62,7 @@ def read_entries(
     flips = config.cache.flips
     asked: deque[list[int]] = deque()  # entries of a reading that is on its way
 
+    # Ask for the clips ahead, and remember which entries each answer serves.
     def jobs() -> Iterator[tuple]:
         for _, group in itertools.groupby(entries, lambda entry: entry // 2 if flips else entry):
             asked.append(list(group))
@@ -69,12 +70,14 @@ def read_entries(
             crop = draw // 2 if flips else draw
             yield clips.clip_job(video, np.random.default_rng((config.seed, video, crop)))
 
+    # Without worker processes the reading happens here, in turn.
     def here(function: Any, *args: Any) -> Any:
         try:
             return function(*args)
         except BadVideo as error:
             return error
 
+    # Hand each answer to its entries; the odd draws are the mirrored ones.
     with Pool(config.workers) if config.workers else nullcontext() as pool:
         for pixels in pool.in_order(jobs(), 2 * config.workers) if pool else (here(*one) for one in jobs()):
             for entry in asked.popleft():
@@ -99,7 +102,7 @@ class Shard:
     def take(self, entries: list[int], posterior: Any) -> None:
         """Copy a batch's moments from the device. Raises ValueError for latents that are not finite."""
         dtype = latent_files.DTYPES[self.config.cache.dtype]
-        mean, logvar = (v.float().cpu().to(dtype) for v in (posterior.mean, posterior.logvar))
+        mean, logvar = posterior.mean.float().cpu().to(dtype), posterior.logvar.float().cpu().to(dtype)
         for m, s, entry in zip(mean, logvar, entries, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
                 raise ValueError(
@@ -112,12 +115,17 @@ class Shard:
         """mean, logvar, label, video, draw, a row for each encoded clip."""
         none = torch.zeros((0, 1, 1, 1, 1), dtype=latent_files.DTYPES[self.config.cache.dtype])
         means, logvars, entries = zip(*self.rows, strict=True) if self.rows else ((), (), ())
-        videos = [entry // self.draws for entry in entries]
-        ids = {"video": videos, "draw": [entry % self.draws for entry in entries]}
-        ids["label"] = [self.clips.label(video) for video in videos]
-        moments = {"mean": means, "logvar": logvars}
-        found = {k: torch.stack(v) if v else none for k, v in moments.items()}
-        return found | {k: torch.tensor(v, dtype=torch.int64) for k, v in ids.items()}
+        # An entry's number says of which video it is, and which of its draws.
+        entries = torch.tensor(entries, dtype=torch.int64)
+        video, draw = entries // self.draws, entries % self.draws
+        labels = list(map(self.clips.label, video.tolist()))
+        return {
+            "mean": torch.stack(means) if means else none,
+            "logvar": torch.stack(logvars) if logvars else none,
+            "video": video,
+            "draw": draw,
+            "label": torch.tensor(labels, dtype=torch.int64),
+        }
 
 
 def encode_shard(
@@ -135,6 +143,7 @@ def encode_shard(
         beside.do(shard.take, entries, vae.encode(x).latent_dist)
         good.clear()
 
+    # Collect a batch of readable clips, encode it, and begin the next one.
     for entry, pixels in read:
         if isinstance(pixels, BadVideo):
             shard.lacks(entry, pixels)
@@ -148,9 +157,15 @@ def encode_shard(
 
 def shards_to_do(config: TrainLatteConfig, writer: "LatentCacheWriter", clips: "VideoClips") -> list[int]:
     """Shards that are missing, and those that lack a clip which can be read by now."""
-    lacking = {clip["entry"]: shard for shard, failed in writer.failures().items() for clip in failed}
-    read = read_entries(config, clips, list(lacking))
-    again = sorted({lacking[entry] for entry, pixels in read if not isinstance(pixels, BadVideo)})
+    # Which clips could not be read before, and the shard of each
+    lacking = {}
+    for shard, failed in writer.failures().items():
+        lacking |= {clip["entry"]: shard for clip in failed}
+    # Whose reading succeeds now
+    again = set()
+    for entry, pixels in read_entries(config, clips, list(lacking)):
+        if not isinstance(pixels, BadVideo):
+            again.add(lacking[entry])
     if again:
         log.info("%d shards lack clips that can be read now: they are made again", len(again))
     return sorted([*writer.missing(), *again])
@@ -170,7 +185,7 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
 
     index.json keeps them: training scales the latents of a VAE that brings no rule by them. The VAE's folder stays as it is.
     """
-
+    # The VAE, the clips, and the folder that both name.
     accelerator = distributed.make_accelerator()
     main = accelerator.is_main_process
     vae, clips, fingerprint, folder = open_parts(config, accelerator)
@@ -179,11 +194,13 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
             folder, fingerprint, len(clips) * latents.draws(config), config.cache.shard_size
         )
     frozen = openers.for_inference(vae, accelerator.device, config.precision)
+    # The shards of this process.
     todo = distributed.same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
     log.info("%s: %d videos x %d draws", folder, len(clips), latents.draws(config))
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
     again = [s for s in todo if writer.is_written(s)]
     mine = my_share(todo, accelerator.process_index, accelerator.num_processes)
+    # Read, encode and write at the same time: workers read ahead, a thread writes beside the device.
     waits = Waits()
     with (
         torch.inference_mode(),
@@ -202,6 +219,7 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
         def write(number: int, shard: Shard) -> None:
             writer.write(number, shard.tensors(), shard.failed)
 
+        # One shard after the other, as its clips come.
         with closing(read_entries(config, clips, entries())) as read:
             waited = waits.over(read, "videos")
             for number, group in itertools.groupby(waited, lambda one: one[0] // config.cache.shard_size):
@@ -211,15 +229,17 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
                 bar.update()
     log.info("%s", waits)
     accelerator.wait_for_everyone()
+    # The main process closes the cache: index, statistics, and what could not be read.
     if main:
-        names = [clips.name(video) for video in range(len(clips))]
+        names = list(map(clips.name, range(len(clips))))
         index = writer.finish({"class_names": clips.source.class_names}, names)
         if index["failed"]:
             log.warning(
                 "%d clips could not be read and are not in the cache; index.json lists them, the same command tries again",
                 len(index["failed"]),
             )
-        log.info("latent mean %s, std %s", *(_short(index["statistics"][k]) for k in ("mean", "std")))
+        statistics = index["statistics"]
+        log.info("latent mean %s, std %s", _short(statistics["mean"]), _short(statistics["std"]))
     accelerator.wait_for_everyone()
     return latent_files.LatentCache(folder, expect=fingerprint)
 

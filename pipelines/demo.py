@@ -64,12 +64,14 @@ def fetch_judges(out: Path) -> None:
 
     They go where every program looks for them; in a checkout that cannot be written to, into the demo's own folder.
     """
+    # OMNILATTE_WEIGHTS names a folder of the user: nothing is fetched into it.
     if os.environ.get("OMNILATTE_WEIGHTS"):
         return
     folder = weights.weights_folder()
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK) and fetch_weights.missing(folder):
         folder = out / "weights"
         os.environ["OMNILATTE_WEIGHTS"] = str(folder)
+    # Missing weights cost the demo's scores, not the demo.
     try:
         if fetch_weights.missing(folder):
             log.info("fetching the judging networks, 111 MB, into %s", folder)
@@ -98,6 +100,7 @@ def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     def settings(kind: type, file: str, *words: str) -> Any:
         return load(kind, ROOT / "configs" / file, [*words, f"seed={args.seed}"])
 
+    # What all parts share: where the videos come from, and which are held out
     out = Path(args.out)
     source, held_out = [f"source.index_dir={out / 'index'}"], []
     if args.data:
@@ -122,31 +125,24 @@ def stages(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 def page(path: Path, outcome: Any, stage_one: Path, stage_two: Path, seconds: float) -> None:
     """report.html of the run folders of both stages."""
-    one, two, names = (
-        training_log.read_metrics(stage_one),
-        training_log.read_metrics(stage_two),
-        outcome.class_names,
-    )
-    # Clips that play, curves of both stages, and the tables.
+    # Clips that play: generated ones above real ones
+    names = outcome.class_names
     labelled = f"classes in turn: {', '.join(names)}; " if names else ""
-    shown = {
-        f"generated, {labelled}seeds 0 to {SHOWN - 1}": outcome.fake,
-        "real, of the training videos": outcome.real,
-    }
-    clips = [
-        pages.clip_figure(media.grid(v[:SHOWN], SHOWN // 2), name, width=PAGE_WIDTH)
-        for name, v in shown.items()
-    ]
-    curves = [
-        pages.curve_figure(pages.series_of(one, "loss/rec"), "Stage one: mean absolute error", log_y=True),
-        pages.curve_figure(
-            pages.series_of(one, "val/psnr"), "Stage one: PSNR on held-out clips, dB (EMA weights)"
-        ),
-        pages.curve_figure(
-            pages.series_of(two, "loss/mse"), "Stage two: error of the predicted noise", log_y=True
-        ),
-    ]
+    title = f"generated, {labelled}seeds 0 to {SHOWN - 1}"
+    clips = []
+    for name, videos in ((title, outcome.fake), ("real, of the training videos", outcome.real)):
+        clips.append(pages.clip_figure(media.grid(videos[:SHOWN], SHOWN // 2), name, width=PAGE_WIDTH))
     decoded = [pages.clip_figure(outcome.decoded, "held-out clips", width=480)]
+    # Curves of both stages
+    curves = []
+    for stage, metric, caption in (
+        (stage_one, "loss/rec", "Stage one: mean absolute error"),
+        (stage_one, "val/psnr", "Stage one: PSNR on held-out clips, dB (EMA weights)"),
+        (stage_two, "loss/mse", "Stage two: error of the predicted noise"),
+    ):
+        series = pages.series_of(training_log.read_metrics(stage), metric)
+        curves.append(pages.curve_figure(series, caption, log_y=metric.startswith("loss")))
+    # The sections, in the order of a reader's questions
     told = "original | reconstruction | error x 4, on clips the VAE never saw"
     checks = ("check", "untrained -> trained", "rule", "result")
     packages, folded = list(versions().items()), "of Python and the packages"
@@ -190,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         log.info("%d/%d took %.0f s", number, len(parts), time.monotonic() - start)
     path = Path(args.out) / "report.html"
     page(path, outcome, Path(vae.run_dir), Path(latte.run_dir), time.monotonic() - began)
+    # The results on the console, and the exit code: a check that fails is a failure.
     for row in outcome.checks:
         print("{:45} {:28} {:24} {}".format(*row))
     for row in [*outcome.scores, *outcome.speeds]:

@@ -125,6 +125,7 @@ class Meter:
     def step(self) -> None:
         """Mark the end of an optimizer step."""
         self.num_steps += 1
+        # The end of the warm-up: the whole run's peaks are kept, and those of the steady state begin.
         if self.num_steps == self.warmup:
             self._clock.synchronize()
             self._update_run_peaks()
@@ -134,6 +135,7 @@ class Meter:
         if self.num_steps < self.warmup:
             self._wait, self._pauses = 0.0, False
             return
+        # A step that was not interrupted counts: from mark to mark, with its wait for data.
         mark = self._clock.mark()
         if self._last is not None and not self._pauses:
             self._steps.append((self._last, mark, self._wait))
@@ -155,8 +157,10 @@ class Meter:
     def _local(self) -> dict:
         """This process: speed and memory, None where nothing is known yet."""
         self._update_run_peaks()
-        seconds = [self._clock.seconds(start, end) for start, end, _ in self._steps]
-        waits = [wait for _, _, wait in self._steps]
+        seconds, waits = [], []
+        for start, end, wait in self._steps:
+            seconds.append(self._clock.seconds(start, end))
+            waits.append(wait)
         steady = {**memory_peaks(self.device), "device_mib": self._device_peak}
         return {
             "step_s": statistics.median(seconds) if seconds else None,
@@ -179,15 +183,15 @@ class Meter:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(ranks, local)
+        # The speed is the slowest rank's: all wait for it in every step.
         slowest = max(ranks or [local], key=lambda rank: rank["step_s"] or 0.0)
         result = dict(slowest)
+        # Of each kind of memory the fullest rank counts.
         for group in ("tmem", "tmem_run"):
-            result[group] = {
-                name: max(
-                    (r[group][name] for r in ranks or [local] if r[group][name] is not None), default=None
-                )
-                for name in slowest[group]
-            }
+            result[group] = dict(slowest[group])
+            for name in slowest[group]:
+                known = [rank[group][name] for rank in ranks or [local] if rank[group][name] is not None]
+                result[group][name] = max(known, default=None)
         step_s = slowest["step_s"]
         result |= {
             "mode": self.mode,
@@ -219,6 +223,7 @@ def encoder_speed(
         raise ValueError(f"clip has shape {tuple(clip.shape)}: need (B, 3, T, H, W)")
     if warmup < 0 or repeats < 1:
         raise ValueError(f"warmup={warmup}, repeats={repeats}: at least 0 and 1")
+    # Warm up, then time each call alone; a device that is too small is a result too.
     B, _, T, H, W = clip.shape
     clock, seconds, out_of_memory = _Clock(clip.device), [], ""
     try:

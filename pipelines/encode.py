@@ -27,13 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = video_files.parser(
         "encode", __doc__, "video file or folder of videos", ".safetensors file or folder"
     )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=33,
-        metavar="N",
-        help="frames at once, for a VAE that cannot be streamed",
-    )
+    window = "frames at once, for a VAE that cannot be streamed"
+    parser.add_argument("--window", type=int, default=33, metavar="N", help=window)
+    # The VAE, what the header says of it, and the files that are not done yet.
     args = parser.parse_args(argv)
     vae, digest = video_files.open_vae(args)
     about = {"vae": type(vae).__name__, "vae_sha256": digest, **vae.latent_rule()}
@@ -41,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = video_files.pairs(args.given, args.out, ".safetensors", VIDEO_SUFFIXES, "encode", settings)
 
     def work(given: Path, out: Path) -> str:
+        # Every frame that the container promises, or none: a file cut short is refused.
         info = probe(given)
         video = clips.encode_video(vae, iterate_frames(given), args.window)
         if video.num_frames != info.num_frames:
@@ -51,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         video_files.save_latents(out, video, about | own)
         return f"{given} -> {out}: {video_files.frames_line(info)}; latents {tuple(video.latents.shape)}"
 
+    # What comes next: the way back.
     bad = video_files.each(todo, "encode", work)
     one = args.out.is_file()
     decoded = args.out.with_name(f"{args.out.stem}-decoded.mp4") if one else f"{args.out}-decoded"

@@ -59,6 +59,7 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     def labels(self, wanted: Tensor | Sequence[int | str] | int | str | None, count: int) -> Tensor | None:
         """Class ids or names as (N,) int64; None: every class in turn, or none for an unconditional model."""
+        # What an unconditional model cannot have, and the default of the others.
         classes = self.transformer.config.num_classes
         if classes is None:
             if wanted is not None:
@@ -68,6 +69,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             return None
         if wanted is None:
             return torch.arange(count) % classes
+        # Names become ids.
         names, ids = list(self.config.class_names), []
         for label in _listed(wanted):
             if isinstance(label, str):
@@ -109,12 +111,14 @@ class LatentVideoPipeline(DiffusionPipeline):
         seeds: one per video, default 0, 1, ... sampler: "ddpm" (ancestral), "ddim", "ddim_upstream".
         Raises ValueError for labels that the model does not have, and for counts that differ.
         """
+        # Wrong arguments show before the network runs.
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: no {', '.join(sorted(unknown))}; only latents"
             )
+        # How many videos, and the random numbers of each.
         count = num_videos if latents is None else len(latents)
         count = count if class_labels is None else len(_listed(class_labels))
         if seeds is not None and generator is not None:
@@ -123,6 +127,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             generator = [torch.Generator().manual_seed(s) for s in (range(count) if seeds is None else seeds)]
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(f"{len(generator)} seeds or generators for {count} videos: give one each")
+        # The denoising, step by step; a callback may look at the latents, and change them.
         config, scheduler = self.transformer.config, make_scheduler(sampler, num_inference_steps)
         self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
@@ -144,6 +149,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             on_step=on_step,
             device=self._execution_device,
         )
+        # Latents to videos, in the form that was asked for.
         frames = latents.cpu() if output_type == "latent" else self.decode_latents(latents)
         if output_type in ("pil", "np", "pt"):
             frames = VideoProcessor(do_resize=False).postprocess_video(frames, output_type)

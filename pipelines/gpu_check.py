@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -28,10 +29,11 @@ from eval.records import git_commit
 torch = lazy("torch")
 cards = lazy("pipelines.plan.cards")
 checks = lazy("pipelines.plan.card_checks")
+tools = lazy("pipelines.plan.card_tools")
 tasks = lazy("pipelines.plan.tasks")
 
 if TYPE_CHECKING:
-    from pipelines.plan.card_checks import Session
+    from pipelines.plan.card_tools import Session
 
 
 def hide_gpus() -> None:
@@ -45,25 +47,32 @@ def versions(s: "Session") -> dict:
     if s.cuda:
         found |= {
             "cudnn": torch.backends.cudnn.version(),
-            "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / checks.GIB, 1),
+            "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / tools.GIB, 1),
         }
     return found | {"command": " ".join(["python -m pipelines.gpu_check", *sys.argv[1:]])}
 
 
 def page(s: "Session", about: dict, rows: list[dict], predictions: dict[str, dict]) -> str:
     """The results as Markdown: predicted beside measured, then every check's figures."""
+    # Where and with what
     lines = [f"# GPU check: {about['card']}, {time.strftime('%Y-%m-%d')}", ""]
-    lines += [", ".join(f"{k} {v}" for k, v in about.items() if k not in ("card", "command")) + ".", ""]
+    made_with = about.copy()
+    del made_with["card"], made_with["command"]
+    lines += [", ".join(f"{name} {value}" for name, value in made_with.items()) + ".", ""]
     lines += [f"Command: `{about['command']}`. Random weights and clips; medians; one card, one process.", ""]
-    measured = {k: v for row in rows for k, v in row.items() if k in predictions and isinstance(v, dict)}
-    sample_row = next((r for r in rows if r["check"] == "sampling"), {})
-    measured |= {name: sample_row for name in predictions if name.startswith("sampling")}
-    sizes = next((r for r in rows if r["check"] == "vae_sizes"), {})
-    measured |= {
-        name: {"encode": sizes.get("encode, bf16 weights")}
-        for name in predictions
-        if name.startswith("caching")
-    }
+    # The measurement that belongs to each prediction: of its own name, or of the check that makes the same calls
+    by_check = {row["check"]: row for row in rows}
+    encode = by_check.get("vae_sizes", {}).get("encode, bf16 weights")
+    measured: dict[str, dict] = {}
+    for name in predictions:
+        if name.startswith("sampling"):
+            measured[name] = by_check.get("sampling", {})
+        elif name.startswith("caching"):
+            measured[name] = {"encode": encode}
+        for row in rows:
+            if isinstance(row.get(name), dict):
+                measured[name] = row[name]
+    # Predicted beside measured
     if predictions:
         card = cards.find_card("").name
         lines += [
@@ -79,10 +88,12 @@ def page(s: "Session", about: dict, rows: list[dict], predictions: dict[str, dic
                 shown.append(round(1000 * got["s"], 1) if "s" in got else "not run")
                 lines.append(f"| {name} | {part} | " + " | ".join(map(str, shown)) + " |")
         lines.append("")
+    # All figures of each check
     for row in rows:
         state = "passed" if row["ok"] else ("left out" if row["ok"] is None else "FAILED")
         lines += [f"## {row['check']}: {state}, {row['seconds']} s", "", "```json"]
-        body = {k: v for k, v in row.items() if k not in ("check", "ok", "seconds")}
+        body = row.copy()
+        del body["check"], body["ok"], body["seconds"]
         lines += [json.dumps(body, indent=1), "```", ""]
     return "\n".join(lines)
 
@@ -91,20 +102,21 @@ def run_checks(s: "Session", chosen: list[str], limit: float) -> list[dict]:
     """Run the checks in turn, a JSON line each; none begins that would end after `limit` seconds."""
     began, rows = time.time(), []
     with open(s.out / "gpu_check.jsonl", "w") as file:
-        for name, expected, function in sorted(
-            (c for c in checks.CHECKS if c[0] in chosen), key=lambda c: chosen.index(c[0])
-        ):
+        for name in dict.fromkeys(chosen):
+            expected, function = checks.CHECKS[name]
             start, row = time.time(), {"check": name}
+            # Run it, if the time is there; an error is its result.
             if not s.tiny and start - began + 0.7 * expected > limit:
                 row |= {"ok": None, "note": f"{start - began:.0f} of {limit:.0f} s are spent"}
             else:
                 try:
-                    with checks.cleared(s):
+                    with tools.cleared(s):
                         result = function(s)
                     row |= {"ok": not result.get("failed"), **result}
                 except Exception as error:  # the next check runs all the same
                     where = traceback.format_exc(limit=-3)[-900:]
                     row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:1500], "where": where}
+            # Printed and flushed at once: what was measured stays, whatever comes next.
             row["seconds"] = round(time.time() - start, 1)
             line = json.dumps(row)
             print(line, flush=True)
@@ -115,24 +127,19 @@ def run_checks(s: "Session", chosen: list[str], limit: float) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.gpu_check", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU too: a rehearsal")
-    parser.add_argument("--only", default="", help="checks, separated by commas, in this order; default: all")
-    parser.add_argument(
-        "--out", default="", help="folder of the results; default: docs/results/gpu, --tiny: a new one"
-    )
-    parser.add_argument("--seconds", type=float, default=540, help="no check begins that would end later")
-    parser.add_argument(
-        "--no-predictions", action="store_true", help="do not run the planner beside the checks"
-    )
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m pipelines.gpu_check", description=about)
+    add, folder = parser.add_argument, "folder of the results; default: docs/results/gpu, --tiny: a new one"
+    add("--tiny", action="store_true", help="small sizes, on a CPU too: a rehearsal")
+    add("--only", default="", help="checks, separated by commas, in this order; default: all")
+    add("--out", default="", help=folder)
+    add("--seconds", type=float, default=540, help="no check begins that would end later")
+    add("--no-predictions", action="store_true", help="do not run the planner beside the checks")
     args = parser.parse_args(argv)
     # Which checks, and whether they can run here.
-    names = [name for name, _, _ in checks.CHECKS]
-    chosen = args.only.split(",") if args.only else names
-    if unknown := [name for name in chosen if name not in names]:
-        raise ValueError(f"--only {','.join(unknown)}: the checks are {', '.join(names)}")
+    chosen = args.only.split(",") if args.only else list(checks.CHECKS)
+    if unknown := set(chosen) - set(checks.CHECKS):
+        raise ValueError(f"--only {','.join(sorted(unknown))}: the checks are {', '.join(checks.CHECKS)}")
     if not (args.tiny or torch.cuda.is_available()):
         raise ValueError("no CUDA device is here; --tiny rehearses the checks on a CPU")
     # Programs are started from the root, results are written to a folder.
@@ -143,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out).resolve() if args.out else default
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    session = checks.Session(args.tiny, out, device)
+    session = tools.Session(args.tiny, out, device)
     about = versions(session)
     print(json.dumps(about), flush=True)
     # The planner predicts in other processes while the card is measured.
@@ -151,8 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.tiny or args.no_predictions):
             spawn = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(4, mp_context=spawn, initializer=hide_gpus))
-            session.predicted = {row.name: pool.submit(checks.predict, row.name) for row in tasks.ROWS}
+            session.predicted = {row.name: pool.submit(tools.predict, row.name) for row in tasks.ROWS}
         rows = run_checks(session, chosen, args.seconds)
+        # A prediction that failed, or is not ready, costs its row of the page only.
         predictions = {}
         for name, future in session.predicted.items():
             try:
@@ -165,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     with open(out / "gpu_check.jsonl", "a") as file:
         file.write(json.dumps({"about": about, "predictions": predictions}) + "\n")
     # The records and the page, named by card and day.
-    short = "".join(c if c.isalnum() else "-" for c in about["card"].lower().removeprefix("nvidia "))
+    short = re.sub("[^a-z0-9]", "-", about["card"].lower().removeprefix("nvidia "))
     name = f"{short}-{time.strftime('%Y-%m-%d')}"
     os.replace(out / "gpu_check.jsonl", out / f"{name}.jsonl")
     (out / f"{name}.md").write_text(page(session, about, rows, predictions))

@@ -22,6 +22,7 @@ def grid(videos: Sequence[np.ndarray], columns: int | None = None, gap: int = 2)
     """Videos of one shape as tiles, row by row, on white: (T, rows, columns, 3)."""
     columns = columns or int(np.ceil(np.sqrt(len(videos))))
     T, H, W, _ = videos[0].shape
+    # A white sheet, then each video in its place.
     rows = -(-len(videos) // columns)
     sheet = np.full((T, rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, np.uint8)
     for n, video in enumerate(videos):

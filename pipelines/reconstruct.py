@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,21 @@ def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[
     return pixel_scores(original, decoded) | network_scores(original, decoded, network, lpips)
 
 
-def _frames(original: Any, decoded: Any) -> list[tuple[Any, Any]]:
-    return [(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
+def _each_frame(original: Any, decoded: Any, score: Callable[..., float], *more: Any) -> list[float]:
+    return [score(original[t : t + 1], decoded[t : t + 1], *more) for t in range(len(original))]
 
 
 def pixel_scores(original: Any, decoded: Any) -> dict[str, list[float]]:
     """The part of `score_frames` that needs no network."""
-    pairs = _frames(original, decoded)
-    return {"psnr": [fidelity.psnr(*p) for p in pairs], "ssim": [fidelity.ssim(*p) for p in pairs]}
+    scores = {"psnr": fidelity.psnr, "ssim": fidelity.ssim}
+    return {name: _each_frame(original, decoded, score) for name, score in scores.items()}
 
 
 def network_scores(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
     """The other part: {lpips: a frame's distance}, {} without a network."""
     if network is None:
         return {}
-    return {lpips: [fidelity.lpips_distance(*p, network) for p in _frames(original, decoded)]}
+    return {lpips: _each_frame(original, decoded, fidelity.lpips_distance, network)}
 
 
 def rfvd_scores(real: Any, fake: Any, provenance: Any) -> dict[str, Any]:
@@ -110,22 +110,33 @@ def rfvd_scores(real: Any, fake: Any, provenance: Any) -> dict[str, Any]:
 
 def read_clips(config: ReconstructConfig, clips: Any, indices: Iterable[int]) -> Iterator[Any]:
     """The clips of these videos, uint8 (T, size, size, 3), decoded ahead by `workers` processes. Raises BadVideo."""
-    jobs = (clips.clip_job(index, np.random.default_rng((config.seed, index))) for index in indices)
+
+    def jobs() -> Iterator[tuple]:
+        for index in indices:
+            yield clips.clip_job(index, np.random.default_rng((config.seed, index)))
+
+    # Here, one after the other, or ahead in other processes
     if not config.workers:
-        yield from (function(*args) for function, *args in jobs)
+        for function, *args in jobs():
+            yield function(*args)
         return
     with Pool(config.workers) as pool:
-        for clip in pool.in_order(jobs, 2 * config.workers):
+        for clip in pool.in_order(jobs(), 2 * config.workers):
             if isinstance(clip, BadVideo):
                 raise clip
             yield clip
+
+
+def _means(vae: Any, pieces: Iterable[Any]) -> Iterator[Any]:
+    """Posterior means of a stream, piece by piece."""
+    return (posterior.mode() for posterior in vae.stream_encode(pieces))
 
 
 def clip_pairs(config: ReconstructConfig, vae: Any, original: Any, device: Any) -> Iterator[tuple[Any, Any]]:
     """One (original, reconstruction) of a clip."""
     x = to_float(distributed.send(torch.from_numpy(original), device))[None]
     if config.stream:
-        latents = (posterior.mode() for posterior in vae.stream_encode(x.split(STREAM_CHUNK, dim=2)))
+        latents = _means(vae, x.split(STREAM_CHUNK, dim=2))
         decoded = torch.cat(list(vae.stream_decode(latents)), dim=2)
     else:
         decoded = vae(x, sample_posterior=False).sample
@@ -134,6 +145,7 @@ def clip_pairs(config: ReconstructConfig, vae: Any, original: Any, device: Any) 
 
 def stream_pairs(vae: Any, clips: Any, index: int, device: Any) -> Iterator[tuple[Any, Any]]:
     """(original, reconstruction) of a few frames at a time; up to three last frames are left out to make T = 4k + 1."""
+    # Frames that the encoder has taken wait here for their reconstruction.
     clip = clips.videos[index]
     total = (clip.record.num_frames - 1) // 4 * 4 + 1
     waiting: list[Any] = []
@@ -145,8 +157,8 @@ def stream_pairs(vae: Any, clips: Any, index: int, device: Any) -> Iterator[tupl
             waiting.extend(pixels)
             yield to_float(pixels)[None].to(device)
 
-    latents = (posterior.mode() for posterior in vae.stream_encode(incoming()))
-    for decoded in vae.stream_decode(latents):
+    # Each piece that comes back is compared with those that have waited longest.
+    for decoded in vae.stream_decode(_means(vae, incoming())):
         done = to_uint8(decoded)[0]
         yield np.stack(waiting[: len(done)]), done
         del waiting[: len(done)]
@@ -175,32 +187,38 @@ class Judged:
 
 def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """Measure; returns the summary. Any number of processes gives the same records."""
+    # The VAE, and the networks that judge its output
     accelerator = distributed.make_accelerator()
     vae = vaes.load_vae(config.vae.name, config.vae.path or None).requires_grad_(False).to(accelerator.device)
     prepare(config, vae)
-    network, judge = (
-        fidelity.load_lpips(config.lpips_weights or None, accelerator.device)
-        if config.lpips
-        else (None, None)
-    )
+    network = judge = i3d = None
+    if config.lpips:
+        network, judge = fidelity.load_lpips(config.lpips_weights or None, accelerator.device)
     lpips = score_name("lpips", judge.as_dict() if judge else None)
-    i3d = features.i3d_extractor(config.i3d_weights or None, accelerator.device) if config.rfvd else None
+    if config.rfvd:
+        i3d = features.i3d_extractor(config.i3d_weights or None, accelerator.device)
+
+    # The clips: one of each video, or the whole video frame by frame
     whole = config.stream and config.whole
-    if not whole:
+    if whole:
+        spec = replace(config.clip, num_frames=1, short="loop", crop="center", flip=False)
+    else:
+        spec = config.clip
         openers.check_clip(vae, config.clip)
-    spec = (
-        replace(config.clip, num_frames=1, short="loop", crop="center", flip=False) if whole else config.clip
-    )
     with accelerator.main_process_first():
         clips = openers.open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     if config.rfvd and count < 2:
         raise ValueError(f"rfvd=true: FVD needs 2 clips or more, here is {count}; rfvd=false")
+
+    # The folder of the results, which must be ours
     out = Path(config.out)
     refuse_in_data(out, "out", config.source)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
+
+    # Each process takes its share. Pixel scores and pictures are made beside the device's work.
     records: list[dict[str, Any]] = []
     judged_features: list[tuple[int, list[Any]]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
@@ -233,39 +251,42 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
                 pairs = clip_pairs(config, vae, original, accelerator.device)
             judged = Judged(index, index < config.pictures)
             for original, decoded in pairs:
-                # here: the networks that judge turn TF32 off for the whole process, the VAE's too
+                # The networks run here: they turn TF32 off for the whole process, so not while the VAE works.
                 distances = network_scores(original, decoded, network, lpips)
                 if i3d:
-                    judged.features = [
-                        features.extract_features([video], i3d) for video in (original, decoded)
-                    ]
+                    real = features.extract_features([original], i3d)
+                    judged.features = [real, features.extract_features([decoded], i3d)]
                 beside.do(judge_pair, judged, original, decoded, distances)
             beside.do(finish, judged)
             bar.update()
     log.info("%s", waits)
+
+    # All records together, in the order of the videos, whoever made them
     if accelerator.num_processes > 1:
         records = accelerate.utils.gather_object(records)
         judged_features = accelerate.utils.gather_object(judged_features)
-    records.sort(key=lambda r: r["index"])
-    names = [n for n in ("psnr", "ssim", lpips) if n in records[0]]
-    summary = {
-        "vae": config.vae.name,
-        "videos": len(records),
-        **{n: float(np.mean([r[n] for r in records])) for n in names},
-    }
+    records.sort(key=lambda record: record["index"])
+    judged_features.sort(key=lambda pair: pair[0])
+
+    # The means, and what they were measured with
+    summary = {"vae": config.vae.name, "videos": len(records)}
+    for name in ("psnr", "ssim", lpips):
+        if name in records[0]:
+            summary[name] = float(np.mean([record[name] for record in records]))
     summary |= {
-        "params": sum(p.numel() for p in vae.parameters()),
+        "params": vae.num_parameters(),
         "weights_sha256": openers.weights_digest(vae),
+        "vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio,
+        "damaged": len(clips.source.damaged),
+        "short": len(clips.short),
+        "versions": versions(),
     }
-    summary |= {"vcpr": vae.spatial_compression_ratio**2 * vae.temporal_compression_ratio}
-    summary |= {"damaged": len(clips.source.damaged), "short": len(clips.short), "versions": versions()}
     summary |= {"lpips_weights": judge.as_dict()} if judge else {}
     if accelerator.is_main_process:
-        write_atomic(out / "videos.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        write_atomic(out / "videos.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if i3d:
-            sides = zip(*(pair for _, pair in sorted(judged_features, key=lambda one: one[0])), strict=True)
-            summary |= rfvd_scores(*map(np.concatenate, sides), i3d.provenance)
-            summary |= {"i3d_weights": i3d.provenance.as_dict()}
+            real, fake = (np.concatenate([pair[side] for _, pair in judged_features]) for side in (0, 1))
+            summary |= rfvd_scores(real, fake, i3d.provenance) | {"i3d_weights": i3d.provenance.as_dict()}
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
     accelerator.wait_for_everyone()
     return summary

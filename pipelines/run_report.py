@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out is None and len(args.runs) > 1:
         raise ValueError(f"{len(args.runs)} runs: say with --out FILE where the page goes")
-    runs, out = [runs_of.read_run(folder) for folder in args.runs], args.out or args.runs[0] / "report.html"
+    runs, out = list(map(runs_of.read_run, args.runs)), args.out or args.runs[0] / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give the name of a file, e.g. {out / 'report.html'}")
     if out.is_file() and pages.MARK.encode() not in out.read_bytes()[:1000]:

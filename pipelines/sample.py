@@ -25,7 +25,7 @@ from data.video import read_frames
 from pipelines.beside import Beside, Waits
 from pipelines.media import grid
 from pipelines.training.config import parse
-from pipelines.training.folder import summary, versions
+from pipelines.training.folder import is_in_use, summary, versions
 from pipelines.training.log import box
 from pipelines.training.settings import Precision, check_groups
 
@@ -85,20 +85,16 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
 
     made_by: digests of denoiser and VAE, and what else of them decides the videos.
     """
-    decisive = {
-        k: v
-        for k, v in asdict(config).items()
-        if k not in ("pipeline", "transformer", "out", "num_videos", "batch", "compile")
-    }
-    decisive |= {"precision": config.precision.value, **made_by}
+    # The settings that decide a video: not where it lies, nor how many there are
+    decisive = asdict(config) | {"precision": config.precision.value, **made_by}
+    for key in ("pipeline", "transformer", "out", "num_videos", "batch", "compile"):
+        del decisive[key]
+    # A folder of samples must have been made with the same ones.
     file, listed, preview = config.folder / "manifest.json", [], None
     if file.is_file():
         try:
             before = json.loads(file.read_text())
-            old = {
-                "tiling_frames": 0,
-                **before["settings"],
-            }  # what manifests say that have no such setting yet
+            old = {"tiling_frames": 0, **before["settings"]}  # older manifests have no such setting
             listed, preview = list(before["files"]), before.get("preview_sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
@@ -107,46 +103,41 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
             raise ValueError(
                 f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="
             )
-    elif config.folder.is_dir() and any(not p.name.startswith(".") for p in config.folder.iterdir()):
+    elif is_in_use(config.folder):
         raise ValueError(f"out={config.folder} is not empty and has no manifest.json; choose another out=")
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.folder)
-    # videos beyond num_videos that are there already stay part of the set
-    made = [
-        n + 1 for n, name in enumerate(listed) if name == file_name(n) and (config.folder / name).is_file()
-    ]
-    count = max([config.num_videos, *made])
+    # Videos beyond num_videos that are there already stay part of the set.
+    count = config.num_videos
+    for n, name in enumerate(listed):
+        if name == file_name(n) and (config.folder / name).is_file():
+            count = max(count, n + 1)
     content = {"num_videos": count, "complete": False, "settings": decisive, "lossless": True}
     content |= {"pipeline": config.pipeline, "transformer": config.transformer, "versions": versions()}
-    content["files"] = [file_name(i) for i in range(count)]
+    content["files"] = list(map(file_name, range(count)))
     content |= {"preview_sha256": preview} if preview else {}
     write_json(file, content)
 
 
+def _check_folder(key: str, folder: str, marker: str, inner: str) -> None:
+    """ValueError unless the marker is in the folder; with a hint where it is in one below, of a name like `inner`."""
+    if (Path(folder) / marker).is_file():
+        return
+    below = sorted(Path(folder).glob(f"{inner}/{marker}"))
+    hint = f"did you mean {key}={below[0].parent}?" if below else "train one with scripts/stage2_latte.sh"
+    raise ValueError(f"{key}={folder}: no {marker} there; {hint}")
+
+
 def load_pipeline(config: SampleConfig, device: Any) -> Any:
     """The pipeline in eval mode on the device."""
-    for folder, kind, marker in (
-        (config.pipeline, "pipeline", "model_index.json"),
-        (config.transformer, "transformer", "config.json"),
-    ):
-        if (folder or kind == "pipeline") and not (Path(folder) / marker).is_file():
-            inner = [
-                path
-                for path in sorted(Path(folder).glob(f"*/{marker}"))
-                if kind == "pipeline" or "latte" in path.parent.name
-            ]
-            hint = (
-                f"did you mean {kind}={inner[0].parent}?"
-                if inner
-                else "train one with scripts/stage2_latte.sh"
-            )
-            raise ValueError(f"{kind}={folder}: no {marker} there; {hint}")
-    if (
-        config.transformer
-        and read_json(Path(config.transformer) / "config.json").get("_class_name") != "Latte"
-    ):
-        raise ValueError(f"transformer={config.transformer}: config.json is not that of a Latte")
-    parts = {"transformer": latte.Latte.from_pretrained(config.transformer)} if config.transformer else {}
+    _check_folder("pipeline", config.pipeline, "model_index.json", "*")
+    parts = {}
+    # Other weights of the denoiser, e.g. those of a checkpoint
+    if config.transformer:
+        _check_folder("transformer", config.transformer, "config.json", "*latte*")
+        if read_json(Path(config.transformer) / "config.json").get("_class_name") != "Latte":
+            raise ValueError(f"transformer={config.transformer}: config.json is not that of a Latte")
+        parts["transformer"] = latte.Latte.from_pretrained(config.transformer)
     pipe = video_pipeline.LatentVideoPipeline.from_pretrained(config.pipeline, **parts).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.eval()
@@ -156,15 +147,15 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
 
 def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
+    # The pipeline, and a manifest that says which weights it has.
     accelerator = distributed.make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
     openers.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
+    # The main process completes the manifest and makes a preview of the first videos.
     if accelerator.is_main_process:
         made_by = {
             "weights_sha256": openers.weights_digest(pipe.transformer),
             "vae_sha256": openers.weights_digest(pipe.vae),
-        }
-        made_by |= {
             "normalization": openers.normalization(pipe.vae),
             "class_names": list(pipe.config.class_names),
         }
@@ -175,15 +166,18 @@ def sample(config: SampleConfig) -> Path:
         distributed.compile_blocks(pipe.transformer, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
 
-    def made(index: int) -> bool:
+    # What is missing, in turns over the processes.
+    missing = []
+    for index in range(config.num_videos):
         file = config.folder / file_name(index)
-        return file.is_file() and file.stat().st_size > 0
-
-    missing = [i for i in range(config.num_videos) if not made(i)]
+        if not (file.is_file() and file.stat().st_size > 0):
+            missing.append(index)
     mine = missing[rank::world]
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
-    names = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
-    classes = pipe.transformer.config.num_classes
+    # The classes to take in turn: those asked for, else all; none for an unconditional model.
+    classes: list[int | str] = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
+    classes = classes or list(range(pipe.transformer.config.num_classes or 0))
+    # A batch is denoised and decoded here while the one before is written beside it.
     waits = Waits()
     with (
         Progress(len(mine), "sample", "video", accelerator.is_main_process, note=lambda: str(waits)) as bar,
@@ -191,13 +185,7 @@ def sample(config: SampleConfig) -> Path:
     ):
         for start in range(0, len(mine), config.batch):
             batch = mine[start : start + config.batch]
-            labels = (
-                [names[i % len(names)] for i in batch]
-                if names
-                else [i % classes for i in batch]
-                if classes
-                else None
-            )
+            labels = [classes[i % len(classes)] for i in batch] if classes else None
             with (
                 torch.inference_mode(),
                 distributed.autocast(accelerator, config),
@@ -222,6 +210,7 @@ def sample(config: SampleConfig) -> Path:
         complete = all((config.folder / name).is_file() for name in content["files"])
         frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
         first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
+        # The preview is written again only if it is still the one that this program wrote.
         preview = config.folder.with_name(config.folder.name + "-preview.mp4")
         shown = sha256_of(preview) if preview.is_file() else None
         if (shown is None and not preview.exists()) or shown == content.get("preview_sha256", ""):

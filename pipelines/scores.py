@@ -56,7 +56,7 @@ def read_records(paths: Sequence[Path]) -> list[dict]:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}); was the file cut short?") from error
-            if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
+            if not isinstance(record, dict) or set(REQUIRED) - record.keys():
                 raise ValueError(f"{path}:{number}: not a record of a judge: needs {', '.join(REQUIRED)}")
             records.append(record)
     if not records:
@@ -88,6 +88,7 @@ def summary_records(path: Path) -> list[dict]:
 
 def row_of(record: dict) -> dict[str, str]:
     """One record as text; what was not measured is empty."""
+    # Which protocol, and what was changed of it
     protocol, interval, floor = record["protocol"], record.get("interval"), record.get("floor")
     spread = f" ± {record['std']:.4f}" if record.get("std") is not None else ""
     changed = ", ".join(f"{k}={v}" for k, v in protocol.get("overrides", {}).items())
@@ -97,8 +98,12 @@ def row_of(record: dict) -> dict[str, str]:
     floor_at = f" (N = {floor['num_videos']})" if floor and not floor["same_num_videos"] else ""
 
     # How the pixels of both sides were stored, and which network judged
-    storage = {side: "/".join(kinds) for side, kinds in record.get("storage", {}).items()}
-    storage = storage or {side: record[side]["storage"] for side in ("real", "fake") if side in record}
+    storage = []
+    for side, kinds in record.get("storage", {}).items():
+        storage.append(f"{side} {'/'.join(kinds)}")
+    for side in ("real", "fake") if not storage else ():
+        if side in record:
+            storage.append(f"{side} {record[side]['storage']}")
     weights, judge = record.get("weights"), "none needed"
     if weights and weights["seed"] is not None:
         judge = f"random, seed {weights['seed']}"
@@ -115,7 +120,7 @@ def row_of(record: dict) -> dict[str, str]:
         "paper": "" if paper is None else f"{paper:.4f}",
         "protocol": name or plain,
         "N": str(protocol.get("num_videos", "")),
-        "videos": ", ".join(f"{side} {kind}" for side, kind in storage.items()),
+        "videos": ", ".join(storage),
         "weights": judge,
         "device": record.get("device", ""),
         "time": record.get("time", ""),
@@ -125,10 +130,9 @@ def row_of(record: dict) -> dict[str, str]:
 
 def render(records: Sequence[dict], form: str) -> str:
     """The records as Markdown, CSV or a page of HTML."""
-    rows = [row_of(record) for record in records]
+    table = pandas.DataFrame(map(row_of, records))
     if form == "md":
-        return markdown_table(list(rows[0]), [list(map(plain, row.values())) for row in rows])
-    table = pandas.DataFrame(rows)
+        return markdown_table(table.columns, table.map(plain).values)
     if form == "csv":
         return table.to_csv(index=False, lineterminator="\n")
     head = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Scores</title>\n'

@@ -41,7 +41,9 @@ def setting(text: str) -> tuple[str, Any]:
 def random_vae(out: Path, name: str, seed: int = 0, **settings: Any) -> None:
     """Save a VAE of that family with random weights. settings: its config; odvae takes `preset` and `variant` too."""
     torch.manual_seed(seed)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    values = dict(settings)
+    for key, value in values.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
     if name == "odvae":
         model = vae.ODVAE.preset(values.pop("preset", "odvae"), **values)
     else:
@@ -87,6 +89,7 @@ def config_from(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = config_from(argv)
+    # A folder may be replaced if this program made all that is in it.
     if args.out.exists() and not (args.out / MARK).is_file():
         raise ValueError(f"--out {args.out}: exists and is not a stand-in; choose another folder")
     ours = read_json(args.out / MARK).get("files") if args.out.exists() else None
@@ -94,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--out {args.out}: {more[0]} was added and would be lost; choose another folder")
     settings = dict(map(setting, args.settings))
 
+    # Made beside its place and renamed: whole or absent.
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -105,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except TypeError as error:
         raise ValueError(f"{args.kind}: {error}") from error
 
+    # A record of what it is, for the next call and for the tables.
     about = {"kind": args.kind, "settings": settings, "versions": folder.versions()}
     write_json(temporary / MARK, about | {"files": [MARK, *files_of(temporary)]})
     if args.out.exists():

@@ -107,6 +107,7 @@ class ValConfig:
 @dataclass
 class TrainLatteConfig:
     run_dir: str = option("runs/latte", "folder of this run", free=True)
+    # How much is trained, and on how many clips at once
     seed: int = option(0, "random seed for initialization, data order, crops, noise and timesteps")
     steps: int = option(200_000, "optimizer steps", free=True)
     mode: Mode = option(
@@ -116,6 +117,7 @@ class TrainLatteConfig:
     micro_batch: int = option(
         1, "clips per process and forward pass; gradient accumulation follows", free=True
     )
+    # The optimizer and the moving average
     learning_rate: float = option(1e-4, "AdamW, constant")
     warmup_steps: int = option(0, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of AdamW")
@@ -127,6 +129,7 @@ class TrainLatteConfig:
     ema_warmup: bool = option(
         False, "let the decay rise as (1 + step) / (10 + step) up to ema_decay; the paper's is constant"
     )
+    # Arithmetic, memory and time of a step
     precision: Precision = option(
         Precision.fp32, "of the denoiser, and of the VAE when it encodes: fp32|tf32|bf16"
     )
@@ -139,6 +142,7 @@ class TrainLatteConfig:
         free=True,
     )
     max_skipped: int = option(10, "steps with a non-finite gradient in a row before the run stops")
+    # Groups of settings, each with a dataclass of its own
     denoiser: DenoiserConfig = option(DenoiserConfig, "")
     vae: VAEConfig = option(VAEConfig, "")
     cache: CacheConfig = option(CacheConfig, "")
@@ -148,6 +152,7 @@ class TrainLatteConfig:
     val: ValConfig = option(ValConfig, "")
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
+    # What is logged and kept, and how often
     log_every: int = option(50, "steps between log entries", free=True)
     log_with: str = option(
         "tensorboard", "tensorboard, and any tracker of accelerate's, e.g. tensorboard,wandb; none", free=True
@@ -156,14 +161,14 @@ class TrainLatteConfig:
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):
+        # Lower bounds of the numbers
         at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "save_every", "max_skipped")
-        at_least(
-            self, 1, "cache.crops", "cache.shard_size", "cache.batch", "samples.num_videos", "val.num_videos"
-        )
-        at_least(
-            self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay", "workers", "weight_decay"
-        )
+        at_least(self, 1, "cache.crops", "cache.shard_size", "cache.batch")
+        at_least(self, 1, "samples.num_videos", "val.num_videos")
+        at_least(self, 0, "seed", "grad_clip", "clip_start", "warmup_steps", "ema_decay")
         at_least(self, 0, "samples.every", "val.every", "source.val_fraction", "cache.num_videos")
+        at_least(self, 0, "workers", "weight_decay")
+        # Rules that a lower bound does not say, and settings that contradict one another
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
@@ -194,11 +199,13 @@ class LatteTrainer(Trainer):
     def __init__(self, config: TrainLatteConfig, accelerator: Any, latte: "Latte", vae: Any, encode: Any):
         super().__init__(config, accelerator)
         self.latte, self.vae, self.encode = latte, vae, encode
+        # The copy of the weights that is averaged, before the denoiser is wrapped or compiled.
         self.ema = timm.ModelEmaV3(latte, decay=config.ema_decay)
         if config.gradient_checkpointing:
             latte.enable_gradient_checkpointing()
         if config.compile:
             distributed.compile_blocks(latte, accelerator)
+        # The denoiser wrapped for this launch (DDP, DeepSpeed), and its optimizer.
         optimizer = torch.optim.AdamW(
             latte.parameters(),
             lr=config.learning_rate,
@@ -218,17 +225,16 @@ class LatteTrainer(Trainer):
         mean, logvar: (B, C, t, h, w) of the posterior. Returns scaled latents x0 and noise (B, C, t, h, w), timesteps
         t (B,), and drop (B,): whose label is hidden, for classifier-free guidance.
         """
+        # One sample after the other, always in this order: the numbers of a sample never depend on its batch.
         shape, dropout = mean.shape[1:], self.config.denoiser.label_dropout
-        samples = [
-            {
-                "posterior": torch.randn(shape, generator=generator),
-                "noise": torch.randn(shape, generator=generator),
-                "t": torch.randint(diffusion.NUM_TRAIN_STEPS, (), generator=generator),
-                "drop": torch.rand((), generator=generator) < dropout,
-            }
-            for generator in distributed.generators(self.config.seed, batch["number"])
-        ]
-        drawn = {k: distributed.send(torch.stack([s[k] for s in samples]), mean.device) for k in samples[0]}
+        columns: dict[str, list[Tensor]] = {"posterior": [], "noise": [], "t": [], "drop": []}
+        for generator in distributed.generators(self.config.seed, batch["number"]):
+            columns["posterior"].append(torch.randn(shape, generator=generator))
+            columns["noise"].append(torch.randn(shape, generator=generator))
+            columns["t"].append(torch.randint(diffusion.NUM_TRAIN_STEPS, (), generator=generator))
+            columns["drop"].append(torch.rand((), generator=generator) < dropout)
+        drawn = {name: distributed.send(torch.stack(rows), mean.device) for name, rows in columns.items()}
+        # A latent is drawn from its posterior and scaled for the denoiser.
         z = mean + torch.exp(0.5 * logvar) * drawn.pop("posterior")
         return drawn | {"x0": self.vae.normalize(z)}
 
@@ -237,7 +243,8 @@ class LatteTrainer(Trainer):
         # Latents: the posterior of each clip, from the cache or from the VAE.
         device = self.accelerator.device
         if self.encode is None:
-            mean, logvar = (batch[k].to(device, non_blocking=True).float() for k in ("mean", "logvar"))
+            mean = batch["mean"].to(device, non_blocking=True).float()
+            logvar = batch["logvar"].to(device, non_blocking=True).float()
         else:
             mean, logvar = self.encode(batch)
 
@@ -254,7 +261,10 @@ class LatteTrainer(Trainer):
             output = self.model(x_t, t, **labels).sample
         terms = self.diffusion.training_loss(output, drawn["x0"], drawn["noise"], t)
 
-        logged = {name if name == "loss" else f"loss/{name}": v.mean() for name, v in terms.items()}
+        # To log: the mean of each term, and the error in each quarter of the timesteps.
+        logged: dict[str, Any] = {}
+        for name, value in terms.items():
+            logged[name if name == "loss" else f"loss/{name}"] = value.mean()
         bucket = t * BUCKETS // diffusion.NUM_TRAIN_STEPS
         for b in range(BUCKETS):
             logged[f"loss_at_t/{b}_of_{BUCKETS}"] = terms["mse"], bucket == b
@@ -274,7 +284,8 @@ class LatteTrainer(Trainer):
             mean, logvar = held_out["mean"][clip].to(device), held_out["logvar"][clip].to(device)
             # Latents and noise of those numbers, from generators of their own.
             draws = distributed.generators(0, numbers.tolist())
-            posterior, noise = (distributed.normal(draws, mean.shape[1:], device) for _ in range(2))
+            posterior = distributed.normal(draws, mean.shape[1:], device)
+            noise = distributed.normal(draws, mean.shape[1:], device)
             x0, t = self.vae.normalize(mean + torch.exp(0.5 * logvar) * posterior), t.to(device)
             # The loss, with the true class of each clip.
             conditional = self.latte.config.num_classes is not None
@@ -289,6 +300,7 @@ class LatteTrainer(Trainer):
     def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
         """Make one optimizer step."""
         config, accelerator = self.config, self.accelerator
+        # Learning rate, and the norm to which gradients are clipped from clip_start on.
         self.set_learning_rate(self.optimizer)
         largest = config.grad_clip if self.step >= config.clip_start else 0.0
         if distributed.uses_deepspeed(accelerator):
@@ -321,9 +333,11 @@ class LatteTrainer(Trainer):
         val_every = self.config.val.every if validated else 0
         if self.step == 0 and val_every:
             self.validate(run, held_out)
+        # One iteration is one optimizer step; run.steps() ends at config.steps or on a signal.
         for _ in run.steps():
             self.train_step(run.batches)
             run.end_step()
+            # What is due after this step: log entry, held-out loss, samples, checkpoint.
             if run.due(self.config.log_every):
                 run.log()
             if run.due(val_every):
@@ -332,6 +346,7 @@ class LatteTrainer(Trainer):
                 self.show_samples(run, sample)
             if run.due(self.config.save_every) or run.stopping:
                 run.save()
+        # The result: averaged denoiser and VAE as one pipeline.
         run.export("pipeline", export)
 
     def validate(self, run: "TrainingRun", held_out: "dict[str, Tensor] | None") -> None:
@@ -356,6 +371,7 @@ class LatteTrainer(Trainer):
     def show_samples(self, run: "TrainingRun", sample: "Callable[[int], Tensor]") -> None:
         """Write a grid of samples of the EMA weights to TensorBoard and as a preview."""
         run.meter.pause()
+        # Only the main process draws; the others wait below.
         if run.main:
             videos = sample(self.config.samples.steps)
             if videos.isfinite().all():
@@ -375,6 +391,7 @@ class LatteTrainer(Trainer):
         """One micro-batch of empty clips or latents."""
         size, c, clip = self.config.micro_batch, self.latte.config, self.config.clip
         batch = {"number": torch.arange(size), "label": torch.zeros(size, dtype=torch.int64)}
+        # Either the clips or the latents are used, as the mode is.
         latents = torch.zeros(size, c.in_channels, c.num_frames, *self.latte.latent_hw)
         shape = (size, clip.num_frames, clip.size, clip.size, 3)
         batch |= {"video": torch.zeros(shape, dtype=torch.uint8)} if self.encode else {}
@@ -385,6 +402,7 @@ class LatteTrainer(Trainer):
 
         The same files whatever the launch: one process, DDP or DeepSpeed, see pipelines/training/distributed.py.
         """
+        # Gathered on every process, also where DeepSpeed has shards of them.
         main = self.accelerator.is_main_process
         state = self.counters() | {
             "optimizer": distributed.optimizer_state(self.accelerator, self.model, self.optimizer)
@@ -426,7 +444,7 @@ def train(config: TrainLatteConfig) -> Path:
     class_names = clips.source.class_names
     latents.scale_latents(vae, config, stream)
     val_cache = latents.held_out_cache(config, vae, clips)
-    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+    log.info("%s", openers.counts_line(config, counts))
 
     # The denoiser.
     torch.manual_seed(config.seed)
@@ -448,10 +466,13 @@ def train(config: TrainLatteConfig) -> Path:
         with distributed.autocast(accelerator, config):
             return pipeline(labels, steps, scale, num_videos=count, output_type="video").frames
 
+    # A step and a short sampling once before the start, so that a lack of memory shows now.
     trainer.rehearse((lambda: sample(2)) if config.samples.every else None)
+    # Clips for the held-out loss, encoded once.
     held_out = None
     if accelerator.is_main_process and config.val.every:
         held_out = latents.held_out(config, val_cache, fast_vae, accelerator.device)
+    # What a checkpoint says of its making; must_not_change names what a resumed run must share.
     info = {
         "data": counts,
         "vae": openers.vae_entry(config.vae, vae),
@@ -460,6 +481,7 @@ def train(config: TrainLatteConfig) -> Path:
         "normalization": openers.normalization(vae),
         "start_sha256": start.latte_start_digest(config),
     }
+    # The run folder is locked from here to the end; real clips lie beside the samples, to compare.
     with training_run.TrainingRun(trainer, stream, "train_latte", config.mode.value, info) as run:
         real = run.folder / "media" / "real.mp4"
         if run.main and config.samples.every and not real.exists():

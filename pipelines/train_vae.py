@@ -132,12 +132,14 @@ class LossConfig:
 @dataclass
 class TrainVAEConfig:
     run_dir: str = option("runs/odvae", "folder of this run", free=True)
+    # How much is trained, and on how many clips at once
     seed: int = option(0, "random seed for initialization, data order and noise")
     steps: int = option(650_000, "optimizer steps", free=True)
     global_batch: int = option(8, "clips per step, over all processes")
     micro_batch: int = option(
         1, "clips per process and forward pass; gradient accumulation follows", free=True
     )
+    # The optimizer and the moving average
     learning_rate: float = option(1e-5, "Adam, constant")
     warmup_steps: int = option(0, "steps of linear warm-up")
     adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
@@ -146,6 +148,7 @@ class TrainVAEConfig:
     ema_warmup: bool = option(
         False, "let the decay rise as (1 + step) / (10 + step) up to ema_decay; the paper's is constant"
     )
+    # Arithmetic, memory and time of a step
     precision: Precision = option(Precision.fp32, "of forward and backward: fp32|tf32|bf16")
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time", free=True
@@ -156,12 +159,14 @@ class TrainVAEConfig:
         free=True,
     )
     max_skipped: int = option(10, "steps with a non-finite loss or gradient in a row before the run stops")
+    # Groups of settings, each with a dataclass of its own
     model: ODVAEConfig = option(ODVAEConfig, "")
     loss: LossConfig = option(LossConfig, "")
     source: SourceConfig = option(SourceConfig, "")
     clip: ClipSpec = option(ClipSpec, "")
     resume: ResumeConfig = option(ResumeConfig, "")
     workers: int = option(4, "loader processes", free=True)
+    # What is logged, validated and kept, and how often
     log_every: int = option(50, "steps between log entries", free=True)
     log_with: str = option(
         "tensorboard", "tensorboard, and any tracker of accelerate's, e.g. tensorboard,wandb; none", free=True
@@ -175,23 +180,14 @@ class TrainVAEConfig:
     keep_checkpoints: int = option(2, "newest checkpoints kept", free=True)
 
     def __post_init__(self):
-        at_least(
-            self,
-            1,
-            "steps",
-            "global_batch",
-            "micro_batch",
-            "log_every",
-            "val_every",
-            "val_videos",
-            "save_every",
-        )
-        at_least(self, 1, "max_skipped", "model.layers_per_block", "model.norm_num_groups")
-        at_least(self, 0, "seed", "grad_clip", "warmup_steps", "ema_decay", "workers", "loss.gan_start")
-        at_least(self, 0, "loss.gan_warmup")
-        at_least(
-            self, 0, "loss.kl_weight", "loss.gan_weight", "loss.perceptual_weight", "source.val_fraction"
-        )
+        # Lower bounds of the numbers
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "max_skipped")
+        at_least(self, 1, "log_every", "val_every", "val_videos", "save_every")
+        at_least(self, 1, "model.layers_per_block", "model.norm_num_groups")
+        at_least(self, 0, "seed", "grad_clip", "warmup_steps", "ema_decay", "workers")
+        at_least(self, 0, "loss.gan_start", "loss.gan_warmup", "loss.gan_weight")
+        at_least(self, 0, "loss.kl_weight", "loss.perceptual_weight", "source.val_fraction")
+        # Rules that a lower bound does not say, and settings that contradict one another
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
@@ -231,13 +227,16 @@ class VAETrainer(Trainer):
         super().__init__(config, accelerator)
         self.vae, self.perceptual = vae, perceptual
         start.freeze(vae, config)
+        # The copy of the weights that is averaged, before the VAE is wrapped or compiled.
         self.ema = timm.ModelEmaV3(vae, decay=config.ema_decay)
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         if config.compile:
             distributed.compile_blocks(vae, accelerator)
+        # The VAE and its optimizer
         self.autoencode, self.optimizer = self._prepare(interface.Autoencode(vae))
         self.autoencode.train()
+        # The discriminator and its optimizer; its first weights depend on the seed alone.
         self.discriminator = None
         if config.loss.gan_weight > 0:
             torch.manual_seed(config.seed + 1)
@@ -268,14 +267,11 @@ class VAETrainer(Trainer):
 
     def latent_noise(self, x: "Tensor", numbers: Any) -> "Tensor":
         """Draw the posterior's noise (B, C, t, h, w), each sample from its own generator."""
+        # The shape comes from the VAE's own compression, so every VAE that is trained here can use it.
         ratio, (H, W) = self.vae.spatial_compression_ratio, x.shape[3:]
-        shape = (
-            self.vae.latent_channels,
-            self.vae.latent_frames(x.shape[2]),
-            H // ratio,
-            W // ratio,
-        )
-        return distributed.normal(distributed.generators(self.config.seed, numbers), shape, x.device)
+        t, h, w = self.vae.latent_frames(x.shape[2]), H // ratio, W // ratio
+        draws = distributed.generators(self.config.seed, numbers)
+        return distributed.normal(draws, (self.vae.latent_channels, t, h, w), x.device)
 
     # ---- losses ------------------------------------------------------------------------------------------
 
@@ -333,12 +329,14 @@ class VAETrainer(Trainer):
     def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
         """Make one optimizer step: of the VAE, of the discriminator, or of both."""
         accelerator, device = self.accelerator, self.accelerator.device
+        # Which of the two networks this step trains, and with which learning rate.
         train_vae, train_discriminator = self.phases()
         self.set_learning_rate(
             self.optimizer, *([self.discriminator_optimizer] if train_discriminator else [])
         )
         trained = [self.autoencode] if train_vae else []
         trained += [self.discriminate] if train_discriminator else []
+        # To put back if the step is skipped: a forward of the discriminator changes them.
         running_statistics = self.keep_statistics()
 
         for _ in range(accelerator.gradient_accumulation_steps):
@@ -353,6 +351,7 @@ class VAETrainer(Trainer):
                     accelerator.backward(distributed.finite_or_nan(loss))
                     self.note(logged)
                 else:
+                    # The reconstruction alone, as the discriminator's input: no gradient reaches the VAE.
                     with torch.no_grad():
                         xhat = self.autoencode(x, noise)[0].float()
                 if train_discriminator:
@@ -368,36 +367,44 @@ class VAETrainer(Trainer):
         if train_discriminator:
             largest, name = self.config.grad_clip, "grad_norm/discriminator"
             finite += [self.update(self.discriminate, self.discriminator_optimizer, largest, name)]
+        # A skipped step leaves no trace in the statistics. Count the step.
         self.restore_statistics(running_statistics, finite)
         self.finish_step(torch.stack(finite).all())
 
     def fit(self, run: "TrainingRun", held_out: Any, lpips: "nn.Module | None") -> None:
         """Train to config.steps: the loop of stage one. lpips: for the validations, or None."""
+        # Scores before the first step: the curve begins at the initialization.
         if self.step == 0:
             self.validate(run, held_out, lpips)
+        # One iteration is one optimizer step; run.steps() ends at config.steps or on a signal.
         for _ in run.steps():
             self.train_step(run.batches)
             run.end_step()
+            # What is due after this step: log entry, scores and preview, checkpoint.
             if run.due(self.config.log_every):
                 run.log()
             if run.due(self.config.val_every):
                 self.validate(run, held_out, lpips)
             if run.due(self.config.save_every) or run.stopping:
                 run.save()
+        # The result: the averaged weights as a diffusers folder.
         run.export("vae", self.ema.module.save_pretrained)
 
     def validate(self, run: "TrainingRun", held_out: Any, lpips: "nn.Module | None") -> None:
         """Log scores of the EMA weights and of the raw ones (..._raw) on held-out clips, and write a preview of EMA."""
         run.meter.pause()
+        # Only the main process scores; the others wait below.
         if run.main and len(held_out):
             count, device = self.config.val_videos, self.accelerator.device
             scores, picture = evaluate(self.ema.module, held_out, count, device, lpips)
+            # Before the first step both are the same weights.
             raw = scores if self.step == 0 else evaluate(self.vae, held_out, count, device, lpips)[0]
+            # To the log, to TensorBoard and as a file to look at.
             run.metrics.scalars(self.step, scores | {f"{name}_raw": value for name, value in raw.items()})
             run.metrics.video(self.step, "val/original_reconstruction_error", picture)
             media.write_preview(run.folder / "media" / f"val_{self.step:08d}.mp4", picture)
-            shown = [f"{name} {_scores_text(values)}" for name, values in (("EMA", scores), ("raw", raw))]
-            log.info("step %d: held-out %s", self.step, "; ".join(shown))
+            words = _scores_text(scores), _scores_text(raw)
+            log.info("step %d: held-out EMA %s; raw %s", self.step, *words)
         self.accelerator.wait_for_everyone()
 
     # ---- what the machinery asks for ---------------------------------------------------------------------
@@ -418,13 +425,16 @@ class VAETrainer(Trainer):
     def try_step(self) -> None:
         """Both phases at their heaviest; the discriminator's own step runs the VAE without gradients."""
         config, loss = self.config, self.config.loss
+        # The step from which all terms of the loss are active.
         self.step = max(self.step, loss.gan_start + loss.gan_warmup)
+        # The VAE's phase, on an empty clip.
         shape = (config.micro_batch, 3, config.clip.num_frames, config.clip.size, config.clip.size)
         x = torch.zeros(shape, device=self.accelerator.device)
         noise = self.latent_noise(x, range(config.micro_batch))
         with distributed.autocast(self.accelerator, config):
             total, xhat, _ = self.vae_loss(x, noise)
             total.backward()
+            # The discriminator's phase; where the phases alternate, the VAE's graph is gone by then.
             if self.discriminator is None:
                 return
             if loss.gan_schedule is GANSchedule.alternate:
@@ -440,11 +450,14 @@ class VAETrainer(Trainer):
 
     def save(self, folder: Path) -> None:
         """Write weights as diffusers folders and the rest as trainer.pt; every process calls it."""
+        # Every process gathers the counters, the main one writes.
         counters = self.counters()
         if not self.accelerator.is_main_process:
             return
+        # Weights, as folders that any program can open.
         self.vae.save_pretrained(folder / "vae")
         self.ema.module.save_pretrained(folder / "vae_ema")
+        # What only a resumed training needs.
         state = counters | {"optimizer": self.optimizer.state_dict()}
         if self.discriminator is not None:
             state |= {"discriminator": self.discriminator.state_dict()}
@@ -454,6 +467,7 @@ class VAETrainer(Trainer):
 
     def load(self, folder: Path) -> None:
         """Take what `save` wrote."""
+        # Weights, raw and averaged, with the scale that their folder states.
         for module, name in ((self.vae, "vae"), (self.ema.module, "vae_ema")):
             module.load_state_dict(
                 safetensors.load_file(folder / name / "diffusion_pytorch_model.safetensors")
@@ -461,6 +475,7 @@ class VAETrainer(Trainer):
             config = json.loads((folder / name / "config.json").read_text())
             if "scaling_factor" in config:
                 module.register_to_config(scaling_factor=config["scaling_factor"])
+        # Optimizers, discriminator and counters.
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(distributed.as_fused(state["optimizer"]))
         if self.discriminator is not None:
@@ -488,6 +503,7 @@ def evaluate(
         metrics["val/lpips"] = lambda original, decoded: fidelity.lpips_distance(original, decoded, lpips)
     was_training, scores, rows = vae.training, [], []
     vae.eval()
+    # Each clip through the posterior mean, compared after rounding to uint8.
     count = min(count, len(clips))
     for n in range(count):
         x = clips[n * len(clips) // count]["video"][None]  # spread over all parts of a mixture
@@ -532,21 +548,25 @@ def train(config: TrainVAEConfig) -> Path:
             still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
             held_out = openers.open_clips(config.source, still, 0, held_out=True)
     counts = openers.video_counts(clips, held_out)
-    log.info("%s: %s", config.source.name, ", ".join(f"{v} {k}" for k, v in counts.items()))
+    log.info("%s", openers.counts_line(config, counts))
 
+    # Weights: a new run starts from the initialization, a resumed one from its checkpoint (TrainingRun below).
     if not run_folder.will_resume(config):
         start.initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)
+    # The heaviest step and a validation once before the start, so that a lack of memory shows now.
     shape = (config.clip.num_frames, config.clip.size, config.clip.size, 3)
     empty = [{"video": torch.zeros(shape, dtype=torch.uint8)}]
     trainer.rehearse(lambda: evaluate(trainer.ema.module, empty, 1, accelerator.device, lpips))
 
+    # What a checkpoint says of its making; a resumed run must share start_sha256.
     info = {
         "data": counts,
         "model": type(vae).__name__ if start.is_adapted(vae) else config.model.preset,
         "variant": config.model.variant,
         "start_sha256": start.vae_start_digest(config),
     }
+    # The run folder is locked from here to the end of the training.
     with training_run.TrainingRun(trainer, clips, "train_vae", "online", info, weights) as run:
         trainer.fit(run, held_out, lpips)
     return run.folder / "vae"

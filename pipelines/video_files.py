@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,27 +91,27 @@ def pairs(
         names = video_names(given)
     if not names:
         raise ValueError(f"{given}: no {', '.join(kinds)} files in it")
-    targets = []
+    inputs: dict[Path, list[str]] = {}  # of each output
     for name in names:
         named = given.resolve().name if name == "." else name  # IN itself is a folder of frames
         stem = Path(named).with_suffix("") if named.lower().endswith(kinds) else named  # a dot may be its own
-        targets.append(out / f"{stem}{suffix}")
-    counts = Counter(targets)
-    if twice := [name for name, target in zip(names, targets, strict=True) if counts[target] > 1]:
-        raise ValueError(f"{given}: {', '.join(twice[:4])} would be one file in {out}; rename them")
+        inputs.setdefault(out / f"{stem}{suffix}", []).append(name)
+    # Two inputs must not become one file.
+    for same in inputs.values():
+        if len(same) > 1:
+            raise ValueError(f"{given}: {', '.join(same[:4])} would be one file in {out}; rename them")
     # The folder OUT is of this program and of these settings.
     claim_folder(out, program)
     file = out / "settings.json"
     if file.is_file() and read_json(file) != settings:
         raise ValueError(f"{out}: made with other settings ({file}); choose another folder")
     write_json(file, settings)
-    for folder in {target.parent for target in targets}:
+    for folder in {target.parent for target in inputs}:
         remove_leftovers(folder)
     # What is complete stays.
-    wanted = [(given / name, target) for name, target in zip(names, targets, strict=True)]
-    todo = [pair for pair in wanted if not pair[1].exists()]
-    if len(todo) < len(wanted):
-        log.info("%s: %d of %d are there already", out, len(wanted) - len(todo), len(wanted))
+    todo = [(given / name, target) for target, (name,) in inputs.items() if not target.exists()]
+    if len(todo) < len(inputs):
+        log.info("%s: %d of %d are there already", out, len(inputs) - len(todo), len(inputs))
     return todo
 
 
@@ -136,6 +135,7 @@ def each(todo: list[tuple], program: str, work: Callable[[Path, Path], str]) -> 
     """
     bad: list[tuple[Path, str]] = []
     bar = Progress(len(todo), program, "video", len(todo) > 1)
+    # Each video reads or fails alone; the reason is kept for the summary.
     for given, out in todo:
         try:
             with _memory():
@@ -188,9 +188,13 @@ class Judge:
             self.count += 1
 
     def words(self) -> str:
-        means = {name: total / self.count for name, total in self.sums.items()}
-        text = ", ".join(f"{n} {v:.2f}" if n == "PSNR" else f"{n} {v:.4f}" for n, v in means.items())
-        return text if self.network is not None else f"{text}, LPIPS not run ({self.why_not})"
+        parts = []
+        for name, total in self.sums.items():
+            mean = total / self.count
+            parts.append(f"PSNR {mean:.2f}" if name == "PSNR" else f"{name} {mean:.4f}")
+        if self.network is None:
+            parts.append(f"LPIPS not run ({self.why_not})")
+        return ", ".join(parts)
 
 
 def load_judge(weights: str, device: Any) -> Judge:
@@ -206,12 +210,14 @@ def load_judge(weights: str, device: Any) -> Judge:
 
 def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool, window: int) -> str:
     """Write the reconstruction of a video at its own size, rate and length; returns a line with the scores."""
+    # What the judge can measure of frames of this size.
     info = probe(given)
     judge = Judge(judge.network, judge.name, judge.why_not)
     try:
         fidelity.check_lpips_size(info.height, info.width)
     except ValueError:
         judge.network, judge.why_not = None, "frames too small"
+    # Frames that the encoder has taken wait here for their reconstruction.
     window, waiting = clips.window_of(vae, window), []
     sound = given if audio and given.is_file() else None
 
@@ -234,6 +240,7 @@ def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool
                 decoded = decoded[:count, : info.height, : info.width]
                 judge.add(original, decoded)
                 write(decoded)
+        # Complete or an error: as many frames back as went in.
         if waiting or judge.count != info.num_frames:
             raise ValueError(f"{given}: {judge.count} of {info.num_frames} frames came back")
     pieces = f" in pieces of {window} frames" if window and info.num_frames > window else ""
@@ -253,15 +260,11 @@ def reconstruct_main(words: list[str], doc: str) -> int:
     )
     found.add_argument("--lossless", action="store_true", help="in a folder OUT: .mkv (FFV1) instead of .mp4")
     found.add_argument("--no-audio", action="store_true", help="leave the sound out instead of copying it")
-    found.add_argument(
-        "--window",
-        type=int,
-        default=33,
-        metavar="N",
-        help="frames at once, for a VAE that cannot be streamed",
-    )
+    window = "frames at once, for a VAE that cannot be streamed"
+    found.add_argument("--window", type=int, default=33, metavar="N", help=window)
     found.add_argument("--lpips-weights", default="", help="AlexNet file or folder")
     args = found.parse_args(words)
+    # The VAE, the judge, and the files that are not done yet.
     vae, digest = open_vae(args)
     judge = load_judge(args.lpips_weights, vae.device)
     settings = {"vae_sha256": digest, "window": args.window, "bf16": args.bf16}
@@ -271,6 +274,7 @@ def reconstruct_main(words: list[str], doc: str) -> int:
     def work(given: Path, out: Path) -> str:
         return reconstruct_file(vae, given, out, judge, not args.no_audio, args.window)
 
+    # What comes next: the latents themselves as files.
     one = args.out.suffix in VIDEO_SUFFIXES
     latents = args.out.with_suffix(".safetensors") if one else f"{args.out}-latents"
     next_command = command("encode", str(args.given), str(latents), *of_vae(args))
@@ -283,10 +287,9 @@ def reconstruct_main(words: list[str], doc: str) -> int:
 def save_latents(file: Path, video: Any, about: dict[str, Any]) -> None:
     """latents (C, t, h, w) float32 and, as text in the header, what else another project needs to know."""
     geometry = {name: getattr(video, name) for name in ("num_frames", "height", "width", "window")}
-    header = {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in (about | geometry).items()
-    }
+    header = {}
+    for key, value in (about | geometry).items():
+        header[key] = value if isinstance(value, str) else json.dumps(value)
     try:
         with atomic_path(file) as temporary:
             safetensors_torch.save_file({"latents": video.latents.contiguous()}, temporary, metadata=header)
@@ -300,6 +303,7 @@ def read_latents(file: Path) -> tuple[Any, dict[str, str]]:
     try:
         with reading(file), safetensors.safe_open(file, "pt") as opened:
             header, latents = opened.metadata() or {}, opened.get_tensor("latents")
+        # Numbers of the header that the decoder needs; without them it is somebody else's file.
         numbers = [int(header[name]) for name in ("num_frames", "height", "width", "window")]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(

@@ -17,9 +17,7 @@ from denoiser.latte import Latte
 from pipelines import generation
 from vae.registry import vae_class
 
-BUNDLE = re.compile(
-    r"omnilatte_\w+"
-)  # modules that an export carries (pipelines/results/bundle.py); never run here
+BUNDLE = re.compile(r"omnilatte_\w+")  # modules of an export (pipelines/results/bundle.py); never run here
 PARTS = ("vae", "transformer")
 
 
@@ -36,6 +34,7 @@ class LatentVideoPipeline(generation.LatentVideoPipeline):
         index = Path(folder) / "model_index.json"
         if not index.is_file():
             return super().from_pretrained(folder, **kwargs)
+        # The classes of the index must be this project's, by name or as an export writes them.
         named = read_json(index)
         names = {part: _class_named(part, named.get(part), index) for part in PARTS}
         modules = {part: named[part][0] for part in PARTS}
@@ -44,6 +43,7 @@ class LatentVideoPipeline(generation.LatentVideoPipeline):
             modules[""], whole = whole
         if whole != cls.__name__:
             raise ValueError(f"{index}: {named.get('_class_name')} is not that of a {cls.__name__}")
+        # No code but that of the export may lie there.
         bundled = {Path(folder, part, f"{m}.py") for part, m in modules.items() if BUNDLE.fullmatch(m)}
         if code := sorted(set(Path(folder).rglob("*.py")) - bundled):
             raise ValueError(f"{code[0]}: code in the folder of a pipeline is never run; remove it")
@@ -61,16 +61,13 @@ class LatentVideoPipeline(generation.LatentVideoPipeline):
 
 def _class_named(part: str, named: Any, index: Path) -> list[str]:
     """[module, class] of this project for an entry of model_index.json, else ValueError."""
+    # The class of that name, if this project has one that fits the part
     module, name = named if isinstance(named, list) and len(named) == 2 else (None, None)
     find = {"Latte": Latte}.get if part == "transformer" else vae_class
     found = find(name) if isinstance(name, str) else None
-    if (
-        found is None
-        or getattr(found, "discrete", False)
-        or (module != found.__module__ and not BUNDLE.fullmatch(str(module)))
-    ):
+    usable = found is not None and not getattr(found, "discrete", False)
+    if not usable or (module != found.__module__ and not BUNDLE.fullmatch(str(module))):
         raise ValueError(f"{index}: {part} is {named}, not a class of this project")
-    vars(sys.modules[found.__module__]).setdefault(
-        "ModelMixin", ModelMixin
-    )  # diffusers looks there for how to load it
+    # diffusers looks in the module of a class for how to load it.
+    vars(sys.modules[found.__module__]).setdefault("ModelMixin", ModelMixin)
     return [found.__module__, name]

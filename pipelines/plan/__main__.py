@@ -29,14 +29,10 @@ modelled, without the adversarial term; [finetune.md](finetune.md) has the comma
 
 
 def rows() -> list[str]:
-    cards = CARDS.values()
-    lines = [
-        "| task | GiB needed | " + " | ".join(f"{card.name} ({card.gib:.0f} GiB)" for card in cards) + " |",
-        "| --- | --- |" + " --- |" * len(CARDS),
-    ]
-    for row in ROWS:
-        lines.append(_line(row))
-    return lines
+    """One line per task: the memory that it needs, and its time on each card that has so much."""
+    heads = " | ".join(f"{card.name} ({card.gib:.0f} GiB)" for card in CARDS.values())
+    lines = [f"| task | GiB needed | {heads} |", "| --- | --- |" + " --- |" * len(CARDS)]
+    return [*lines, *map(_line, ROWS)]
 
 
 def finetune_rows() -> list[str]:
@@ -44,6 +40,7 @@ def finetune_rows() -> list[str]:
     cards = [CARDS[name] for name in ("rtx4090", "l40s", "h100")]
     names = " | ".join(f"{card.name} ({card.gib:.0f} GiB), s a step" for card in cards)
     lines = [f"| VAE, clip | trained | GiB needed | {names} |", "| --- | --- | --- |" + " --- |" * len(cards)]
+    # Each VAE, at two sizes, with the encoder frozen and not
     for name in FINETUNED:
         for least, sides in CLIPS:
             for train in ("decoder", "all"):
@@ -59,7 +56,7 @@ def _line(row: Row) -> str:
     simulation = simulate(row.program, row.config())
     need, cells = needed_gib(simulation), []
     for card in CARDS.values():
-        took = sum(seconds(task.cost, card, row.tf32) * task.times for task in simulation.tasks)
+        took = simulation.seconds(card, row.tf32)
         cells.append(f"{took:.3g} s a {simulation.unit}" if need <= card.gib else "does not fit")
     return f"| {row.name} | {need:.1f} | " + " | ".join(cells) + " |"
 
@@ -72,24 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.hours:
         write_hours()
         return 0
-    card_lines = [
-        f"- {c.name}: {c.gib:g} GiB, {c.half / 1e12:g} TFLOP/s bf16, {c.tf32 / 1e12:g} TF32, {c.bandwidth / 1e12:g} TB/s"
-        for c in CARDS.values()
-    ]
-    text = INTRODUCTION + "\n".join(
-        [
-            *rows(),
-            FINETUNING,
-            *finetune_rows(),
-            "",
-            METHOD.replace("\n", " "),
-            "",
-            "Cards, by their makers:",
-            "",
-            *card_lines,
-            "",
-        ]
-    )
+    # The page: tasks, fine-tuning, how it was modelled, and the figures of the cards
+    card_lines = ""
+    for c in CARDS.values():
+        rates = f"{c.half / 1e12:g} TFLOP/s bf16, {c.tf32 / 1e12:g} TF32, {c.bandwidth / 1e12:g} TB/s"
+        card_lines += f"- {c.name}: {c.gib:g} GiB, {rates}\n"
+    text = INTRODUCTION + "\n".join([*rows(), FINETUNING, *finetune_rows()])
+    method = METHOD.replace("\n", " ")
+    text += f"\n\n{method}\n\nCards, by their makers:\n\n{card_lines}"
     if args.out:
         write_atomic(Path(args.out), text)
     else:

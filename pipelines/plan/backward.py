@@ -60,11 +60,13 @@ def _run_graph(
     roots: Sequence[Tensor], grads: Sequence[Tensor | None], retain: bool, wanted: dict[Any, int]
 ) -> dict[int, Tensor]:
     """Run the graph below the roots. wanted: {accumulator node: index}; empty: add to every leaf's .grad."""
+    # What is wanted of the graph, what waits for its node, and which node comes next
     needed = _leads_to(roots, wanted) if wanted else None
     waiting: dict[Any, list[Tensor | None]] = {}
     heap: list[tuple[int, int, Any]] = []
     found: dict[int, Tensor] = {}
 
+    # Gradients wait at their node until all that use its value have given theirs; leaves come last.
     def give(node: Any, index: int, grad: Tensor | None) -> None:
         if node is None or grad is None or (needed is not None and node not in needed):
             return
@@ -75,12 +77,15 @@ def _run_graph(
         old, grad = waiting[node][index], _fit(grad, node._input_metadata[index])  # users may broadcast apart
         waiting[node][index] = grad if old is None else old + grad
 
+    # Begin at the roots.
     for root, grad in zip(roots, grads, strict=True):
         give(root.grad_fn, root.output_nr, torch.ones_like(root) if grad is None else grad)
     del root, grad
+    # The newest node first: by then all that follow from it have run.
     while heap:
         node = heapq.heappop(heap)[2]
         incoming = waiting.pop(node)
+        # A value that was asked for, or a leaf of the graph, ends the walk there.
         if node in wanted:
             found[wanted[node]] = incoming[0]
             continue
@@ -88,12 +93,14 @@ def _run_graph(
             leaf = node.variable
             leaf.grad = incoming[0] if leaf.grad is None else leaf.grad.add_(incoming[0])
             continue
+        # Run the node, and free what only its backward needed.
         _Saved.used = []
         outgoing = _run(node, incoming)
         if not retain:
             for saved in _Saved.used:
                 saved.tensor = None
         del incoming
+        # Its results go to those before it.
         outgoing = outgoing if isinstance(outgoing, tuple) else (outgoing,)
         edges = node.next_functions
         for (follower, index), grad in zip(edges, outgoing, strict=False):
@@ -105,28 +112,30 @@ def _run_graph(
 def _run(node: Any, incoming: list[Tensor | None]) -> Any:
     if not isinstance(node, BackwardCFunction):
         return node(*incoming)
-    # a function written in Python gets zeros where nothing came
-    full = [
-        torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) if g is None else g
-        for g, m in zip(incoming, node._input_metadata, strict=True)
-    ]
+    # A function written in Python gets zeros where nothing came.
+    full = []
+    for grad, made in zip(incoming, node._input_metadata, strict=True):
+        zeros = torch.zeros(tuple(made.shape), dtype=made.dtype, device=made.device) if grad is None else None
+        full.append(grad if zeros is None else zeros)
     return node.apply(*full)
 
 
 def _leads_to(roots: Sequence[Tensor], wanted: dict[Any, int]) -> set:
     """The nodes below the roots from which one of the wanted ones can be reached."""
-    reaches: dict[Any, bool] = {}
+    reaches, seen = set(), set()
     stack = [(root.grad_fn, False) for root in roots]
+    # Depth first: a node is decided once all that it leads to are.
     while stack:
         node, done = stack.pop()
         followers = [n for n, _ in node.next_functions if n is not None]
         if done:
-            reaches[node] = node in wanted or any(reaches.get(n, False) for n in followers)
-        elif node not in reaches:
-            reaches[node] = node in wanted
+            if node in wanted or not reaches.isdisjoint(followers):
+                reaches.add(node)
+        elif node not in seen:
+            seen.add(node)
             stack.append((node, True))
-            stack.extend((n, False) for n in followers if n not in reaches)
-    return {node for node, leads in reaches.items() if leads}
+            stack.extend((follower, False) for follower in followers)
+    return reaches
 
 
 def _backward(
@@ -149,7 +158,7 @@ def _grad(
     grads = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs or [None] * len(roots))
     wanted = {_gradient_accumulator(leaf): i for i, leaf in enumerate(leaves)}
     found = _walk(roots, grads, bool(retain_graph), wanted)
-    return tuple(found.get(i) for i in range(len(leaves)))
+    return tuple(map(found.get, range(len(leaves))))
 
 
 @contextmanager

@@ -30,18 +30,16 @@ class Card:
     bandwidth: float
 
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card("h100", 79.1, 989e12, 495e12, 67e12, 3.35e12),
-        Card("h200", 139.8, 989e12, 495e12, 67e12, 4.8e12),
-        Card("a100", 79.2, 312e12, 156e12, 19.5e12, 2.04e12),
-        Card("a100-40", 39.4, 312e12, 156e12, 19.5e12, 1.56e12),
-        Card("l40s", 44.4, 362e12, 183e12, 91.6e12, 0.864e12),
-        Card("rtx4090", 23.6, 165e12, 82.6e12, 82.6e12, 1.008e12),
-        Card("rtx3090", 23.6, 71e12, 35.6e12, 35.6e12, 0.936e12),
-    )
-}
+_CARDS = (
+    Card("h100", 79.1, 989e12, 495e12, 67e12, 3.35e12),
+    Card("h200", 139.8, 989e12, 495e12, 67e12, 4.8e12),
+    Card("a100", 79.2, 312e12, 156e12, 19.5e12, 2.04e12),
+    Card("a100-40", 39.4, 312e12, 156e12, 19.5e12, 1.56e12),
+    Card("l40s", 44.4, 362e12, 183e12, 91.6e12, 0.864e12),
+    Card("rtx4090", 23.6, 165e12, 82.6e12, 82.6e12, 1.008e12),
+    Card("rtx3090", 23.6, 71e12, 35.6e12, 35.6e12, 0.936e12),
+)
+CARDS = {card.name: card for card in _CARDS}
 
 
 def find_card(name: str) -> Card:
@@ -73,9 +71,7 @@ def seconds(cost: Cost, card: Card, tf32: bool = False) -> float:
 
 
 def _device_seconds(work: Work, card: Card, tf32: bool) -> float:
-    rate = {"half": card.half, "conv32": card.tf32, "matmul32": card.tf32 if tf32 else card.fp32}.get(
-        work.unit, card.fp32
-    )
-    return max(
-        work.flops / (SHARE * rate), work.bytes / (BANDWIDTH_SHARE * card.bandwidth), work.kernels * KERNEL_S
-    )
+    # cuDNN takes TF32 for float32 convolutions; for products only where the program allows it.
+    rates = {"half": card.half, "conv32": card.tf32, "matmul32": card.tf32 if tf32 else card.fp32}
+    arithmetic = work.flops / (SHARE * rates.get(work.unit, card.fp32))
+    return max(arithmetic, work.bytes / (BANDWIDTH_SHARE * card.bandwidth), work.kernels * KERNEL_S)

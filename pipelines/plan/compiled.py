@@ -18,10 +18,9 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pipelines.plan.cost import VIEWS, Cost, Costs, Work, touched_bytes
+from pipelines.plan.cost import VIEWS, Cost, Costs, Work, tensors_of, touched_bytes
 
 CALL = 10  # operations' worth of the host's time: to check that a block's graph is the right one, and to enter it
 LARGE_SUM = 4096  # values: a larger sum ends before the next kernel begins
@@ -49,9 +48,11 @@ def compiled_blocks(costs: Costs) -> Iterator[None]:
 
 
 def _call(module: nn.Module, args: tuple, known: dict[tuple, Callable], costs: Costs) -> Any:
+    # One graph per block and per size of its inputs, as torch.compile keeps them.
     names, values = zip(*module.named_parameters(), strict=True)
     shapes = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (*values, *args)]
     key = (str(module), str(shapes), torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"))
+    # Trace forward and backward with what lies between them; both run on the interpreter below.
     if key not in known:
 
         def plain(*tensors: Tensor) -> Any:
@@ -82,6 +83,7 @@ class _Run(fx.Interpreter):
         self.costs, self.plan = costs, plan_of(graph.graph, costs)
 
     def run(self, *args: Any, **more: Any) -> Any:
+        # What the kernels of this graph cost; the tensors below are only tracked.
         cost = self.costs.cost
         cost.works += self.plan.works
         cost.layout_copies += self.plan.layout_copies
@@ -97,9 +99,8 @@ class _Run(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         out = super().run_node(node)
         if node in self.plan.written:
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self.costs.track(tensor, f"compiled {str(tensor.dtype).removeprefix('torch.')}")
+            for tensor in tensors_of(out):
+                self.costs.track(tensor, f"compiled {str(tensor.dtype).removeprefix('torch.')}")
         return out
 
 
@@ -119,12 +120,8 @@ def _is_extern(node: fx.Node) -> bool:
     return packet in flop_registry or "attention" in _name(node)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-
-
 def _elements(value: Any) -> int:
-    return max((t.numel() for t in _tensors(value)), default=0)
+    return max((t.numel() for t in tensors_of(value)), default=0)
 
 
 def _ends_a_kernel(node: fx.Node) -> bool:
@@ -137,6 +134,7 @@ def _ends_a_kernel(node: fx.Node) -> bool:
 
 def plan_of(graph: fx.Graph, costs: Costs) -> Plan:
     """The kernels of a graph: each node at the latest level at which its value is wanted, what hangs together there is one."""
+    # Views write nothing: their readers read what lies behind them.
     base: dict[fx.Node, fx.Node] = {}  # of a view: the node that wrote its memory
     users: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
@@ -174,24 +172,28 @@ def plan_of(graph: fx.Graph, costs: Costs) -> Plan:
 
     # Costs.
     works, written = Counter(), {n for n in calls if _is_extern(n)}
+    # What a kernel moves: the largest that it reads of each tensor, and what it leaves for others.
     for nodes in kernels.values():
         read: dict[fx.Node, int] = {}
         for node in nodes:
             for source in node.all_input_nodes:
                 if base[source] not in nodes:
-                    size = sum(map(touched_bytes, _tensors(source.meta["val"])))
+                    size = sum(map(touched_bytes, tensors_of(source.meta["val"])))
                     read[base[source]] = max(size, read.get(base[source], 0))
         results = [n for n in nodes if users[n] - set(nodes)]
         written.update(results)
-        moved = sum(read.values()) + sum(t.nbytes for n in results for t in _tensors(n.meta["val"]))
+        moved = sum(read.values())
+        for node in results:
+            moved += sum(tensor.nbytes for tensor in tensors_of(node.meta["val"]))
         sums = any(_ends_a_kernel(n) for n in nodes)
         works[Work("compiled", "fp32", 0, moved, 1 + sums)] += 1
+    # Products, convolutions and attention: kernels of their own, at the cost that they have uncompiled.
     before, costs.cost = costs.cost, Cost()
     for node in calls:
         if _is_extern(node):
             args, more = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             out = node.meta["val"]
-            work = costs.work(node.target, _name(node), args, more, out, _tensors(out))
+            work = costs.work(node.target, _name(node), args, more, out, tensors_of(out))
             works[work] += 1
     copies, costs.cost = costs.cost.layout_copies, before
     return Plan(works, copies, written)

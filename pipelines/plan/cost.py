@@ -65,15 +65,18 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        return sum(work.flops * n for work, n in self.works.items())
+        return self._total("flops")
 
     @property
     def bytes(self) -> int:
-        return sum(work.bytes * n for work, n in self.works.items())
+        return self._total("bytes")
 
     @property
     def kernels(self) -> int:
-        return sum(work.kernels * n for work, n in self.works.items())
+        return self._total("kernels")
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(work, name) * n for work, n in self.works.items())
 
 
 class Costs(TorchDispatchMode):
@@ -96,6 +99,7 @@ class Costs(TorchDispatchMode):
     def track(self, tensor: Tensor, name: str) -> None:
         if tensor.device.type != self.device or tensor.layout is not torch.strided:
             return
+        # A storage counts once, however many tensors share it, until nothing refers to it.
         storage = tensor.untyped_storage()
         size = -(-storage.nbytes() // self.round_to) * self.round_to
         key = storage._cdata
@@ -107,6 +111,7 @@ class Costs(TorchDispatchMode):
             weakref.finalize(storage, self._free, key)
         self._storages[key] = (size, name)
         self.live += size
+        # The kinds at the peak are listed only when it has grown by 2 %: that list costs time.
         if self.live > self.cost.peak:
             if self.live > 1.02 * max(self.cost.peak, 1) or not self.cost.at_peak:
                 self.cost.at_peak = self._largest_kinds()
@@ -127,6 +132,7 @@ class Costs(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.muted:
             return func(*args, **kwargs)
+        # An operation that is made of others is counted by its parts.
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -135,10 +141,12 @@ class Costs(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if space == "prim":
             return out
-        outs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.device.type == self.device]
+        # Memory: what it has made lives from now on.
+        outs = [tensor for tensor in tensors_of(out) if tensor.device.type == self.device]
         for tensor in outs:
             self.track(tensor, f"{name} {str(tensor.dtype).removeprefix('torch.')}")
             self.cost.largest = max(self.cost.largest, tensor.numel())
+        # Work, unless it only looks at memory in another way.
         plain = name.rstrip("_")
         if plain not in VIEWS and name not in _NO_WORK:
             work = self.work(func, name, args, kwargs, out, outs)
@@ -149,7 +157,8 @@ class Costs(TorchDispatchMode):
     def work(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]) -> Work | None:
         """What one operation costs; None if it is not the device's."""
         space = func.namespace
-        inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        # Bytes: each tensor that it reads or writes, once. Operations: torch's own formulas.
+        inputs = tensors_of((args, kwargs))
         touched = {id(t): t for t in [*inputs, *outs] if t.device.type == self.device}
         if not touched:
             return None
@@ -157,6 +166,7 @@ class Costs(TorchDispatchMode):
         counter = flop_registry.get(func._overloadpacket)
         if counter is not None:
             flops = counter(*args, **kwargs, out_val=out)
+        # What a library does beside the operation itself: copies of layout, second passes, more kernels.
         dtype = outs[0].dtype if outs else torch.float32
         if name == "convolution":
             more, extra, copies = _convolution_copies(args[0], args[1], args[2], outs[0])
@@ -187,6 +197,11 @@ def _unit(name: str, dtype: torch.dtype, flops: int) -> str:
     return "matmul32" if flops else "fp32"
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a value, however deep in lists and tuples."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def touched_bytes(t: Tensor) -> int:
     """Bytes of the elements that exist: a dimension of stride 0 counts once."""
     count = 1
@@ -204,14 +219,9 @@ def _is_channels_last(t: Tensor) -> bool:
 def _is_layout_copy(name: str, args: Any, outs: list[Tensor]) -> bool:
     """Whether a copy only changes the order in memory of a whole video tensor."""
     source = args[1] if name == "copy_" else args[0]
-    if (
-        not isinstance(source, Tensor)
-        or not outs
-        or source.ndim not in (4, 5)
-        or source.dtype != outs[0].dtype
-    ):
+    if not isinstance(source, Tensor) or not outs or source.ndim not in (4, 5):
         return False
-    if source.shape != outs[0].shape or source.shape[1] < 8:
+    if source.dtype != outs[0].dtype or source.shape != outs[0].shape or source.shape[1] < 8:
         return False
     return (source.stride(1) == 1) != (outs[0].stride(1) == 1)
 
@@ -222,10 +232,12 @@ def _convolution_copies(x: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
     cuDNN's half-precision kernels work channels-last: a contiguous input is transposed before and its output after.
     An operand that is in neither order is copied, and a bias is a pass of its own.
     """
+    # The layout in which cuDNN will work.
     last = _is_channels_last(out)
     layout = torch.contiguous_format
     if last:
         layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+    # Operands in another order are copied first; a bias is added afterwards.
     moved = kernels = copies = 0
     for operand in (x, weight):
         if not operand.is_contiguous(memory_format=layout):
@@ -233,6 +245,7 @@ def _convolution_copies(x: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
             copies += operand is x
     if bias is not None:
         moved, kernels = moved + 2 * out.nbytes, kernels + 1
+    # Half precision without channels-last: transposed on the way in and out.
     half = out.dtype in (torch.bfloat16, torch.float16)
     if half and not last and weight.shape[-1] > 1:
         moved, kernels, copies = moved + 2 * (x.nbytes + out.nbytes), kernels + 2, copies + 2

@@ -8,7 +8,7 @@ import yaml
 
 from data.core.files import write_atomic
 from pipelines.plan import programs
-from pipelines.plan.cards import CARDS, seconds
+from pipelines.plan.cards import CARDS
 from pipelines.plan.tasks import simulate
 from pipelines.results.markdown import markdown_table
 from pipelines.results.records import Command, config_of, judges_of, wanted
@@ -30,13 +30,8 @@ VIDEOS = {
     "panda70m": 2_000,
     "sky_timelapse": 2_000,
 }  # the last two: assumed
-FREE = (
-    "seed",
-    "model.init",
-    "clip_start",
-    "source.",
-    "cache.",
-)  # settings that do not change what a step costs
+# Settings that do not change what a step costs
+FREE = ("seed", "model.init", "clip_start", "source.", "cache.")
 
 
 def write_hours() -> None:
@@ -44,6 +39,7 @@ def write_hours() -> None:
 
     Takes minutes on one core.
     """
+    # Each command once: tables share work.
     costs: dict[str, dict[str, float]] = {}
     simulated: dict[str, Any] = {}
     for name in names():
@@ -52,6 +48,7 @@ def write_hours() -> None:
             before = [table.commands[earlier] for earlier in command.after]
             if command.name not in costs and (cost := cost_of(command, before, simulated)):
                 costs[command.name] = cost
+    # The figures for the tables, and the page that shows them
     lines = [f"{name}: {{hours: {c['hours']:.3g}, disk_gb: {c['disk_gb']:.2g}}}" for name, c in costs.items()]
     write_atomic(HOURS, HEAD + "\n".join(lines) + "\n")
     before, rest = PAGE.read_text().split(BEGIN)
@@ -65,14 +62,19 @@ def page_table() -> str:
         datasets = ("ucf101", "sky_timelapse") if name == "table2" else ("",)
         for dataset in datasets:
             commands = load_table(name, "paper", PLACES, dataset=dataset).commands.values()
-            needs = {what for command in commands for what, _ in command.needs}
-            needs |= {f"weights: {judge}" for command in commands for judge in judges_of(command)}
-            found = [costs[command.name] for command in commands if command.name in costs]
+            # What the user brings, and what all commands together cost
+            needs, hours, disk = {"weights": set(), "data": set()}, 0.0, 0.0
+            for command in commands:
+                needs["weights"].update(judges_of(command))
+                for what, _ in command.needs:
+                    kind, _, part = what.partition(": ")
+                    needs[kind].add(part)
+                cost = costs.get(command.name, {"hours": 0.0, "disk_gb": 0.0})
+                hours, disk = hours + cost["hours"], disk + cost["disk_gb"]
+            # The row
             cells = [f"`{name}{' --dataset ' + dataset if dataset else ''}`"]
-            for kind in ("weights: ", "data: "):
-                parts = sorted(what.removeprefix(kind) for what in needs if what.startswith(kind))
-                cells.append(" ".join(f"`{part}`" for part in parts) or "none")
-            hours, disk = (sum(cost[key] for cost in found) for key in ("hours", "disk_gb"))
+            for parts in needs.values():
+                cells.append(" ".join(f"`{part}`" for part in sorted(parts)) or "none")
             rows.append([*cells, f"{hours:,.0f}" if hours >= 1 else "minutes", f"{disk:,.0f} GB"])
     header = ["`python -m pipelines.table ...`", "weights", "data", f"GPU hours ({CARD})", "disk"]
     return markdown_table(header, rows)
@@ -113,7 +115,7 @@ def cost_of(
             simulated[key] = simulate(program, config)
     simulation = simulated[key]
     tf32 = config.precision.value == "tf32" if program != "reconstruct" else False
-    unit_s = sum(seconds(task.cost, CARDS[CARD], tf32) * task.times for task in simulation.tasks)
+    unit_s = simulation.seconds(CARDS[CARD], tf32)
 
     # How many units, and what stays on the disk
     if program.startswith("train"):

@@ -4,6 +4,7 @@ Tensors are torch's FakeTensors: they have a device, a shape, a dtype and stride
 real one would. A program's own classes run on them unchanged, in full size, on any machine, in seconds.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from pipelines.plan.backward import python_backward
 from pipelines.plan.cost import is_composite
 
 DEVICE = torch.device("cuda", 0)
-LOWEST_TORCH = (
-    "2.11"  # older ones ask the driver for the current device, crash, or let tensors of two devices mix
-)
+# Older ones ask the driver for the current device, crash, or let tensors of two devices mix.
+LOWEST_TORCH = "2.11"
 SMALL_COPY = 64 * 2**10  # bytes: the driver takes such a copy from ordinary memory without waiting
 aten = torch.ops.aten
 
@@ -43,17 +43,18 @@ class Syncs(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        # A value that is read from the device: the host would wait; here it is 1.
         if func is aten._local_scalar_dense.default:
             if args[0].device.type == "cuda":
                 self.note("a value is read from the device")
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        # A copy between host and device waits, unless it is asked not to and its memory is page-locked.
         out = func(*args, **kwargs)
         if func is aten._to_copy.default:
             self._check_copy(args[0], out, kwargs.get("non_blocking", False))
         elif func is aten.copy_.default:
-            self._check_copy(
-                args[1], args[0], args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-            )
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self._check_copy(args[1], args[0], non_blocking)
         return out
 
     def _check_copy(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
@@ -74,13 +75,10 @@ def _caller() -> str:
     import traceback
 
     for frame in reversed(traceback.extract_stack()):
-        if any(f"/{room}/" in frame.filename for room in ("vae", "denoiser", "eval", "data")) or (
-            "/pipelines/" in frame.filename and "/pipelines/plan/" not in frame.filename
-        ):
-            if "site-packages" not in frame.filename:
-                return (
-                    f"{frame.filename.rsplit('/', 2)[-2]}/{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
-                )
+        file = frame.filename
+        ours = re.search(r"/(vae|denoiser|eval|data|pipelines)/", file) and "site-packages" not in file
+        if ours and "/pipelines/plan/" not in file:
+            return f"{'/'.join(file.rsplit('/', 2)[-2:])}:{frame.lineno}"
     return "?"
 
 
@@ -109,22 +107,23 @@ def _attention(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: float | None = None,
         **more: Any,
     ) -> Tensor:
+        # Masks are not pretended; autocast casts first, as CUDA's rules say.
         if q.device.type != "cuda" or attn_mask is not None:
             return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
         if torch.is_autocast_enabled("cuda"):
-            q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
+            dtype = torch.get_autocast_dtype("cuda")
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         three = q.ndim == 3
         if three:
-            q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        # The kernel that CUDA would choose, with its memory.
         if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
-            out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[
-                0
-            ]
+            flash = aten._scaled_dot_product_flash_attention
+            out, *_ = flash(q, k, v, dropout_p, is_causal, False, scale=scale)
         else:
-            keep = torch.is_grad_enabled() and q.requires_grad
-            out = aten._scaled_dot_product_efficient_attention(
-                q, k, v, None, keep, dropout_p, is_causal, scale=scale
-            )[0]
+            efficient, keep = aten._scaled_dot_product_efficient_attention, q.requires_grad
+            keep = keep and torch.is_grad_enabled()
+            out, *_ = efficient(q, k, v, None, keep, dropout_p, is_causal, scale=scale)
         return out.squeeze(0) if three else out
 
     return attention
@@ -148,6 +147,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     if recurse:
         for child in module.children():
             child._apply(fn)
+    # A parameter takes the new tensor in place, with its gradient: optimizers refer to it.
     for name, param in module._parameters.items():
         if param is None:
             continue
@@ -201,13 +201,16 @@ def pretended_gpu() -> Iterator[Pretended]:
         return _filled(self.shape, 1.0 if self.dtype.is_floating_point else 0)
 
     with ExitStack() as stack:
+        # What torch asks the driver for is answered as an H100 would.
         patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
         patch("torch.cuda.get_device_capability", lambda *_, **__: (9, 0))
+        # Kernels that torch chooses by the device
         patch("torch.nn.functional.scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
         name = "torch._C._conv_determine_backend_memory_format"
         patch(name, _convolution_layout(torch._C._conv_determine_backend_memory_format))
+        # Tensors without data: moving them, reading them, page-locking them
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(mock.patch.object(FakeTensor, "pin_memory", pinned))
@@ -216,6 +219,7 @@ def pretended_gpu() -> Iterator[Pretended]:
         types = optim._foreach_supported_types
         types.append(FakeTensor)
         stack.callback(types.remove, FakeTensor)
+        # The device itself: backward passes, tensors without data, and who waits for it
         stack.enter_context(python_backward())
         stack.enter_context(mode)
         stack.enter_context(syncs)

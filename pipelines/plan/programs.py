@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pipelines.plan.cards import Card, seconds
 from pipelines.plan.compiled import compiled_blocks
 from pipelines.plan.cost import Cost, Costs
 from pipelines.plan.pretend import DEVICE, Pretended, pretended_gpu
@@ -47,6 +48,10 @@ class Simulation:
     @property
     def peak(self) -> int:
         return max(task.cost.peak for task in self.tasks)
+
+    def seconds(self, card: Card, tf32: bool) -> float:
+        """Time of one unit on a card."""
+        return sum(seconds(task.cost, card, tf32) * task.times for task in self.tasks)
 
 
 @contextmanager
@@ -81,6 +86,7 @@ def _train_step(trainer: Any, costs: Costs, batches: Iterator[Any]) -> Cost:
         trainer.step = at
         return cost
 
+    # One micro-batch, then two: the difference is what each further one costs.
     one = of(1)
     if count == 1:
         return one
@@ -125,17 +131,19 @@ def stage_one_parts(
     from pipelines.training.settings import GANSchedule
     from pipelines.training.start import build_vae_model
 
+    # Networks of the settings' sizes, with no weights from anywhere.
     loss, clip = config.loss, config.clip
     with where:
         perceptual = _perceptual(config)
         vae = build_vae_model(config)
+        # VidTok's mix factors are made from numbers: real, they cannot be copied.
         if isinstance(next(vae.parameters()), FakeTensor):
-            vae._apply(
-                torch.empty_like
-            )  # VidTok's mix factors are made from numbers: real, they cannot be copied
+            vae._apply(torch.empty_like)
+    # The trainer, and batches of random pixels as the loader would give them.
     trainer = make_trainer(config, accelerator, vae, perceptual and perceptual.to(accelerator.device))
     shape = (config.micro_batch, clip.num_frames, *(sides or (clip.size, clip.size)), 3)
     batches = _endless(lambda: {"video": _pinned(_pixels(shape)), "number": list(range(config.micro_batch))})
+    # Which kinds of steps there are, a step number of each, and how large its share of the run is.
     if trainer.discriminator is None:
         return trainer, batches, {"VAE": (0, 1.0)}
     full = loss.gan_start + loss.gan_warmup
@@ -168,6 +176,7 @@ def stage_one(
             trainer.step, accelerator.gradient_accumulation_steps = at, 1
             trainer.train_step(batches)
         gpu.syncs.found.clear()
+        # Each phase, from a state in which all optimizers have theirs.
         tasks = []
         for name, (at, share) in phases.items():
             trainer.step = at
@@ -208,6 +217,7 @@ def stage_two_parts(
     from pipelines.training.settings import Mode
     from pipelines.training.start import build_latte
 
+    # The frozen VAE, which also draws the sample grids, and the denoiser of its latents.
     device = accelerator.device
     vae = imagined_vae(config.vae)
     with where:
@@ -216,6 +226,7 @@ def stage_two_parts(
     online = config.mode is Mode.online
     encode = OnlineLatents(frozen, device) if online else None
     trainer = make_trainer(config, accelerator, latte, vae, encode)
+    # Batches: pixels for the encoder, or latents.
     B, clip = config.micro_batch, config.clip
     side = clip.size // vae.spatial_compression_ratio
     latent = (B, vae.latent_channels, vae.latent_frames(clip.num_frames), side, side)
@@ -236,6 +247,7 @@ def stage_two(make_trainer: Callable[..., Any], config: Any) -> Simulation:
     accelerator = make_accelerator(config)
     with _device() as (gpu, costs):
         trainer, batches, _vae = stage_two_parts(make_trainer, config, accelerator, torch.device("cpu"))
+        # The first step makes the optimizer's state; the second is what all others cost.
         accelerator.gradient_accumulation_steps = 1
         trainer.train_step(batches)  # makes the optimizer's state
         gpu.syncs.found.clear()
@@ -265,12 +277,14 @@ def encode_and_decode(
     with _device() as (_, costs):
         vae = vae_of().to(DEVICE, dtype)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            # What is prepared once a model, before the count begins.
             x = _empty(batch, 3, frames, size, size, dtype=dtype)
             short = min(frames, sum(vae.clip_lengths))
             z = vae.encode(x[:, :, :short]).latent_dist.mode().to(dtype)  # what is prepared once a model
             if decode:
                 vae.decode(z)
             del z
+            # Encoding, then decoding what it gave; the clip is gone by then.
             resident = costs.live - x.nbytes
             latents: list[Tensor] = []
             cost = _measure(costs, lambda: latents.append(vae.encode(x).latent_dist.mode().to(dtype)))
@@ -286,6 +300,7 @@ def benchmark(config: Any) -> Simulation:
     """benchmark: one encode and one decode of each variant. config: BenchmarkConfig."""
     from vae import ODVAE
 
+    # Each variant alone: weights of one do not weigh on another.
     dtype = torch.bfloat16 if config.precision.value == "bf16" else torch.float32
     tasks, resident = [], {}
     for variant in config.variants:
@@ -351,12 +366,14 @@ def sample(config: Any, trained: Any = None) -> Simulation:
     from pipelines.video_pipeline import LatentVideoPipeline
 
     with _device() as (_, costs):
+        # The networks, of a training that is planned or of a pipeline's folder.
         if trained:
             vae = imagined_vae(trained.vae)
             latte = build_latte(trained, vae, CLASSES.get(trained.source.name))
         else:
             geometry, _, vae_settings = _pipeline_parts(Path(config.pipeline))
             vae, latte = imagined_vae(vae_settings), Latte(**geometry)
+        # As the program: frozen, in its precision, compiled if asked for.
         tile_time(vae, config.tiling_frames, "tiling_frames")
         classes, latte = latte.config.num_classes is not None, latte.to(DEVICE).eval().requires_grad_(False)
         pipe = LatentVideoPipeline(vae=_frozen(vae, DEVICE, config.precision), transformer=latte)
@@ -365,6 +382,7 @@ def sample(config: Any, trained: Any = None) -> Simulation:
         resident, B = costs.live, config.batch
         shape = (latte.config.in_channels, latte.config.num_frames, *latte.latent_hw)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=_half(config)):
+            # One step of the batch, and one video decoded.
             x, t = _empty(B, *shape), torch.zeros(B, dtype=torch.int64, device=DEVICE)
             y = torch.zeros(B, dtype=torch.int64, device=DEVICE) if classes else None
             one = _measure(costs, lambda: cfg_forward(latte, x, t, y, config.guidance_scale))

@@ -26,23 +26,25 @@ def plan_text(program: str, simulate: Callable[[Any], Simulation], config: Any, 
 
     simulate: from `pipelines.plan.programs`. Raises ValueError for a card that is not in the table.
     """
+    # The work on the card, a line for each kind.
     card = find_card(card_name)
     simulation = simulate(config)
     tf32 = getattr(getattr(config, "precision", None), "value", "") == "tf32"
     lines = [f"{program} on one {card.name} ({card.gib:g} GiB)", METHOD, ""]
     lines.append(f"{'work':44s} {'peak GiB':>9s} {'TFLOP':>9s} {'GB moved':>9s} {'kernels':>8s} {'ms':>9s}")
-    total = 0.0
     for task in simulation.tasks:
         cost, took = task.cost, seconds(task.cost, card, tf32)
-        total += took * task.times
         lines.append(
             f"{task.name:44s} {cost.peak / GIB:9.2f} {cost.flops / 1e12:9.1f} {cost.bytes / 1e9:9.1f} "
             f"{cost.kernels:8d} {1000 * took:9.1f}"
         )
+    # What stays in memory, and what fills it at the peak.
     lines.append("")
     held = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in simulation.resident.items())
     largest = max(simulation.tasks, key=lambda task: task.cost.peak)
     lines.append(f"always there: {held}; largest at the peak: {_kinds(largest.cost)}")
+    # Time of one unit and of the whole run; tensors that some kernels cannot count; does it fit?
+    total = simulation.seconds(card, tf32)
     if simulation.unit:
         lines.append(f"mean: {total:.3g} s a {simulation.unit}, {1 / total:.3g} {simulation.unit}s a second")
     lines += _whole_run(program, config, total)
@@ -80,6 +82,7 @@ def _verdict(
     known = f"needs about {need:.1f} GiB with context and gaps"
     if need <= card.gib:
         return [f"fits: {known}"]
+    # It does not: try what needs less, until something fits.
     lines = [f"DOES NOT FIT: {known}, the card has {card.gib:g}"]
     for words, smaller in _smaller(program, config):
         need = needed_gib(simulate(smaller))
@@ -92,27 +95,22 @@ def _verdict(
 
 def _smaller(program: str, config: Any) -> Iterator[tuple[str, Any]]:
     """Settings that need less memory, one change after another, the cheapest in time first."""
-    changes: list[dict[str, Any]] = []
-    if program in ("train_vae", "train_latte"):
-        if config.precision.value != "bf16":
-            changes.append({"precision": type(config.precision).bf16})
-        if not config.gradient_checkpointing:
-            changes.append({"gradient_checkpointing": True})
-        if config.micro_batch > 1:
-            changes.append({"micro_batch": 1})
-    elif program == "sample":
-        if config.precision.value != "bf16":
-            changes.append({"precision": type(config.precision).bf16})
-        if config.batch > 1:
-            changes.append({"batch": 1})
-    elif program == "cache_latents" and config.cache.batch > 1:
-        changes.append({"cache": dataclasses.replace(config.cache, batch=1)})
-    made: dict[str, Any] = {}
-    for change in changes:
-        made |= change
-        words = " ".join("cache.batch=1" if k == "cache" else f"{k}={_word(v)}" for k, v in made.items())
-        yield words, dataclasses.replace(config, **made)
-
-
-def _word(value: Any) -> str:
-    return str(getattr(value, "value", value)).lower()
+    # (words, key, value) of what the program has and has not chosen yet
+    trains = program in ("train_vae", "train_latte")
+    changes: list[tuple[str, str, Any]] = []
+    if (trains or program == "sample") and config.precision.value != "bf16":
+        changes.append(("precision=bf16", "precision", type(config.precision).bf16))
+    if trains and not config.gradient_checkpointing:
+        changes.append(("gradient_checkpointing=true", "gradient_checkpointing", True))
+    if trains and config.micro_batch > 1:
+        changes.append(("micro_batch=1", "micro_batch", 1))
+    if program == "sample" and config.batch > 1:
+        changes.append(("batch=1", "batch", 1))
+    if program == "cache_latents" and config.cache.batch > 1:
+        changes.append(("cache.batch=1", "cache", dataclasses.replace(config.cache, batch=1)))
+    # Each together with those before it
+    words: list[str] = []
+    for word, key, value in changes:
+        words.append(word)
+        config = dataclasses.replace(config, **{key: value})
+        yield " ".join(words), config

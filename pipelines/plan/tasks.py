@@ -15,11 +15,8 @@ from pipelines.train_vae import TrainVAEConfig, VAETrainer
 from pipelines.training.config import load
 from vae import build_vae
 
-STAGE1, STAGE2, SAMPLE = (
-    "configs/stage1/odvae.yaml",
-    "configs/stage2/ucf101.yaml",
-    "configs/sample/ucf101.yaml",
-)
+STAGE1, STAGE2 = "configs/stage1/odvae.yaml", "configs/stage2/ucf101.yaml"
+SAMPLE = "configs/sample/ucf101.yaml"
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,20 @@ ROWS = (
 )
 
 
+def find_row(name: str) -> Row:
+    """The row of that name."""
+    return next(row for row in ROWS if row.name == name)
+
+
 FINETUNE = "configs/stage1/finetune.yaml"
 FINETUNED = ("wan", "cogvideox", "ltx", "hunyuanvideo", "mochi")
-CLIPS = (
-    (17, (256, 256)),
-    (33, (480, 832)),
-)  # frames, or the next length that the VAE takes; height and width
+CLIPS = (17, (256, 256)), (33, (480, 832))  # frames, or the next length that the VAE takes; height and width
 
 
 def finetune(name: str, frames: int, sides: tuple[int, int], train: str) -> tuple[int, programs.Simulation]:
     """(clip length, costs of a step of one clip) of fine-tuning that VAE of diffusers at its default size, without GAN."""
     with TemporaryDirectory() as folder:
+        # The VAE in its size, without weights, and the next length that it takes.
         with torch.device("meta"):
             vae = build_vae(name)
         vae.save_config(folder)
@@ -94,6 +94,7 @@ def finetune(name: str, frames: int, sides: tuple[int, int], train: str) -> tupl
                 break
             except ValueError:
                 frames += 1
+        # A step of its decoder, or of all of it.
         words = (f"model.init_from={folder}", f"model.train={train}", f"clip.num_frames={frames}")
         config = load(TrainVAEConfig, FINETUNE, [*words, *_one(1), "loss.gan_weight=0"])
         return frames, programs.stage_one(VAETrainer, config, sides)

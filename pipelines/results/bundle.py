@@ -7,6 +7,7 @@ everything, and its name has a digest of its content: two exports of different c
 import ast
 import hashlib
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,16 @@ def _tree(module: str, cls: str) -> ast.Module:
     tree = ast.parse(_file(module).read_text())
     if module.partition(".")[0] in ROOMS:
         return tree
-    wanted, size = {cls}, 0
+    # From the class on: what its code names, what that code names, until nothing new is named.
+    wanted, size, kept = {cls}, 0, []
     while size < len(wanted):
-        size = len(wanted)
-        kept = [node for node in tree.body if wanted & {*_defined(node), *_imported(node)}]
-        defining = [node for node in kept if not _imported(node)]
-        wanted |= {n.id for node in defining for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return ast.Module([node for node in tree.body if node in kept], [])
+        size, kept = len(wanted), []
+        for node in tree.body:
+            if wanted & {*_defined(node), *_imported(node)}:
+                kept.append(node)
+                if not _imported(node):
+                    wanted |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return ast.Module(kept, [])
 
 
 def _imported(node: ast.stmt) -> list[str]:
@@ -82,8 +86,10 @@ def _defined(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield node.name
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name):
+                    yield name.id
 
 
 def source(module: str, cls: str = "") -> str:
@@ -91,6 +97,7 @@ def source(module: str, cls: str = "") -> str:
 
     Raises ValueError where two of them define the same name.
     """
+    # All modules together; two names that are equal would hide one another.
     trees, owner = _needed(module, cls, {}), {}
     for part, tree in trees.items():
         for name in _names(tree):
@@ -104,11 +111,14 @@ def source(module: str, cls: str = "") -> str:
 
 
 def _section(module: str, tree: ast.Module, trees: dict[str, ast.Module]) -> str:
+    """A module's own text, without its docstring and what is not needed, its imports replaced by names of this file."""
+    # What goes: the docstring and unneeded statements. edits: first line -> (last line, new text)
     whole, lines = ast.parse(text := _file(module).read_text()), text.splitlines()
-    edits, wanted = {}, {node.lineno for node in tree.body}  # first line -> (last line, text)
+    edits, wanted = {}, {node.lineno for node in tree.body}
     for node in whole.body:
         if node.lineno not in wanted or (node is whole.body[0] and ast.get_docstring(whole) is not None):
             edits[_first(node)] = (node.end_lineno, "")
+    # Imports of this project: the names stand in the same file now, modules become namespaces of them.
     for node in ast.walk(tree):
         if not (own := _own(node)):
             continue
@@ -121,8 +131,8 @@ def _section(module: str, tree: ast.Module, trees: dict[str, ast.Module]) -> str
                 new.append(f"{name} = SimpleNamespace({members})")
             elif name != there:
                 new.append(f"{name} = {there}")
-        indent = " " * node.col_offset
-        edits[node.lineno] = (node.end_lineno, "\n".join(indent + line for line in new))
+        edits[node.lineno] = (node.end_lineno, textwrap.indent("\n".join(new), " " * node.col_offset))
+    # All other lines as they are
     kept, number = [f"\n\n# ==== {module.replace('.', '/')}.py {'=' * 60}"], 1
     while number <= len(lines):
         last, text = edits.get(number, (number, lines[number - 1]))
@@ -148,14 +158,16 @@ def add_code(folder: Path, model: Any, kind: str) -> None:
         if needs_code(model):
             _write(folder, type(model), type(model).__module__)
         return
+    # Each part beside its weights, and the pipeline's own class
     index = read_json(folder / "model_index.json")
     for part in ("vae", "transformer"):
         cls = type(getattr(model, part))
         index[part] = [_write(folder / part, cls, cls.__module__), cls.__name__]
     module = "pipelines.generation"
     index["_class_name"] = [_write(folder, type(model), module), type(model).__name__]
-    # a list would be taken for a component when diffusers downloads the folder
-    index["class_names"] = {str(n): name for n, name in enumerate(index.get("class_names") or [])}
+    # A list would be taken for a component when diffusers downloads the folder.
+    names = index.get("class_names") or []
+    index["class_names"] = dict(zip(map(str, range(len(names))), names, strict=True))
     write_json(folder / "model_index.json", index)
 
 

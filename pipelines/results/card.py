@@ -58,7 +58,7 @@ def public(value: Any) -> Any:
     if isinstance(value, dict):
         return {public(k): public(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [public(v) for v in value]
+        return list(map(public, value))
     if not isinstance(value, str):
         return value
     return Path(value).name if value.startswith("/") and "\n" not in value else _PATH.sub("", value)
@@ -141,7 +141,7 @@ def render(card: Card) -> str:
         "vae": vae,
         "vae_class": type(vae).__name__,
         "latte": latte,
-        "params": sum(p.numel() for p in (latte or vae).parameters()),
+        "params": (latte or vae).num_parameters(),
         "numbers": markdown_table(["score", "value", "protocol", "record"], rows).rstrip(),
         "where": card.repo or "path/to/this/folder",
         "code": latte is not None or needs_code(vae),
@@ -158,10 +158,15 @@ def render(card: Card) -> str:
 
 def _training(run: Run) -> dict[str, Any]:
     """How a model was trained, in words of the template."""
+    # What it saw, on which machine, with which code
     data = [f"{v:,} {k}" for k, v in run.checkpoint.get("data", {}).items() if isinstance(v, int)]
-    cores = {start["host_cores"] for start in run.starts if start.get("host_cores")}
+    cores = set(filter(None, (start.get("host_cores") for start in run.starts)))
     speed = run.speed_text("steps/s")
-    code = [f"{k} {v}" for k, v in run.versions.items() if k in ("git", "python", "torch", "diffusers")]
+    code = []
+    for name in ("python", "git", "torch", "diffusers"):
+        if name in run.versions:
+            code.append(f"{name} {run.versions[name]}")
+    # All settings but those that tell about a machine
     settings = []
     for key, value in run.settings.items():
         if key not in HIDDEN:

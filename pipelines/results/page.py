@@ -135,12 +135,19 @@ def is_number(value: Any) -> bool:
 
 def series_of(records: Sequence[dict], *names: str) -> Series:
     """Curves of a metrics.jsonl: only names that occur, only finite values."""
-    found = {}
+    found: Series = {}
     for name in names:
-        points = [(r["step"], r[name]) for r in records if is_number(r.get(name))]
-        if points:
-            found[name] = tuple(map(list, zip(*points, strict=True)))
+        for record in records:
+            if is_number(record.get(name)):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(record[name])
     return found
+
+
+def has_points(series: Series) -> bool:
+    """Whether there is anything to draw."""
+    return any(len(x) for x, *_ in series.values())
 
 
 def downsample(steps: Sequence[float], values: Sequence[float], bins: int = BINS) -> np.ndarray:
@@ -167,6 +174,7 @@ def curve_figure(series: Series, caption: str, log_y: bool = False, styles: Styl
     for name, (x, y, *_) in series.items():
         if len(x):
             ends.append(f"{name} from {y[0]:.4g} at step {x[0]:,.0f} to {y[-1]:.4g} at step {x[-1]:,.0f}")
+    # The picture, for readers without scripts; page.js draws the chart from the same points.
     figure = svg_figure(
         curve_svg(series, log_y=log_y, styles=styles), caption, f"{caption}. {'; '.join(ends[:8])}"
     )
@@ -179,9 +187,10 @@ def _chart(series: Series, caption: str, log: bool, styles: Styles) -> str:
     curves = []
     for name, (x, y, *_) in series.items():
         if len(x):
-            columns = zip(("x", "y", "low", "high"), downsample(x, y), strict=True)
-            points = {key: [float(f"{v:.6g}") for v in column] for key, column in columns}
-            curves.append({"name": name, "color": styles[name][0], "dash": LINES[styles[name][1]], **points})
+            curve = {"name": name, "color": styles[name][0], "dash": LINES[styles[name][1]]}
+            for key, column in zip(("x", "y", "low", "high"), downsample(x, y), strict=True):
+                curve[key] = [float(f"{v:.6g}") for v in column]
+            curves.append(curve)
     return json.dumps({"title": caption, "log": log, "series": curves}) if curves else ""
 
 
@@ -215,7 +224,7 @@ def curve_svg(
                 axes.errorbar(x, y, yerr=[y - low, high - y], color=style["color"])
             elif (high > low).any():
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        if not any(len(x) for x, *_ in series.values()):
+        if not has_points(series):
             axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
         elif log_y and _far_apart(series):
             _log_axis(axes)
@@ -233,6 +242,7 @@ def curve_svg(
         axes.spines[["top", "right"]].set_visible(False)
         picture = io.StringIO()
         canvas.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # The page's colours, light or dark
     theme = "<style>svg{color:#1a1d21}@media(prefers-color-scheme:dark){svg{color:#e8eaee}}</style>"
     return picture.getvalue().replace(INK, "currentColor").replace("<defs>", theme + "<defs>", 1)
 

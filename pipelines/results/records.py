@@ -20,7 +20,7 @@ from pipelines.training.log import read_metrics
 # Settings that say where things lie: no result depends on them
 PLACES = {"root", "init_from", "path", "out", "pipeline", "transformer", "dir", "run_dir", "index_dir"}
 PLACES |= {"lpips_weights", "i3d_weights"}
-# Of records older than the setting
+# What settings were before they existed: older records do not have them
 BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False, "rfvd": False}
 SHOWN = 3  # differences named in one message
 

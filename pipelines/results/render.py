@@ -5,7 +5,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,11 +137,16 @@ def cells_of(desk: Desk, table: Table) -> Cells:
                     cell.sources.append(_source(desk, table, table.commands[name], column))
     # The best and second of each column: ours among ours, the paper's among the paper's
     for column in table.columns:
-        here = [cells[row.name, column.title] for row in table.rows if row.marked]
-        ours = [(cell, cell.mean) for cell in here if cell.mean is not None and not cell.label]
+        ours, papers = [], []
+        for row in table.rows:
+            cell = cells[row.name, column.title]
+            if row.marked and cell.mean is not None and not cell.label:
+                ours.append((cell, round(cell.mean, column.digits)))
+            if row.marked and cell.paper:
+                papers.append((cell, float(cell.paper)))
         for cell, mark in _ranked(ours, column):
             cell.mark = mark
-        for cell, mark in _ranked([(cell, float(cell.paper)) for cell in here if cell.paper], column):
+        for cell, mark in _ranked(papers, column):
             cell.paper_mark = mark
     return cells
 
@@ -178,14 +183,14 @@ def why_not(desk: Desk, table: Table, command: Command) -> tuple[str, str]:
     return state.word, state.reason or "run it with --run"
 
 
-def _ranked(numbers: list[tuple[Cell, float]], column: Column) -> list[tuple[Cell, str]]:
-    """Best and second of at least two; numbers that print alike share their mark."""
+def _ranked(numbers: list[tuple[Cell, float]], column: Column) -> Iterator[tuple[Cell, str]]:
+    """Best and second of at least two printed numbers; equal ones share their mark."""
+    order = sorted({number for _, number in numbers}, reverse=column.better == "up")[:2]
     if column.better == "none" or len(numbers) < 2:
-        return []
-    printed = [(cell, round(number, column.digits)) for cell, number in numbers]
-    order = sorted({number for _, number in printed}, reverse=column.better == "up")
-    marks = dict(zip(order, ("best", "second"), strict=False))
-    return [(cell, marks[number]) for cell, number in printed if number in marks]
+        return
+    for cell, number in numbers:
+        if number in order:
+            yield cell, ("best", "second")[order.index(number)]
 
 
 # ---- panels ----------------------------------------------------------------------------------------------
@@ -272,9 +277,11 @@ def render(desk: Desk, table: Table) -> Path:
 def frame(table: Table, cells: Cells, form: Format) -> pd.DataFrame:
     """The table as text of a format."""
     arrows = {"up": form.up, "down": form.down, "none": ""}
-    columns = [form.escape(column.title) + arrows[column.better] for column in table.columns]
-    rows = [[cells[row.name, c.title].shown(form) for c in table.columns] for row in table.rows]
-    return pd.DataFrame(rows, index=[form.escape(row.name) for row in table.rows], columns=columns)
+    columns = {}
+    for column in table.columns:
+        title = form.escape(column.title) + arrows[column.better]
+        columns[title] = [cells[row.name, column.title].shown(form) for row in table.rows]
+    return pd.DataFrame(columns, index=[form.escape(row.name) for row in table.rows])
 
 
 def numbers(table: Table, cells: Cells) -> pd.DataFrame:
@@ -331,17 +338,18 @@ def traces(table: Table, cells: Cells) -> pd.DataFrame:
 
 def markdown(table: Table, cells: Cells, figures: list[Figure]) -> str:
     """The table, its panels, notes, and the record of each number."""
+    # Title, what it is, and the table itself.
     about = f"{table.source}. Preset {table.preset}: {table.about}."
     parts = [f"# {table.title}", about, table.text]
     shown = frame(table, cells, MARKDOWN)
     parts.append(markdown_table(["", *shown.columns], shown.reset_index().values))
     for number, figure in enumerate(figures, 1):
         parts += [f"![{figure.alt}]({table.name}-{number}.svg)", plain(figure.caption)]
+    # Which rows differ by more than their seeds do.
     if len(found := differences(table, cells)):
-        parts += [
-            "## Differences, paired by seed",
-            markdown_table(found.columns, found.map(str).map(plain).values),
-        ]
+        shown = markdown_table(found.columns, found.map(str).map(plain).values)
+        parts += ["## Differences, paired by seed", shown]
+    # What is needed to read the table, and to check it.
     if notes := remarks(table, cells):
         parts += ["## Notes", "\n".join(f"- {plain(text)}" for text in notes)]
     made = traces(table, cells).drop(columns="protocol").map(plain)

@@ -1,5 +1,6 @@
 """The sections of a page about runs: how far, curves, videos that play, samples by class, settings, versions."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 
 from data.video import probe, read_frames
 from pipelines.results.page import (
@@ -20,6 +22,7 @@ from pipelines.results.page import (
     Styles,
     clip_figure,
     curve_figure,
+    has_points,
     is_number,
     series_of,
     video_figure,
@@ -106,12 +109,10 @@ def keys(runs: Sequence[Run]) -> list[str | Key]:
     return ["", *(Key(label, COLORS[n % len(COLORS)]) for n, label in enumerate(labels(runs)))]
 
 
-def side_by_side(columns: Sequence[dict[str, str]], missing: str = "") -> list[tuple[str, ...]]:
+def side_by_side(columns: Sequence[dict[str, Any]], missing: str = "") -> list[tuple[Any, ...]]:
     """Rows (key, value in each column) of several runs."""
-    every: dict[str, str] = {}
-    for column in columns:
-        every |= column
-    return [(key, *(column.get(key, missing) for column in columns)) for key in every]
+    every = dict.fromkeys(itertools.chain(*columns))
+    return [(key, *[column.get(key, missing) for column in columns]) for key in every]
 
 
 # ---- how far, how good ------------------------------------------------------------------------------------
@@ -128,34 +129,36 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
         if last and len(found) < 4:
             found.append((title, form.format(last[1]), f"at step {last[0]:,}"))
     # Speed and memory; a run in progress has no efficiency.json yet, its last log line counts
-    speed = run.speed_text("it/s")
-    if speed is None:
-        logged = [r["eff/tspeed"] for r in run.speed if is_number(r.get("eff/tspeed"))]
-        speed = f"{logged[-1]:.3f} it/s" if logged and logged[-1] else "not measured"
+    speed, logged = run.speed_text("it/s"), run.last("eff/tspeed")
+    if speed is None and logged:
+        speed = f"{logged[1]:.3f} it/s"
     how = f"global batch {batch}, mode {run.efficiency.get('mode', 'unknown')}"
-    return [*found, ("TSpeed", speed, how), ("TMem", run.memory_text(), "memory of the GPU")]
+    found.append(("TSpeed", speed or "not measured", how))
+    return [*found, ("TMem", run.memory_text(), "memory of the GPU")]
 
 
 def overview(runs: Sequence[Run]) -> Section:
     """Tiles of one run; of several what differs between their settings, and their tiles as a table."""
     if len(runs) == 1:
         return Section("Overview", tiles=facts(runs[0]))
-    settings, columns = [], []
+    rows, columns = [], []
+    for key, *values in side_by_side([run.settings for run in runs], "no such key"):
+        if key != "run_dir" and len(set(map(str, values))) > 1:
+            rows.append((key, *map(str, values)))
     for run in runs:
-        settings.append({k: str(v) for k, v in run.settings.items() if k != "run_dir"})
         columns.append({name: f"{value} ({note})" for name, value, note in facts(run)})
-    rows = [row for row in side_by_side(settings, "no such key") if len(set(row[1:])) > 1]
     text = "" if rows else "All settings are equal."
     return Section("Overview", text, header=keys(runs), rows=[*rows, *side_by_side(columns)], dim_from=99)
 
 
 def scores(paths: Sequence[Path]) -> Section:
     """The judges' records, each with its protocol and the paper's number where one belongs to it."""
-    rows = [row_of(record) for record in read_records(paths)]
-    for row in rows:
-        row["made with"] = ", ".join(filter(None, (row.pop(key) for key in MADE_WITH)))
-    kept = [key for key in rows[0] if any(row[key] for row in rows)]
-    return Section("Scores", header=kept, rows=[[row[key] for key in kept] for row in rows])
+    table = pd.DataFrame(map(row_of, read_records(paths)))
+    # What only a doubter reads goes into one column, and a column without any text goes.
+    made = table[list(MADE_WITH)].apply(lambda row: ", ".join(filter(None, row)), axis=1)
+    table = table.drop(columns=list(MADE_WITH)).assign(**{"made with": made})
+    table = table.loc[:, (table != "").any()]
+    return Section("Scores", header=list(table.columns), rows=table.values.tolist())
 
 
 # ---- curves ----------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def curves(runs: Sequence[Run]) -> Section:
     # Which charts there are: names that belong together share one
     records = [[*run.metrics, *run.speed] for run in runs]
     logged: dict[str, Any] = {}
-    for record in (record for rows in records for record in rows):
+    for record in itertools.chain(*records):
         logged |= record
     charts: dict[str, list[str]] = {}
     logged.pop("step", None)
@@ -181,7 +184,7 @@ def curves(runs: Sequence[Run]) -> Section:
     figures = []
     for chart in sorted(charts, key=place):
         lines, styles = lines_of(chart, sorted(charts[chart]), records, labels(runs))
-        if any(len(steps) for steps, *_ in lines.values()):
+        if has_points(lines):
             title = TITLES.get(chart)
             caption = f"{chart.rstrip('/_')}: {title}" if title else chart
             log_y = chart.startswith(("loss", "grad_norm"))
@@ -279,13 +282,12 @@ def tiles_in_words(run: Run, kind: str) -> str:
 def compared(runs: Sequence[Run], budget: Budget) -> list[Section]:
     """A table step x run for each kind of preview: what lies in one row is of one step, and the same clips."""
     found, sections = [previews(run) for run in runs], []
-    for kind in dict.fromkeys(kind for kinds in found for kind in kinds if kind != "real"):
+    real = [kinds.pop("real", {}).get(-1) for kinds in found]
+    for kind in dict.fromkeys(itertools.chain(*found)):
         # The rows: steps that all runs have, or, without any, those that one of them has
         files = [kinds.get(kind, {}) for kinds in found]
         shared = set.intersection(*map(set, files)) or set.union(*map(set, files))
-        rows: dict[str, list[Path | None]] = {}
-        if kind == "samples" and any("real" in kinds for kinds in found):
-            rows["real"] = [kinds.get("real", {}).get(-1) for kinds in found]
+        rows: dict[str, list[Path | None]] = {"real": real} if kind == "samples" and any(real) else {}
         for step in spread(sorted(shared)):
             rows[f"step {step:,}" if step >= 0 else kind] = [steps.get(step) for steps in files]
         # Their cells: a video, or why there is none
@@ -399,8 +401,9 @@ def write_run_page(
     parts += [curves(runs)]
     # Videos: the previews of the training, then what was generated after it
     parts += compared(runs, budget) if len(runs) > 1 else [media(runs[0], labels(runs)[0], budget)]
-    folders = [samples] if samples else [run.folder / "samples" for run in runs]
-    parts += [gallery(f, budget) for f in folders if samples or (f / "manifest.json").is_file()]
+    for folder in [samples] if samples else [run.folder / "samples" for run in runs]:
+        if samples or (folder / "manifest.json").is_file():
+            parts.append(gallery(folder, budget))
     # For those who want to know how it was made
     parts += [settings(runs[0])] if len(runs) == 1 else []
     parts += [origin(runs), files(runs, records, out)]

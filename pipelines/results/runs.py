@@ -48,8 +48,8 @@ class Run:
         return bool(self.steps) and self.checkpoint.get("step", 0) >= self.steps
 
     def last(self, name: str) -> tuple[int, float] | None:
-        """(step, value) of the newest finite value of a metric."""
-        for record in reversed(self.metrics):
+        """(step, value) of the newest finite value of a metric, of either log."""
+        for record in reversed([*self.speed, *self.metrics]):
             if is_number(record.get(name)):
                 return int(record["step"]), record[name]
         return None
@@ -77,6 +77,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(
             f"{folder}: no run there (config.yaml and env.json); give the run_dir of a training program"
         )
+    # What the programs write at the start, then what grows: logs and checkpoints.
     env, steps = _json(folder / "env.json"), Checkpoints(folder).steps()
     names = _json(folder / "media" / "real.json").get("names")
     versions, starts = env.get("versions"), env.get("starts")
@@ -88,10 +89,14 @@ def read_run(folder: str | Path) -> Run:
         starts=starts if isinstance(starts, list) else [],
         efficiency=_json(folder / "efficiency.json"),
         checkpoint=_json(Checkpoints(folder).path(steps[-1]) / "manifest.json") if steps else {},
-        metrics=[record for record in read_metrics(folder) if is_number(record["step"])],
-        speed=[record for record in read_metrics(folder, "speed.jsonl") if is_number(record["step"])],
-        real_clips=[str(name) for name in names] if isinstance(names, list) else [],
+        metrics=_log(folder, "metrics.jsonl"),
+        speed=_log(folder, "speed.jsonl"),
+        real_clips=list(map(str, names)) if isinstance(names, list) else [],
     )
+
+
+def _log(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(folder, name) if is_number(record["step"])]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def read_manifest(folder: Path) -> tuple[list[str], list[str], dict[str, Any]]:
     try:
         content = json.loads(file.read_text())
         settings = dict(content["settings"]) | {"fps": float(content["settings"]["fps"])}
-        classes = [str(c) for c in settings["labels"] or settings["class_names"]]
+        classes = list(map(str, settings["labels"] or settings["class_names"]))
         return list(content["files"]), classes, settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

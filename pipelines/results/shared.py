@@ -70,12 +70,13 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]]:
-    """(file, name in samples/) of the videos to show: of --samples the first ones, else the run's newest previews."""
+def videos_of(samples: Path | None, owner: Path | None) -> dict[str, Path]:
+    """{name in samples/: file} of the videos to show: of --samples the first ones, else the run's newest previews."""
     if samples is None:
-        previews = sorted((owner / "media").glob("*.mp4")) if owner else []
-        newest = {re.sub(r"_\d+$", "", path.stem): path for path in previews}
-        return [(path, path.name) for path in newest.values()]
+        newest: dict[str, Path] = {}
+        for path in sorted((owner / "media").glob("*.mp4")) if owner else ():
+            newest[re.sub(r"_\d+$", "", path.stem)] = path
+        return {path.name: path for path in newest.values()}
     if not samples.is_dir():
         raise ValueError(f"--samples {samples}: no such folder")
     paths = list_videos(samples)[:VIDEOS]
@@ -83,12 +84,12 @@ def videos_of(samples: Path | None, owner: Path | None) -> list[tuple[Path, str]
         raise ValueError(f"--samples {samples}: no videos in it")
     # Sample n is of class n modulo their number, and its file is called n.
     classes = read_manifest(samples)[1] if (samples / "manifest.json").is_file() else []
-    found = []
+    found = {}
     for path in paths:
         name = str(path.relative_to(samples).with_suffix(""))
         if classes and name.isdecimal():
             name += f"-{classes[int(name) % len(classes)]}"
-        found.append((path, re.sub(r"[^\w.-]", "_", name) + ".mp4"))
+        found[re.sub(r"[^\w.-]", "_", name) + ".mp4"] = path
     return found
 
 
@@ -105,9 +106,9 @@ def check_samples(samples: Path | None, kind: str, model: Any) -> None:
         )
 
 
-def write_videos(found: list[tuple[Path, str]], folder: Path) -> None:
+def write_videos(found: dict[str, Path], folder: Path) -> None:
     """An mp4 as it is; anything else as H.264."""
-    for path, name in found:
+    for name, path in found.items():
         folder.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".mp4":
             shutil.copyfile(path, folder / name)
@@ -145,8 +146,8 @@ def export(
         step = int(read_json(file, "step")["step"]) if file.is_file() else trained.step
     scores = read_scores(records, weights_digest(model if kind == "vae" else model.vae))
     scores += training_score(trained)
-    shown = [name for _, name in found]
-    card = Card(kind, model, repo or out.resolve().name, licence, repo, trained, step, scores, shown)
+    name = repo or out.resolve().name
+    card = Card(kind, model, name, licence, repo, trained, step, scores, list(found))
 
     # The folder, written beside its place and renamed
     def write(target: Path) -> None:

@@ -136,9 +136,10 @@ def paper_numbers() -> dict[str, dict[str, dict[str, float]]]:
 
 def modelled(commands: Sequence[Command]) -> str:
     """What commands cost, in words; those of minutes are not counted."""
-    costs = yaml.safe_load(HOURS.read_text())
-    found = [costs[command.name] for command in commands if command.name in costs]
-    hours, disk = (sum(cost[key] for cost in found) for key in ("hours", "disk_gb"))
+    costs, hours, disk = yaml.safe_load(HOURS.read_text()), 0.0, 0.0
+    for command in commands:
+        cost = costs.get(command.name, {"hours": 0.0, "disk_gb": 0.0})
+        hours, disk = hours + cost["hours"], disk + cost["disk_gb"]
     return f"about {hours:,.0f} GPU hours, {disk:,.0f} GB of disk (modelled, one {CARD})"
 
 
@@ -171,12 +172,12 @@ def load_table(name: str, preset: str, places: Places, rows: Sequence[str] = (),
     # Their commands, in the order of the file
     makes = _Commands(places, setting)
     for row in table.rows:
-        sources = [c.source for c in table.columns if c.title not in row.blank]
-        sources += [c.source for c in table.curves if row.name in c.rows]
+        sources = {column.source: None for column in table.columns if column.title not in row.blank}
+        sources |= {curve.source: None for curve in table.curves if row.name in curve.rows}
         wanted: set[str] = set()
         for seed in setting.get("seeds", [0]):
             made = {key: makes.command(text, seed) for key, text in row.commands.items()}
-            for source in dict.fromkeys(sources):
+            for source in sources:
                 if source not in made:
                     raise ValueError(f"{name}, row {row.name!r}: no command called {source!r}")
                 found = table.sources.setdefault((row.name, source), [])
@@ -202,6 +203,7 @@ class _Commands:
     """Makes the commands of one table in one preset, each folder once."""
 
     def __init__(self, places: Places, setting: dict[str, Any]):
+        # Where things are, in this preset
         self.runs, self.words = places.runs, setting.get("words", {})
         self.places = {"DATA": places.data, "WEIGHTS": places.weights_dir, "RUNS": str(places.runs)}
         for place, where in setting.get("places", {}).items():

@@ -195,14 +195,15 @@ def measure(
     reset_peaks(device)
 
     # Reconstruct every clip: times, scores and pictures.
-    decoded, times, scores = [], [], []
+    decoded, times = [], []
+    scores: dict[str, list[float]] = {}
     with Progress(len(clips), type(vae).__name__, "clip") as bar:
         for clip in clips:
             video, *seconds = through(vae, clip, device)
-            per_frame = score_frames(clip, video, judges.network, judges.lpips)
             decoded.append(video)
             times.append(seconds)
-            scores.append({name: float(np.mean(values)) for name, values in per_frame.items()})
+            for name, values in score_frames(clip, video, judges.network, judges.lpips).items():
+                scores.setdefault(name, []).append(float(np.mean(values)))
             bar.update()
 
     # What the latents cost, in numbers and in memory.
@@ -213,12 +214,12 @@ def measure(
     record = {
         "class": type(vae).__name__,
         "weights_sha256": weights_digest(vae),
-        "params": sum(p.numel() for p in vae.parameters()),
+        "params": vae.num_parameters(),
         "ratio": [vae.temporal_compression_ratio, vae.spatial_compression_ratio],
         "numbers_per_pixel": numbers / (T * size * size),
         "frames": T,
         "padded_to": own if own != T else None,
-        **{name: float(np.mean([s[name] for s in scores])) for name in scores[0]},
+        **{name: float(np.mean(values)) for name, values in scores.items()},
         "encode_s": float(encode),
         "decode_s": float(decode),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -347,8 +348,8 @@ def main(argv: Sequence[str]) -> int:
         remarks.append(f"Asked for {args.clips} clips: {less}")
 
     # What a kept measurement must share with this call to stand for it.
-    pixels = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
-    videos = [found.name(n) for n in range(count)]
+    pixels = hashlib.sha256(b"".join(map(np.ndarray.tobytes, clips))).hexdigest()
+    videos = list(map(found.name, range(count)))
     settings = {"clip": asdict(spec), "videos": videos, "pixels_sha256": pixels, "judges": judges.identity()}
 
     # Measure each VAE, or take its record of an earlier call; one at a time is on the device.

@@ -47,8 +47,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all renamed (hence once complete) checkpoints, ascending."""
-        names = (p.name[5:] for p in self.folder.glob("step_*") if p.is_dir())
-        return sorted(int(name) for name in names if name.isdigit())
+        found = []
+        for folder in self.folder.glob("step_*"):
+            number = folder.name.removeprefix("step_")
+            if number.isdigit() and folder.is_dir():
+                found.append(int(number))
+        return sorted(found)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -75,15 +79,19 @@ class Checkpoints:
 
         info: goes into the manifest. good: a checkpoint that stays, however many come after it. Raises OSError that names the path and the bytes needed when the disk is full.
         """
+        # Every process sees the same empty folder before it writes into it.
         target, temporary = self.path(step), self.folder / f".step_{step:08d}.tmp"
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        usual = max((folder_bytes(self.path(s)) for s in self.steps()[-1:]), default=0)
+        # What the trainer writes; each process its part.
+        steps = self.steps()
+        usual = folder_bytes(self.path(steps[-1])) if steps else 0
         with writing(temporary, target, usual):
             write(temporary)
         accelerator.wait_for_everyone()
+        # Sealed and renamed by the main process, once all have written; only then are older ones removed.
         if accelerator.is_main_process:
             with writing(temporary, target, usual):
                 _seal(temporary, {"step": step, **info})
@@ -105,11 +113,10 @@ class Checkpoints:
         kept = [s for s in older if s not in self.damaged][1 - self.keep :]
         for step in older:
             if step not in kept and step != good:
+                # A file may not be deletable: the new checkpoint is there all the same.
                 try:
                     self._remove(step)
-                except (
-                    OSError
-                ) as error:  # a file that may not be deleted: the new checkpoint is there all the same
+                except OSError as error:
                     log.warning("cannot remove the old checkpoint %s: %s", self.path(step), error)
 
     def _remove(self, step: int) -> None:
@@ -121,6 +128,7 @@ class Checkpoints:
 
     def damage(self, step: int) -> str:
         """ "" when every file is as it was written, else what is wrong with the first that is not."""
+        # The manifest is the one that was sealed.
         folder = self.path(step)
         try:
             manifest = (folder / "manifest.json").read_bytes()
@@ -131,9 +139,11 @@ class Checkpoints:
             return f"manifest.json or COMPLETE: {error}"
         # Names are looked for among the files that are there: one that points elsewhere is simply missing.
         try:
-            files = [p for p in folder.rglob("*") if p.is_file() and not _JUNK.fullmatch(p.name)]
-            there = {p.relative_to(folder).as_posix() for p in files} - {*_SEAL}
-            for name in sorted(digests.keys() ^ there):
+            there = set()
+            for path in folder.rglob("*"):
+                if path.is_file() and not _JUNK.fullmatch(path.name):
+                    there.add(path.relative_to(folder).as_posix())
+            for name in sorted(digests.keys() ^ (there - {*_SEAL})):
                 return f"{name}: {'missing' if name in digests else 'not in the manifest'}"
             for name, digest in digests.items():
                 if sha256_of(folder / name) != digest:
@@ -149,9 +159,11 @@ class Checkpoints:
         such a row.
         Raises ValueError when there are checkpoints and all are damaged: to begin again is the user's decision.
         """
+        # From the newest back, until one passes.
         steps, first_bad, before = self.steps(), math.inf, None
         for step in reversed(steps):
             damage = self.damage(step)
+            # `sick`: how many updates before this checkpoint had been skipped; the row began that far back.
             if not damage:
                 sick = self.manifest(step).get("skipped_in_row", 0) if healthy else 0
                 first_bad = min(first_bad, step - sick) if sick else first_bad
@@ -172,12 +184,14 @@ class Checkpoints:
 
 
 def _seal(folder: Path, info: dict[str, Any]) -> None:
+    # Every file is on the disk, with its digest, before the seal is.
     digests = {}
     for path in sorted(folder.rglob("*")):
         usual_mode(path)
         fsync(path)
         if path.is_file():
             digests[path.relative_to(folder).as_posix()] = sha256_of(path)
+    # The seal itself: COMPLETE is written last, and says which manifest it belongs to.
     write_json(folder / "manifest.json", {**info, "files": digests})
     (folder / "COMPLETE").write_text(sha256_of(folder / "manifest.json"))
     fsync(folder / "COMPLETE")
@@ -200,8 +214,10 @@ def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        # An error of the device is not one of writing.
         written = folder_bytes(temporary)
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
+            # What is needed, and what there is.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         shutil.rmtree(temporary, ignore_errors=True)
@@ -219,6 +235,7 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
     info: {"step": ..., ...}, stored as export.json. A folder that this step has filled already stays as it is: another
     program may have added to it (cache_latents stores statistics).
     """
+    # Done before, by this very step, and still whole?
     record = target / "export.json"
     if record.is_file():
         try:
@@ -231,8 +248,10 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
 
     def write_all(temporary: Path) -> None:
         write(temporary)
-        files = (p for p in temporary.rglob("*") if p.is_file())
-        sizes = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in files}
+        sizes = {}
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                sizes[path.relative_to(temporary).as_posix()] = path.stat().st_size
         write_json(temporary / "export.json", {**info, "files": sizes})
 
     replace_folder(target, write_all)
@@ -246,12 +265,16 @@ def _is_whole(folder: Path, files: dict[str, int] | None) -> bool:
     """
     if not isinstance(files, dict):
         return any(folder.rglob("*.safetensors"))
-    paths = {folder / name: size for name, size in files.items()}
-    return all(p.is_file() and (p.suffix == ".json" or p.stat().st_size == size) for p, size in paths.items())
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file() or (path.suffix != ".json" and path.stat().st_size != size):
+            return False
+    return True
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder and put it in the place of `target`, which may be absent, as a whole."""
+    # Filled and flushed beside its place.
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary, target, folder_bytes(target)):
@@ -259,6 +282,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in temporary.rglob("*"):
             usual_mode(path)
             fsync(path)
+    # Renamed; between the two renames the old folder has another name, see `recover`.
     remove_tree(old)
     if target.exists() or target.is_symlink():
         os.replace(target, old)
@@ -273,6 +297,7 @@ def recover(run_dir: Path) -> None:
 
     An export killed between its two renames gets its old content back; its temporary folders and our hidden files go.
     """
+    # An export that was between its two renames, and what belongs to no export.
     for name in EXPORTS:
         old, target = run_dir / f".{name}.old", run_dir / name
         if old.is_dir() and not target.exists():

@@ -79,6 +79,7 @@ USUAL_NAMES = {  # other projects' names -> ours, the first that a program has
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """A (nested) dataclass instance as {"a.b": value}; enums become their values."""
+    # A field is a value, or it holds dataclasses that are flattened in turn.
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -119,13 +120,17 @@ def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()
             raise ValueError(f"argument {item!r}: settings are written key=value, e.g. steps=100")
     base = omegaconf.OmegaConf.structured(cls)
     try:
+        # Defaults first, then the file, then the command line: the later one counts.
         layers = [base]
         if path:
             layers.append(omegaconf.OmegaConf.create(_hide(read_yaml(path))))
-        typed = [item for item in overrides if not _is_text(cls, item)]
-        layers.append(omegaconf.OmegaConf.from_dotlist([item.replace("${", _DOLLAR) for item in typed]))
-        for key, _, text in (item.partition("=") for item in overrides if item not in typed):
-            # As it stands: a folder called 001 or 1e3 is not a number. A leading ~ is the home folder.
+        # Numbers, lists and choices are read as YAML.
+        texts = [item for item in overrides if _is_text(cls, item)]
+        typed = [item.replace("${", _DOLLAR) for item in overrides if item not in texts]
+        layers.append(omegaconf.OmegaConf.from_dotlist(typed))
+        # Text as it stands: a folder called 001 or 1e3 is not a number. A leading ~ is the home folder.
+        for item in texts:
+            key, _, text = item.partition("=")
             omegaconf.OmegaConf.update(layers[-1], key, _hide(text), force_add=True)
         return _show(omegaconf.OmegaConf.to_object(omegaconf.OmegaConf.merge(*layers)))
     except errors.OmegaConfBaseException as error:
@@ -169,17 +174,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> dict[str, Any]:
     """`read_yaml` of a text."""
+    broken = yaml.YAMLError, errors.OmegaConfBaseException, ValueError, RecursionError, AssertionError
     try:
-        plain = omegaconf.OmegaConf.to_container(
-            omegaconf.OmegaConf.create(text.replace("${", _DOLLAR)), resolve=False
-        )
-    except (
-        yaml.YAMLError,
-        errors.OmegaConfBaseException,
-        ValueError,
-        RecursionError,
-        AssertionError,
-    ) as error:
+        read = omegaconf.OmegaConf.create(text.replace("${", _DOLLAR))
+        plain = omegaconf.OmegaConf.to_container(read, resolve=False)
+    except broken as error:
         raise ValueError(f"not valid YAML settings: {str(error) or 'no key: value in it'}") from error
     if not isinstance(plain, dict):
         raise ValueError("must be settings (key: value), not a list")
@@ -188,10 +187,11 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
 def _is_text(cls: type, item: str) -> bool:
     """Whether `key=value` sets a field of type str."""
+    # Down the dotted name, through dataclasses and mappings of them, to the type of its last part.
     *names, last = item.partition("=")[0].split(".")
     while names:
         name = names.pop(0)
-        field = {f.name: f for f in dataclasses.fields(cls)}.get(name)
+        field = _fields(cls).get(name)
         if field is not None and field.metadata.get("of") and names:
             names.pop(0)  # the key in a mapping
             cls = field.metadata["of"]
@@ -199,7 +199,11 @@ def _is_text(cls: type, item: str) -> bool:
             cls = type(getattr(cls(), name, None))
         if not dataclasses.is_dataclass(cls):
             return False
-    return {f.name: f.type for f in dataclasses.fields(cls)}.get(last) is str
+    return last in _fields(cls) and _fields(cls)[last].type is str
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
@@ -216,9 +220,9 @@ def _explain(error: Exception, known: dict[str, Any]) -> str:
     key = getattr(error, "full_key", None) or str(getattr(error, "key", None) or "settings")
     first = str(error).splitlines()[0]
     if isinstance(error, errors.ConfigKeyError) or "not in" in first:
-        usual = [
-            name for name in USUAL_NAMES.get(key.rpartition(".")[2].lower(), "").split() if name in known
-        ]
+        # What other projects call it, else the name that looks most like it
+        theirs = USUAL_NAMES.get(key.rpartition(".")[2].lower(), "").split()
+        usual = [name for name in theirs if name in known]
         close = usual or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"config: unknown key {key!r}{hint} (--help lists all keys)"
@@ -238,6 +242,7 @@ def _help_lines(cls: type, prefix: str = "") -> list[str]:
     lines = []
     defaults = cls()
     for field in dataclasses.fields(cls):
+        # A group of settings, a mapping of groups, or one setting on a line.
         value = getattr(defaults, field.name)
         if dataclasses.is_dataclass(value):
             lines += _help_lines(type(value), f"{prefix}{field.name}.")
@@ -273,18 +278,15 @@ def parse(
         epilog="settings (key=default):\n" + "\n".join(_help_lines(cls)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML with the settings that differ from the defaults"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and the plan, then stop"
-    )
+    # What every program has
+    add, dry = parser.add_argument, "print the resolved settings and the plan, then stop"
+    add("--config", metavar="FILE", help="YAML with the settings that differ from the defaults")
+    add("--dry-run", action="store_true", help=dry)
     # What only some programs have
     if planned:
-        plan = "print memory, time and what fits on a card, from a simulation, then stop; card=h100|h200|a100|a100-40|"
-        parser.add_argument(
-            "--plan", action="store_true", help=plan + "l40s|rtx4090|rtx3090, default the one here"
-        )
+        plan = "print memory, time and what fits on a card, from a simulation, then stop; "
+        plan += "card=h100|h200|a100|a100-40|l40s|rtx4090|rtx3090, default the one here"
+        add("--plan", action="store_true", help=plan)
     for switch, text in (switches or {}).items():
         parser.add_argument(switch, action="store_true", help=text)
     for flag, key in (flags or {}).items():
@@ -296,7 +298,8 @@ def parse(
     args = parser.parse_intermixed_args(argv)
     args.card = ""
     if planned and args.plan:
-        cards = [word for word in args.settings if word.startswith("card=")]
-        args.settings = [word for word in args.settings if word not in cards]
-        args.card = cards[-1].removeprefix("card=") if cards else ""
+        for word in [word for word in args.settings if word.startswith("card=")]:
+            args.card = word.removeprefix("card=")
+            args.settings.remove(word)
+    # Defaults, file and command line together.
     return load(cls, args.config, [*args.settings, *(vars(args).get("flags") or [])]), args

@@ -32,10 +32,12 @@ def make_accelerator(config: Any = None) -> Accelerator:
     config: a trainer's settings; global_batch and micro_batch decide the accumulation. Weights, optimizer and EMA stay
     fp32; precision=bf16 is autocast, see `autocast`; precision=tf32 see `matrix_products`.
     """
+    # How many micro-batches make an update of this launch
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, world) if config else 1
     if torch.cuda.is_available() and (trouble := cudnn_trouble(torch.backends.cudnn.version())):
         log.warning("%s", trouble)
+    # How the processes talk: DDP's rules, the backend, DeepSpeed's file
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
@@ -50,6 +52,7 @@ def make_accelerator(config: Any = None) -> Accelerator:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build takes minutes and may hang
+    # The engine itself; TF32 and bf16 are ours to switch, so it does no mixed precision.
     accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=accumulation,
@@ -58,6 +61,7 @@ def make_accelerator(config: Any = None) -> Accelerator:
         log_with=tracker_names(getattr(config, "log_with", "")) or None,
         project_dir=getattr(config, "run_dir", None),
     )
+    # What accelerate understood must be what the launcher and the settings say.
     if accelerator.num_processes != world or (
         world > 1 and accelerator.distributed_type == DistributedType.NO
     ):
@@ -78,12 +82,9 @@ def make_accelerator(config: Any = None) -> Accelerator:
         settings["train_micro_batch_size_per_gpu"] = config.micro_batch
         settings["gradient_clipping"] = config.grad_clip
         if config.precision is Precision.bf16:
-            # no module by name: their weights and gradients would travel, and be averaged, in bf16
-            settings["torch_autocast"] = {
-                "enabled": True,
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            }
+            # No module by name: their weights and gradients would travel, and be averaged, in bf16.
+            bf16 = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            settings["torch_autocast"] = bf16
     return accelerator
 
 
@@ -110,6 +111,7 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
+    # The others wait in a group of their own, whose patience is longer.
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     if not accelerator.is_main_process:
         torch.distributed.barrier(group)
@@ -167,6 +169,7 @@ def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
         raise ValueError(
             "compile=true: not with ZeRO-3; use DDP or ZeRO-2 (configs/accelerate), or compile=false"
         )
+    # Each block is compiled once for each size of its input, up to GRAPHS.
     settings = torch._dynamo.config
     limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # torch 2.6
     setattr(settings, limit, max(GRAPHS, getattr(settings, limit)))
@@ -300,15 +303,18 @@ def optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any) -> dict[
     if not uses_deepspeed(accelerator):
         return optimizer.state_dict()
 
+    # DeepSpeed has its optimizer inside its own, and the moments in shards.
     inner, parameters = model.optimizer.optimizer, list(accelerator.unwrap_model(model).parameters())
     states: dict[int, dict[str, Tensor]] = {}
     if inner.state:  # empty until an update was made
         step = next(iter(inner.state.values()))["step"].cpu()
         for number, parameter in enumerate(parameters):
-            full = {key: deepspeed_utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            # Every process gathers, the main one keeps. Each has a counter of its own: torch counts up every one.
+            state = {"step": step.clone()}
+            for key in MOMENTS:
+                state[key] = deepspeed_utils.safe_get_full_optimizer_state(parameter, key)
             if accelerator.is_main_process:
-                # each with a counter of its own: torch counts up every one
-                states[number] = {"step": step.clone()} | {k: v.cpu().clone() for k, v in full.items()}
+                states[number] = {key: value.cpu().clone() for key, value in state.items()}
     group = {key: inner.param_groups[0][key] for key in inner.defaults}
     return {"state": states, "param_groups": [group | {"params": list(range(len(parameters)))}]}
 
@@ -321,6 +327,7 @@ def load_optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any, sta
     states = state["state"]
     if not states:
         return
+    # Empty moments for each shard that this process owns, with the common step.
     zero, inner = model.optimizer, model.optimizer.optimizer
     partitioned = hasattr(zero, "fp32_partitioned_groups_flat")  # ZeRO-3
     flats = zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
@@ -329,21 +336,20 @@ def load_optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any, sta
         inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
     if not partitioned:
         zero._lazy_init_hp_params_optimizer_state()  # what it does itself after its first update
+    # Then each parameter's moments; DeepSpeed cuts out what belongs to this process.
     for number, parameter in enumerate(accelerator.unwrap_model(model).parameters()):
         for key in MOMENTS:
             _give(parameter, states[number][key].to(accelerator.device), key)
 
 
 def _give(parameter: nn.Parameter, value: Tensor, key: str) -> None:
-
+    """Hand a whole moment to DeepSpeed's optimizer, which keeps this process's part of it."""
     if not hasattr(parameter, "ds_id"):
         deepspeed_utils.safe_set_full_optimizer_state(parameter, value, key)
         return
     # DeepSpeed's own cut fails where a tensor does not divide evenly; its last piece is padded with zeros.
     size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
-    padded = nn.functional.pad(
-        value.flatten(), (0, size * torch.distributed.get_world_size(group) - value.numel())
-    )
-    deepspeed_utils.safe_set_local_optimizer_state(
-        parameter, padded.narrow(0, size * torch.distributed.get_rank(group), size), key
-    )
+    missing = size * torch.distributed.get_world_size(group) - value.numel()
+    padded = nn.functional.pad(value.flatten(), (0, missing))
+    own = padded.narrow(0, size * torch.distributed.get_rank(group), size)
+    deepspeed_utils.safe_set_local_optimizer_state(parameter, own, key)

@@ -26,17 +26,7 @@ from pipelines.training.settings import MAY_CHANGE
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = (
-    "torch",
-    "diffusers",
-    "accelerate",
-    "deepspeed",
-    "timm",
-    "av",
-    "scipy",
-    "numpy",
-    "lpips",
-)
+_PACKAGES = ("torch", "diffusers", "accelerate", "deepspeed", "timm", "av", "scipy", "numpy", "lpips")
 
 
 def versions() -> dict[str, str]:
@@ -64,7 +54,7 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     # A new run wants a place that is new or empty.
     saved = folder / "config.yaml"
     if not saved.is_file():
-        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        if is_in_use(folder):
             raise ValueError(
                 f"run_dir={folder} is not empty and holds no run (no config.yaml); choose another run_dir"
             )
@@ -75,10 +65,11 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
         raise ValueError(
             f"{saved} is damaged: none of the settings is in it; restore it, or choose another run_dir"
         )
-    # a key that the old run did not know has its default there
-    old = {**{k: v for k, v in flatten_yaml(_plain(type(config)())).items() if k in new}, **old}
+    # A key that the old run did not know has its default there.
+    defaults = flatten_yaml(_plain(type(config)()))
+    old = {key: defaults[key] for key in new.keys() & defaults.keys()} | old
     wanted = config.resume.names if hasattr(config, "resume") else []
-    differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k] and k not in free)
+    differing = [k for k in sorted(old.keys() & new.keys() - free) if old[k] != new[k]]
     refused = [k for k in differing if k not in wanted]
     text = ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in refused[:5])
     if refused and hasattr(config, "resume") and set(refused) <= set(MAY_CHANGE):
@@ -89,6 +80,11 @@ def check_run(run_dir: str | Path, config: Any) -> dict[str, list[Any]]:
     if refused:
         raise ValueError(f"run_dir={folder} holds a run with other settings ({text}); choose another run_dir")
     return {k: [old[k], new[k]] for k in differing}
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether there is anything in a folder but hidden files."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, dict] | None = None) -> Path:
@@ -106,6 +102,7 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     starts = read_json(env_file, "starts", way_out="remove it")["starts"] if env_file.is_file() else []
     if not isinstance(starts, list):
         raise ValueError(f"{env_file} is damaged (starts is not a list); remove it")
+    # The settings of this start
     write_atomic(folder / "config.yaml", dump(config))
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
     start |= {"changed": changed} if changed else {}
@@ -147,10 +144,9 @@ def refuse_inside(run_dir: str | Path, export: str, given: str, key: str) -> Non
 
 def refuse_in_data(path: str | Path, key: str, source: Any) -> None:
     """ValueError when what is written would lie among the videos that are read: previews would become training videos."""
-    roots = [source.root, *(part.root for part in source.parts.values())]
-    for root in filter(None, roots):
-        if Path(path).resolve().is_relative_to(Path(root).resolve()):
-            raise ValueError(f"{key}={path}: lies inside the data {root}; choose a folder outside")
+    for part in (source, *source.parts.values()):
+        if part.root and Path(path).resolve().is_relative_to(Path(part.root).resolve()):
+            raise ValueError(f"{key}={path}: lies inside the data {part.root}; choose a folder outside")
 
 
 def flatten_yaml(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -158,9 +154,10 @@ def flatten_yaml(tree: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values()):
             flat[f"{prefix}{key}"] = sorted(value)  # the sources of a mixture: one more is another run
-        flat.update(
-            flatten_yaml(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict):
+            flat.update(flatten_yaml(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -185,17 +182,19 @@ def stop_on_signal() -> Iterator[Callable[[], int]]:
 
     It returns the number of the first signal, 0 for none.
     """
+    # Remember the first signal; the loop looks between its steps.
     received: list[int] = []
 
     def remember(number: int, _frame: Any) -> None:
         received.append(number)
 
-    try:
-        previous = {number: signal.signal(number, remember) for number in STOPS}
-    except ValueError:  # not the main thread: the caller's own handling stays
-        previous = {}
+    previous: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not the main thread: the caller's own handling stays
+        for number in STOPS:
+            previous[number] = signal.signal(number, remember)
     try:
         yield lambda: received[0] if received else 0
+    # Signals are as before once the loop has ended.
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

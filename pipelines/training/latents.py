@@ -42,16 +42,17 @@ def cache_fingerprint(config: Any, vae: Any, clips: VideoClips) -> dict[str, Any
 
     Not the arithmetic of the encoder (precision): a training may use a cache of the other.
     """
+    # The names and classes of the videos, in their order: what number n of the cache is.
     names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
+    source = {
+        "name": config.source.name,
+        "videos": len(clips),
+        "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+    }
     return {
         "vae": vae_entry(config.vae, vae),
         "clip": clips.spec.settings(),
-        "source": {
-            "name": config.source.name,
-            "videos": len(clips),
-            "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
-        }
-        | _demo_world(config.source),
+        "source": source | _demo_world(config.source),
         "draws": {"crops": config.cache.crops, "flips": config.cache.flips, "seed": config.seed},
         "dtype": config.cache.dtype,
     }
@@ -61,12 +62,11 @@ def _demo_world(source: SourceConfig) -> dict[str, Any]:
     """What decides the demo's videos beside their names, where it is not the default: older fingerprints stay valid."""
     if source.name != "demo":
         return {}
-    default = SourceConfig()
-    return {
-        key: value
-        for key in ("demo_seed", "demo_edge")
-        if (value := getattr(source, key)) != getattr(default, key)
-    }
+    default, found = SourceConfig(), {}
+    for key in ("demo_seed", "demo_edge"):
+        if getattr(source, key) != getattr(default, key):
+            found[key] = getattr(source, key)
+    return found
 
 
 def cache_folder(config: Any, fingerprint: dict[str, Any]) -> Path:
@@ -121,23 +121,22 @@ def held_out(
     From `held_out_cache`; else the middle of each video that source.val_fraction holds out, encoded here. frozen: the VAE
     as `for_inference` returns it.
     """
+    # Rows of a cache, or the middle clip of each video that is held out, encoded now
     if cache is not None:
         rows = [cache[row] for row in _spread(config.val.num_videos, len(cache))]
     elif config.source.val_fraction > 0:
         still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
-        videos, encode, rows = (
-            open_clips(config.source, still, 0, held_out=True),
-            OnlineLatents(frozen, device),
-            [],
-        )
+        videos = open_clips(config.source, still, 0, held_out=True)
+        encode, rows = OnlineLatents(frozen, device), []
         for number in _spread(config.val.num_videos, len(videos)):
             sample = videos[number]
             mean, logvar = encode({"video": sample["video"][None]})
             rows.append({"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "label": int(sample["label"])})
     else:
         return None
-    moments = {name: torch.stack([row[name] for row in rows]) for name in ("mean", "logvar")}
-    return moments | {"label": torch.tensor([row["label"] for row in rows])}
+    # One tensor of each kind
+    batch = torch.utils.data.default_collate(rows)
+    return {name: batch[name] for name in ("mean", "logvar", "label")}
 
 
 def _spread(count: int, available: int) -> list[int]:
@@ -158,9 +157,13 @@ def held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache | None:
         return None
     cache, wanted = LatentCache(config.val.latents), cache_fingerprint(config, vae, clips)
     place, have = f"val.latents={config.val.latents}", cache.fingerprint
+
+    def decisive(entry: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key not in FREE}
+
+    # The same VAE and geometry, other videos, the same classes
     for key in ("vae", "clip"):
-        sides = ({k: v for k, v in side[key].items() if k not in FREE} for side in (have, wanted))
-        if lines := differences(*sides):
+        if lines := differences(decisive(have[key]), decisive(wanted[key])):
             raise ValueError(
                 f"{place}: {key}: {'; '.join(lines[:4])}; cache the held-out videos with the training's settings"
             )
@@ -170,7 +173,8 @@ def held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache | None:
         )
     if cache.index["class_names"] != clips.source.class_names:
         raise ValueError(f"{place}: has other classes than the training's source")
-    trained = {clips.name(i) for i in range(len(clips))} if cache.video_names else set()
+    # Equal names may be equal videos; that is not certain, so it is only said.
+    trained = set(map(clips.name, range(len(clips)))) if cache.video_names else set()
     if shared := [name for name in cache.video_names if name in trained]:
         log.warning(
             "%s: %d of its %d videos have the name of a training video, e.g. %s; are they the same ones?",
@@ -190,6 +194,7 @@ def real_clips(clips: Any, count: int) -> tuple[list[np.ndarray], list[str]]:
     """
     classes, found, names = len(clips.source.class_names), [], []
     for tile in range(count):
+        # Of the tile's class, in turn; without classes the stream's own order.
         picture, name = np.zeros((clips.spec.num_frames, clips.spec.size, clips.spec.size, 3), np.uint8), ""
         if classes:
             of_class = np.flatnonzero(clips.videos.column("label") == tile % classes)
@@ -213,12 +218,14 @@ def scale_latents(vae: Any, config: Any, stream: Any = None) -> None:
     """
     if vae.has_scaling_rule:
         return
+    # A resumed run keeps the scale that its checkpoint was trained with.
     checkpoints = Checkpoints(Path(config.run_dir), config.keep_checkpoints)
     for step in reversed(checkpoints.steps()):
         with contextlib.suppress(OSError, ValueError):  # a damaged one is told when it is to be loaded
             known = checkpoints.manifest(step).get("normalization") or {}
             if known.get("latents_mean") and known.get("latents_std"):
                 return vae.set_latent_statistics(known["latents_mean"], known["latents_std"])
+    # A new one takes that of the cache of this VAE.
     index = stream.cache.index if isinstance(stream, LatentStream) else None
     if index is None and config.cache.dir and (Path(config.cache.dir) / "index.json").is_file():
         index = read_index(Path(config.cache.dir))

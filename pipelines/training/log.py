@@ -81,28 +81,35 @@ class MetricLog:
         """
         if not self.enabled:
             return
-        # The exact record, then what is only looked at.
-        record = {
-            "step": step,
-            **{k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()},
-        }
+        # The exact record: what is not a finite number is null.
+        record: dict[str, Any] = {"step": step}
+        for name, value in values.items():
+            record[name] = float(value) if value is not None and math.isfinite(value) else None
         file = self.speed_file if timing else self.file
         with self._guard(file.name):
             append_line(file, json.dumps(record))
+        # The same to look at, in trackers and TensorBoard
         shown = {name: value for name, value in values.items() if value is not None}
         self._track(lambda tracker: tracker.log(shown, step=step))
-        self._tensorboard(lambda writer: [writer.add_scalar(n, v, step) for n, v in shown.items()])
+
+        def add(writer: Any) -> None:
+            for name, value in shown.items():
+                writer.add_scalar(name, value, step)
+
+        self._tensorboard(add)
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float = 8) -> None:
         """frames (T, H, W, 3) uint8: an animated WebP among the images of TensorBoard; three frames side by side for trackers."""
         if not self.enabled:
             return
+        # To trackers: a picture, as they take no video in common.
         strip = np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]], axis=1)
         for tracker in self.trackers:
             if hasattr(tracker, "log_images"):  # accelerate's: some take a list, others one picture
                 value = strip if tracker.name in ("aim", "clearml") else [strip]
                 with self._guard(tracker.name, Exception):
                     tracker.log_images({name: value}, step=step)
+        # To TensorBoard: an animated picture.
         image = protocol.Summary.Image(
             height=frames.shape[1],
             width=frames.shape[2],
@@ -170,17 +177,21 @@ def step_line(
     step: int, steps: int, values: dict[str, float], speed: dict[str, float], left_s: float | None
 ) -> str:
     """A log entry for people: `step 500/200000, loss 0.2134, lr 1e-04, 1.8 it/s, data wait 2 %, 12.3 GiB, about 30 h left`."""
+    # How far, and how well
     parts = [f"step {step}/{steps}"]
-    parts += [
-        f"{n.rpartition('/')[2]} {values[n]:.4g}" for n in ("loss", "loss/rec", "skipped") if n in values
-    ]
-    parts += [f"lr {values['learning_rate']:.3g}"]
+    for name in ("loss", "loss/rec", "skipped"):
+        if name in values:
+            parts.append(f"{name.rpartition('/')[2]} {values[name]:.4g}")
+    parts.append(f"lr {values['learning_rate']:.3g}")
+    # How fast, with how much memory, and how long it will take
     if rate := speed.get("eff/tspeed"):
-        parts += [f"{rate:.3g} it/s" if rate >= 0.1 else f"{1 / rate:.3g} s/it"]
+        parts.append(f"{rate:.3g} it/s" if rate >= 0.1 else f"{1 / rate:.3g} s/it")
     if "eff/data_wait_share" in speed:
-        parts += [f"data wait {speed['eff/data_wait_share']:.0%}".replace("%", " %")]
-    parts += [f"{speed.get('eff/reserved_mib', process_mib()) / 1024:.2f} GiB"]
-    return ", ".join(parts + ([f"about {duration(left_s)} left"] if left_s else []))
+        parts.append(f"data wait {speed['eff/data_wait_share']:.0%}".replace("%", " %"))
+    parts.append(f"{speed.get('eff/reserved_mib', process_mib()) / 1024:.2f} GiB")
+    if left_s:
+        parts.append(f"about {duration(left_s)} left")
+    return ", ".join(parts)
 
 
 def process_mib() -> float:
@@ -195,8 +206,9 @@ def speed_line(summary: dict[str, Any], mode: str) -> str:
         return f"TSpeed ({mode}): not measured, the run had too few steps"
     text = f"TSpeed ({mode}): {summary['tspeed']:.3g} it/s, the median of {summary['timed_steps']} steps, data wait "
     text += f"{100 * summary['data_wait_share']:.0f} %"
-    memory = {k.removesuffix("_mib"): v for k, v in summary["tmem"].items() if v is not None}
-    return text + "".join(f", {kind} {mib / 1024:.2f} GiB" for kind, mib in memory.items())
+    for kind, mib in summary["tmem"].items():
+        text += "" if mib is None else f", {kind.removesuffix('_mib')} {mib / 1024:.2f} GiB"
+    return text
 
 
 def box(title: str, rows: dict[str, str]) -> None:
@@ -209,21 +221,23 @@ def command(program: str, *settings: str, config: Any = None, keys: Sequence[str
     """A command line to go on with: the settings, and those of `config` below `keys` that are not the defaults."""
     words = list(settings)
     if config is not None:
-        now, usual = flatten(config), flatten(type(config)())
-        words += [
-            f"{k}={_word(v)}" for k, v in now.items() if k.startswith(tuple(keys)) and v != usual.get(k)
-        ]
+        usual = flatten(type(config)())
+        for key, value in flatten(config).items():
+            if key.startswith(tuple(keys)) and value != usual.get(key):
+                words.append(f"{key}={_word(value)}")
     return f"python -m pipelines.{program} {shlex.join(words)}"
 
 
 def end_of_stage_one(config: Any, vae: Path) -> None:
     """Say where the weights of a TrainVAEConfig's run are, and how to go on with them."""
+    # How the next program finds the weights: a VAE of diffusers also needs its name.
     run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
     where = [f"vae.path={vae}"]
     if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
         where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
+    # A cache stores mirrored clips instead of drawing them.
     still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
-    flips = ["cache.flips=true"] * config.clip.flip  # a cache keeps both, it cannot draw
+    flips = ["cache.flips=true"] * config.clip.flip
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
@@ -265,12 +279,8 @@ def _cut(file: Path, step: int) -> None:
 def _step_of(line: str | bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # e.g. the half-written last line of a killed run
+    # E.g. the half-written last line of a killed run
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 

@@ -29,6 +29,7 @@ def open_clips(
     config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool = False
 ) -> VideoClips | MixedClips:
     """The clips of a source: its training part (endless, shuffled) or the held-out part (in order)."""
+    # A mixture has parts, any other source has none.
     if config.name == "mixture":
         return _open_mixture(config, spec, seed, held_out)
     if config.parts:
@@ -44,7 +45,11 @@ def videos_line(config: Any, held_out: bool) -> str:
     """What a program would read, opened, for --dry-run: "folder: 120 videos, 6 held_out, ..."."""
     clips = open_clips(config.source, config.clip, config.seed)
     held = open_clips(config.source, config.clip, 0, held_out=True) if held_out else ()
-    counts = video_counts(clips, held)
+    return counts_line(config, video_counts(clips, held))
+
+
+def counts_line(config: Any, counts: dict[str, Any]) -> str:
+    """The counts of a run in words, for people."""
     return f"{config.source.name}: {', '.join(f'{count} {what}' for what, count in counts.items())}"
 
 
@@ -77,6 +82,7 @@ def open_videos(config: SourceConfig, size: int, held_out: bool = False) -> Sour
 
 def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool) -> MixedClips:
     """The parts go by the alphabet, so that the order in which they are written does not matter."""
+    # Each part has what a source of its own would need.
     if config.root or config.list_file:
         raise ValueError(
             f"source.root={config.root!r}, source.list_file={config.list_file!r}: a mixture has neither; "
@@ -87,15 +93,18 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
             f"source.parts={sorted(config.parts)}: a mixture has two sources or more, e.g. "
             "source.parts.web.name=folder source.parts.web.root=/videos source.parts.ucf101.root=/data/UCF-101"
         )
+    # Shares of all parts, or of none
     weights = {name: config.parts[name].weight for name in sorted(config.parts)}
-    if None in weights.values() and any(w is not None for w in weights.values()):
+    if None in weights.values() and set(weights.values()) != {None}:
         raise ValueError(f"source.parts: weights {weights}: give one to every part or to none")
+    # Opened by the alphabet, each with a seed of its own name.
     clips = {}
     for name, part in sorted(config.parts.items()):
         if (kind := part.name or name) == "mixture":
             raise ValueError(f"source.parts.{name}.name=mixture: a mixture holds no other mixture")
-        own = {key: value for key, value in vars(part).items() if key != "weight"}
-        one = dataclasses.replace(config, parts={}, labels="none", **own | {"name": kind})
+        own = vars(part) | {"name": kind}
+        del own["weight"]
+        one = dataclasses.replace(config, parts={}, labels="none", **own)
         clips[name] = open_clips(one, spec, part_seed(seed, name), held_out)
     return MixedClips(clips, None if None in weights.values() else list(weights.values()), seed, not held_out)
 
@@ -137,10 +146,12 @@ def open_vae(config: VAEConfig) -> Any:
 
 def imagined_vae(settings: Any) -> Any:
     """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
+    # The size from the folder's config.json; without the folder the paper's.
     file, known = Path(settings.path) / "config.json", {}
     if settings.path and file.is_file():
         known = {k: v for k, v in read_json(file).items() if not k.startswith("_")}
     vae = build_vae(settings.name, **known)
+    # A random VAE has no scale; any will do for sizes and costs.
     if not vae.has_scaling_rule:
         vae.register_to_config(scaling_factor=1.0)
     tile_time(vae, settings.tiling_frames, "vae.tiling_frames")
@@ -169,6 +180,7 @@ def warn_if_unfinished(export: str | Path) -> None:
 def check_clip(vae: Any, clip: ClipSpec) -> None:
     """ValueError, before anything is written, when the VAE cannot encode such clips."""
     vae.check_frames(clip.num_frames)
+    # Sides that the encoder halves evenly, then what the VAE itself asks for.
     s = vae.spatial_compression_ratio
     if clip.size % s or clip.size < s:
         raise ValueError(
@@ -199,6 +211,7 @@ def weights_digest(model: Any, counts: Callable[[str], bool] = bool) -> str:
 
     counts: which of them, by name; all if not given.
     """
+    # By name, so that the order in which a module registers its tensors does not count.
     digest = hashlib.sha256()
     for name, value in sorted((n, v) for n, v in model.state_dict().items() if counts(n)):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())

@@ -28,19 +28,24 @@ class Quarantine:
     def note(self, batch: dict[str, Any]) -> None:
         """Take the names out of a batch of VideoClips; nothing is written yet."""
         for text in filter(None, batch["passed_over"]):
-            self._new |= {k: v for k, v in json.loads(text).items() if k not in self.reasons}
+            for name, reason in json.loads(text).items():
+                if name not in self.reasons:
+                    self._new[name] = reason
 
     def check(self) -> None:
         """List what is new in quarantine.tsv; ValueError when more than max_share have failed. Called by every process."""
+        # What each process has met since the last call.
         tables = [self._new]
         if self.accelerator.num_processes > 1:
             tables = gather_object(tables)
         self._new = {}
+        # A video that two processes met counts once.
         for table in tables:
             for name, reason in table.items():
                 if name not in self.reasons:
                     self.reasons[name] = reason
                     self._write(name, reason)
+        # Too many: a disk that is gone, not a few broken files.
         share = len(self.reasons) / self.videos
         if share > self.max_share:
             name, reason = next(iter(self.reasons.items()))

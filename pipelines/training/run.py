@@ -79,6 +79,7 @@ class TrainingRun:
 
     def __enter__(self) -> "TrainingRun":
         with contextlib.ExitStack() as stack:
+            # The folder is ours, and the trainer stands where its newest checkpoint was.
             self._lock(stack)
             self.inode = self._inode()
             self.untried = self._resume()
@@ -112,6 +113,7 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
+        # What was opened is closed, then a stop on a signal becomes an exit code.
         with self._stack:
             number = 0
             if kind is None and self.stopping and self.trainer.step < self.config.steps:
@@ -126,6 +128,7 @@ class TrainingRun:
         """Take the run folder for this process group and write its settings there."""
         if not self.main:
             return
+        # Other settings and another training are refused before anything is written.
         check_run(self.folder, self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
@@ -135,12 +138,14 @@ class TrainingRun:
             raise ValueError(
                 f"run_dir={self.folder}: another process is training here; wait for it or stop it"
             ) from None
+        # The settings of this start, and what a killed one left half done.
         stack.callback(lock.release)
         open_run(self.folder, self.config, self.details["program"], self.weights)
         recover(self.folder)
 
     def _resume(self) -> int | None:
         """Load the newest undamaged checkpoint and return its step; None if there is none."""
+        # The main process chooses, so that all load the same one.
         if self.main:
             self.checkpoints.clean()
         changing = bool(self.config.resume.names)
@@ -186,9 +191,11 @@ class TrainingRun:
         self._write_speed()
 
     def _batches(self) -> Iterator[Any]:
+        # A loader that begins at the sample after the last one that counted
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         numbers = StepBatches(self.trainer.step, config.global_batch, config.micro_batch, rank, world)
+        # Its batches; the time that they take is known, and so are the videos that others stand in for.
         with contextlib.closing(make_loader(self.stream, numbers, config.workers)) as loader:
             while True:
                 with self.meter.data_wait():
@@ -203,12 +210,14 @@ class TrainingRun:
 
         Raises ValueError after config.max_skipped updates in a row that were not finite.
         """
+        # Progress, and whether to stop: each process may have got the signal.
         self.meter.step()
         self.bar.update()
         received = bool(self.received_signal())
         if self.accelerator.num_processes == 1:
             self.stopping = received
-        else:  # the votes of the step before have arrived by now: nobody waits for the device
+        # The votes of the step before have arrived by now: nobody waits for the device.
+        else:
             self.stopping = self._stop_votes is not None and self._stop_votes.read() > 0
             self._stop_votes = any_process(self.accelerator, received)
         # Verdicts on the steps before: a checkpoint is good once a finite step has followed it.
@@ -227,17 +236,19 @@ class TrainingRun:
 
     def log(self) -> None:
         """Write the means since the last call, the learning rate, and speed and memory."""
+        # Exact values, and what differs from run to run in a file of its own.
         step, values = self.trainer.step, self.trainer.flush_window()
         self._warn_of_a_spike(values)
         values |= {"learning_rate": self.trainer.learning_rate}
         self.metrics.scalars(step, values)
         timing = self.meter.scalars() | {"speed/wall_s": time.monotonic() - self.started}
         self.metrics.scalars(step, timing, timing=True)
+        # For people: a line, or the progress bar.
         if self.main and self.bar.disable:
             passed, left = step - self.began_at, self.config.steps - step
             left_s = timing["speed/wall_s"] / passed * left if passed else None
             log.info("%s", step_line(step, self.config.steps, values, timing, left_s))
-        shown = {n: f"{v:.4g}" for n, v in values.items() if n in ("loss", "loss/rec", "skipped")}
+        shown = {name: f"{values[name]:.4g}" for name in ("loss", "loss/rec", "skipped") if name in values}
         self.bar.set_postfix(shown)
         self.lost.check()
 
@@ -253,15 +264,18 @@ class TrainingRun:
                 loss,
                 loss / recent,
             )
+        # The recent loss falls at once and rises slowly.
         self.recent_loss = loss if recent is None else min(loss, 0.9 * recent + 0.1 * loss)
 
     # ---- what stays --------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint. Raises ValueError if the weights are not finite, OSError if it cannot be written."""
+        # Logs first: a checkpoint counts on them.
         self.meter.pause()
         self.metrics.sync()
         step, trainer = self.trainer.step, self.trainer
+        # Refused: weights that are not numbers, and a folder that was moved away.
         if any_process(self.accelerator, not trainer.is_finite()).read() > 0:
             self._give_up(f"step {step}: the weights are not finite; they are not saved")
         # of the main process, which writes: others may start before it has made the folder
@@ -269,6 +283,7 @@ class TrainingRun:
             raise OSError(
                 f"run_dir={self.folder}: moved or replaced since the start; nothing was written there"
             )
+        # Written with what the manifest says of it; it counts as good once a finite step has followed.
         details = trainer.progress() | {"skipped_in_row": trainer.skipped_in_row} | self.details
         good = self.good if self.good is not None else self.untried
         self.checkpoints.save(step, trainer.save, details, self.accelerator, good)
@@ -301,6 +316,7 @@ class TrainingRun:
 
     def _write_speed(self) -> None:
         """Write efficiency.json; a finished run that is started again keeps the figures that it measured."""
+        # A finished run that is started again times no step and keeps the old figures.
         speed, file = self.meter.summary(), self.folder / "efficiency.json"
         if not self.main or not (speed["timed_steps"] or not file.is_file()):
             return

@@ -65,9 +65,8 @@ def build_vae_model(config: Any) -> Any:
         "layers_per_block": model.layers_per_block,
         "norm_num_groups": model.norm_num_groups,
     }
-    return ODVAE.preset(
-        model.preset, **shape, **({"scaling_factor": None} if model.init is Init.random else {})
-    )
+    scale = {"scaling_factor": None} if model.init is Init.random else {}
+    return ODVAE.preset(model.preset, **shape, **scale)
 
 
 def needed_source(config: Any) -> str:
@@ -86,6 +85,7 @@ def freeze(vae: Any, config: Any) -> None:
         raise ValueError(
             f"model.init_from={config.model.init_from}: {type(vae).__name__} cannot be trained here, only evaluated"
         )
+    # auto: a VAE of diffusers keeps its encoder, so that latents of it stay valid; ours is trained whole.
     decoder_only = {Train.decoder: True, Train.all: False}.get(config.model.train, is_adapted(vae))
     for name, value in vae.named_parameters():
         value.requires_grad_(not (decoder_only and makes_latents(name)))
@@ -121,12 +121,14 @@ def take_vae_weights(vae: ODVAE, folder: str) -> None:
             f"model.init=weights model.init_from={folder}: a {type(given).__name__}, neither an OD-VAE nor a video VAE of "
             "diffusers"
         )
-    data_bound = {"scaling_factor", "latents_mean", "latents_std"}
-    ours, theirs = (
-        {k: list(v) if isinstance(v, tuple) else v for k, v in m.config.items()} for m in (vae, given)
-    )
-    design = [k for k in ours if not k.startswith("_") and k not in data_bound]
-    differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in design if theirs.get(k) != ours[k]]
+    # The same design: all settings but those that follow from the data. A saved tuple comes back as a list.
+    data_bound, differing = {"scaling_factor", "latents_mean", "latents_std"}, []
+    for key, value in vae.config.items():
+        ours = list(value) if isinstance(value, tuple) else value
+        theirs = given.config.get(key)
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+        if ours != theirs and not key.startswith("_") and key not in data_bound:
+            differing.append(f"{key}: {theirs} there, {ours} here")
     if differing:
         raise ValueError(f"model.init_from={folder} is another OD-VAE ({'; '.join(differing[:4])})")
     vae.load_state_dict(given.state_dict())
@@ -156,6 +158,7 @@ def lpips_networks(config: Any, device: torch.device) -> tuple[LPIPSLoss | None,
     loss, perceptual, judge, weights = config.loss, None, None, {}
     if config.val_lpips or (loss.perceptual_weight > 0 and loss.perceptual_net is PerceptualNet.alex):
         check_lpips_size(config.clip.size, config.clip.size)
+    # The network of the loss, then that of the validations, which is always AlexNet.
     if loss.perceptual_weight > 0:
         network, found = load_lpips(loss.perceptual_weights or None, device, loss.perceptual_net.value)
         perceptual, weights["loss"] = LPIPSLoss(network, config.gradient_checkpointing), found.as_dict()
@@ -167,14 +170,15 @@ def lpips_networks(config: Any, device: torch.device) -> tuple[LPIPSLoss | None,
 
 def describe_vae_run(config: Any) -> str:
     """The resolved settings, sizes, schedule, videos and missing weights, for --dry-run; nothing is allocated."""
+    # The model without memory for its weights, and what of it is trained
     with torch.device("meta"):
         vae = build_vae_model(config)
     check_clip(vae, config.clip)
     freeze(vae, config)
+    # Sizes, for the text
     side = config.clip.size // vae.spatial_compression_ratio
     latent = (vae.latent_frames(config.clip.num_frames), side, side)
-    count = sum(p.numel() for p in vae.parameters())
-    trained = sum(p.numel() for p in vae.parameters() if p.requires_grad)
+    count, trained = vae.num_parameters(), vae.num_parameters(only_trainable=True)
     name = type(vae).__name__ if is_adapted(vae) else f"OD-VAE variant {config.model.variant}"
     accumulation = accumulation_steps(config.global_batch, config.micro_batch, 1)
     return (
@@ -229,11 +233,11 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str], vae: A
     """
     given, same = Path(folder), None
     warn_if_unfinished(folder)
+    # A pipeline says of which classes and on whose latents its denoiser learned.
     if (given / "model_index.json").is_file():
         names = read_json(given / "model_index.json").get("class_names") or []
-        same = (
-            list(names.values() if isinstance(names, dict) else names) == class_names
-        )  # a dict in an export
+        names = names.values() if isinstance(names, dict) else names  # a dict in an export
+        same = list(names) == class_names
         theirs = load_vae(given / "vae")
         if weights_digest(theirs, makes_latents) != weights_digest(vae, makes_latents):
             raise ValueError(
@@ -241,38 +245,45 @@ def take_latte_weights(latte: Latte, folder: str, class_names: list[str], vae: A
                 f"{type(vae).__name__} here); its transformer/ alone is taken as it is"
             )
         given = given / "transformer"
-    if (
-        not (given / "config.json").is_file()
-        or read_json(given / "config.json").get("_class_name") != "Latte"
-    ):
+    file = given / "config.json"
+    if not file.is_file() or read_json(file).get("_class_name") != "Latte":
         raise ValueError(f"denoiser.init_from={folder}: neither a pipeline nor a Latte")
+    # The same network, but for the table of the classes where these are others
     given = Latte.from_pretrained(given)
     same = given.config.num_classes == latte.config.num_classes if same is None else same
     theirs, ours = given.state_dict(), latte.state_dict()
-    table = {key for key in {*theirs, *ours} if key.startswith(CLASS_TABLE)}
-    fixed = [{k: v for k, v in state.items() if same or k not in table} for state in (ours, theirs)]
-    wrong = differences(*fixed) or (
-        "patch_size" if given.config.patch_size != latte.config.patch_size else ""
-    )
+    kept: dict[str, torch.Tensor] = {}
+    if not same:
+        kept, ours = _split(ours)
+        _, theirs = _split(theirs)
+    wrong = differences(ours, theirs)
+    if not wrong and given.config.patch_size != latte.config.patch_size:
+        wrong = "patch_size"
     if wrong:
         raise ValueError(f"denoiser.init_from={folder} is another Latte ({wrong})")
-    latte.load_state_dict({key: ours[key] if key in table and not same else theirs[key] for key in ours})
-    log.info(
-        "weights of %s taken as they are%s",
-        folder,
-        "" if same else "; other classes: their table is made again",
-    )
+    latte.load_state_dict(theirs | kept)
+    more = "" if same else "; other classes: their table is made again"
+    log.info("weights of %s taken as they are%s", folder, more)
+
+
+def _split(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the table of the classes, everything else) of a Latte's weights."""
+    table = {key: value for key, value in state.items() if key.startswith(CLASS_TABLE)}
+    return table, {key: value for key, value in state.items() if key not in table}
 
 
 def latte_start_digest(config: Any) -> str | None:
     """sha256 of the weights that a run begins with; None from noise, or when they are not there any more."""
-    places = (Path(config.denoiser.init_from) / name / WEIGHTS for name in ("transformer", ""))
-    file = next((place for place in places if config.denoiser.init_from and place.is_file()), None)
-    return sha256_of(file) if file else None
+    given = Path(config.denoiser.init_from)
+    for file in (given / "transformer" / WEIGHTS, given / WEIGHTS) if config.denoiser.init_from else ():
+        if file.is_file():
+            return sha256_of(file)
+    return None
 
 
 def describe_latte_run(config: Any) -> str:
     """Settings, sizes, cache size and schedule, for --dry-run; nothing is trained or written, and the VAE's weights may be missing."""
+    # Without the VAE's weights its sizes are enough.
     lacking = missing_weights(config.vae)
     if lacking:
         with torch.device("meta"):
@@ -280,11 +291,13 @@ def describe_latte_run(config: Any) -> str:
     else:
         vae = open_vae(config.vae)
     check_clip(vae, config.clip)
+    # The videos, and the denoiser for their latents, without memory for its weights
     clips = cached_clips(config)
     classes = len(clips.source.class_names) or None
     with torch.device("meta"):
         latte = build_latte(config, vae, classes)
-    count = sum(p.numel() for p in latte.parameters())
+    count = latte.num_parameters()
+    # The cache: its folder and its size on the disk
     cache = config.cache.dir or "(its folder is named after the weights)"
     if not lacking:
         cache = str(cache_folder(config, cache_fingerprint(config, vae, clips)))

@@ -15,6 +15,7 @@ PROJECT = "omnilatte"
 def tracker_names(log_with: str) -> list[str]:
     """The trackers of a setting, e.g. "tensorboard,wandb", without tensorboard. Raises ValueError for one that is not installed."""
     names = [name for name in map(str.strip, log_with.split(",")) if name not in ("", "none", "tensorboard")]
+    # Known to accelerate, and installed.
     known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     there = list(map(str, get_available_trackers()))
     for name in names:
@@ -33,11 +34,11 @@ def start_trackers(accelerator: Any, config: Any, folder: Path) -> list[Any]:
 
     Its settings go along. A run of W&B has the name of the folder, and an id of the folder's own, so that a resumed run is the same one.
     """
+    # W&B finds the run again by the folder and its first start.
     if not accelerator.log_with:
         return []
-    began = (
-        read_json(folder / "env.json")["starts"][0].get("time", "") if (folder / "env.json").is_file() else ""
-    )
+    env = folder / "env.json"
+    began = read_json(env)["starts"][0].get("time", "") if env.is_file() else ""
     own = hashlib.sha256(f"{folder.resolve()} {began}".encode()).hexdigest()[:16]
     wandb = {"name": folder.name, "id": own, "resume": "allow", "dir": str(folder)}
     try:
@@ -51,4 +52,8 @@ def start_trackers(accelerator: Any, config: Any, folder: Path) -> list[Any]:
 
 def plain_settings(config: Any) -> dict[str, Any]:
     """The settings flat, as numbers, booleans and texts, which is what a table of hyperparameters takes."""
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(config).items()}
+    plain = flatten(config)
+    for key, value in plain.items():
+        if not isinstance(value, bool | int | float | str):
+            plain[key] = str(value)
+    return plain

@@ -44,6 +44,7 @@ class Trainer:
 
         Of a pair (values, where) the elements count at which `where`, a bool tensor of that shape, holds.
         """
+        # Sums stay on the device, in float64 where it has that.
         for name, value in values.items():
             if not isinstance(value, tuple):
                 value = value, torch.ones_like(value, dtype=torch.bool)
@@ -54,9 +55,9 @@ class Trainer:
 
     def whole_window(self) -> dict[str, list[Any]]:
         """The window of all processes together; every process calls it."""
-        tables = [{n: [float(total), int(count)] for n, (total, count) in self.window.items()}]
-        if self.accelerator.num_processes > 1:
-            tables = accelerate.gather_object(tables)
+        # Here the host waits for the device: for all values of the window at once.
+        own = {name: [float(total), int(count)] for name, (total, count) in self.window.items()}
+        tables = accelerate.gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         merged: dict[str, list[Any]] = {}
         for table in tables:
             for name, (total, count) in table.items():
@@ -83,17 +84,20 @@ class Trainer:
         The result is a bool tensor on the device. If it is False, the fused optimizer has skipped the step there
         (found_inf), and the host has not waited. Under DeepSpeed the step has already happened, inside backward.
         """
+        # The norm of the whole gradient: measured while clipping, or alone.
         if distributed.uses_deepspeed(self.accelerator):
             norm = distributed.deepspeed_grad_norm(self.accelerator)
         elif largest:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        # A step with a norm that is not finite is left out on the device.
         norm = torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
         finite = norm.isfinite()
         optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
-        if self.accelerator.is_main_process:  # the same on all: counted once
+        # The norm to log
+        if self.accelerator.is_main_process:
             self.note({name: (norm, finite)})
         optimizer.zero_grad()
         return finite
@@ -119,12 +123,15 @@ class Trainer:
             return
         # What the rehearsal may change, to put it back
         models, now = self.trained(), self.step
-        buffers = [b for m in models for b in m.buffers()]
-        before = [b.clone() for b in buffers]
+        together = torch.nn.ModuleList(models)
+        buffers = list(together.buffers())
+        before = [buffer.clone() for buffer in buffers]
         try:
-            # what Adam will hold from the first update on
-            trained = [p for m in models for p in m.parameters() if p.requires_grad]
-            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            # What Adam will hold from the first update on
+            moments = []
+            for parameter in together.parameters():
+                if parameter.requires_grad:
+                    moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
             # The step itself, without talking to other processes.
             with contextlib.ExitStack() as alone:
                 for model in models:
@@ -132,6 +139,7 @@ class Trainer:
                 self.try_step()
             for model in models:
                 model.zero_grad()
+            # What runs between steps, then everything as it was.
             if look is not None:
                 look()
             del moments
@@ -169,15 +177,18 @@ class Trainer:
 
     def is_finite(self) -> bool:
         """Whether the weights, as far as this process holds them, and their averages are numbers."""
-        modules = [*self.trained(), self.ema.module]
-        tensors = (tensor for module in modules for tensor in module.parameters())
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        for module in [*self.trained(), self.ema.module]:
+            for tensor in module.parameters():
+                if not torch.isfinite(tensor).all():
+                    return False
+        return True
 
     def settle(self, everything: bool = True) -> None:
         """Count and name the steps left out, but for the newest one unless `everything`: so nobody waits for the device."""
-        self._finite = [
-            (n, v if isinstance(v, distributed.Later) else distributed.Later(v)) for n, v in self._finite
-        ]
+        # Every verdict is on its way to the host; those of earlier calls have arrived.
+        for place, (step, verdict) in enumerate(self._finite):
+            if not isinstance(verdict, distributed.Later):
+                self._finite[place] = (step, distributed.Later(verdict))
         ready = len(self._finite) if everything else len(self._finite) - 1
         for step, finite in self._finite[: max(0, ready)]:
             self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1

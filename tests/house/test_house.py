@@ -262,6 +262,35 @@ def test_no_function_is_longer_than_150_lines():
     assert not {name: length for name, length in lengths.items() if length > 150}
 
 
+COUNTED = ("pipelines",)  # folders in which the two counts below hold
+LEAST_COMMENTS, MOST_COMPREHENSIONS = 30, 23  # per 1,000 lines
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def per_1000_lines(count):
+    """count(text) of all files in COUNTED, per 1,000 lines."""
+    texts = [path.read_text() for path in SOURCES if path.relative_to(ROOT).parts[0] in COUNTED]
+    return 1000 * sum(map(count, texts)) / sum(text.count("\n") for text in texts)
+
+
+def test_comments_say_what_the_phases_of_long_functions_do():
+    """A reader who looks for one phase finds its signpost: a line of comment before it."""
+
+    def comments(text):
+        return sum(line.strip().startswith("#") for line in text.splitlines())
+
+    assert per_1000_lines(comments) >= LEAST_COMMENTS
+
+
+def test_comprehensions_are_few():
+    """One that is nested, or filters and changes at once, reads better as a loop or as a function with a name."""
+
+    def comprehensions(text):
+        return sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(ast.parse(text)))
+
+    assert per_1000_lines(comprehensions) <= MOST_COMPREHENSIONS
+
+
 DIALECT = re.compile(
     r"\b(anew|misshapen|goes on\b(?!ce)|so many|the last word|train apart|to the bit|how-manieth|is no folder|is no multiple)"
 )
