@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not ops.ONEDNN, reason="torch without oneDNN")
 @pytest.fixture
 def always(monkeypatch):
     """Every 3 x 3 convolution that can be is computed by Winograd; a list of the calls."""
-    monkeypatch.setattr(winograd, "WORTH", 0)
-    monkeypatch.setattr(winograd, "LEAST", {True: 1, False: 1})
+    for limit in ("WORTH", "PIXELS", "LEAST"):
+        monkeypatch.setattr(winograd, limit, 0)
     convolve, calls = winograd.convolve_3x3, []
     monkeypatch.setattr(winograd, "convolve_3x3", lambda *args: calls.append(args) or convolve(*args))
     return calls
@@ -78,6 +78,7 @@ def test_it_is_taken_where_it_pays_and_can_be():
     assert not winograd.suits(layer(64, 64, None), large[:, :64, 0], kt=1)
     assert not winograd.suits(layer(3, 512, 3), large[:, :3], kt=3)
     assert not winograd.suits(layer(512, 512, None), torch.empty(1, 512, 8, 8), kt=1)
+    assert not winograd.suits(layer(512, 512, 3), torch.empty(1, 512, 3, 4, 6), kt=3)
     # Not this convolution
     assert not winograd.suits(layer(128, 128, 3), large[..., :63], kt=3)
     assert not winograd.suits(layer(128, 128, 3, stride=(1, 2, 2)), large, kt=3)
