@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,29 @@ def made_here(attempts: Attempts) -> dict:
             answer = error
 
 
-class VideoClips:
+class ClipStream:
+    """What clips of one source and of several have in common: samples by number, and single clips of a video.
+
+    `videos` are the usable ones; `clip_job` and `attempts` are a subclass's.
+    """
+
+    videos: Sequence
+
+    def __len__(self) -> int:
+        """Count the usable videos, that is samples of one pass; the stream itself does not end."""
+        return len(self.videos)
+
+    def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
+        """Read a clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
+        function, *args = self.clip_job(video_index, rng)
+        return function(*args)
+
+    def __getitem__(self, n: int) -> dict:
+        """Make sample n in this process."""
+        return made_here(self.attempts(n))
+
+
+class VideoClips(ClipStream):
     """Clips of a source as a pure function of (seed, n): resuming at sample n needs no state.
 
     `clips[n]`, any n >= 0, is sample n of an endless stream. Pass n // len(clips) goes through the videos in an
@@ -118,10 +140,6 @@ class VideoClips:
         """Leave out all usable videos but the first N."""
         self.videos = self.videos.select(np.arange(len(self.videos)) < count)
 
-    def __len__(self) -> int:
-        """Count the usable videos, that is samples of one pass; the stream itself does not end."""
-        return len(self.videos)
-
     @property
     def class_names(self) -> list[str]:
         """Names of the labels; [] when unconditional."""
@@ -134,11 +152,6 @@ class VideoClips:
     def label(self, video_index: int) -> int:
         """Return a video's class, -1 when unconditional."""
         return self.videos.label(video_index)
-
-    def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """Read a clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
-        function, *args = self.clip_job(video_index, rng)
-        return function(*args)
 
     def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
         """Give `clip_uint8` as a job for data/processes.py: a function and its arguments."""
@@ -171,9 +184,6 @@ class VideoClips:
             f"{self.source.name}: none of the {len(self)} videos can be read; the last: {self.name(video_index)}: "
             f"{self.failed[self.name(video_index)]}"
         )
-
-    def __getitem__(self, n: int) -> dict:
-        return made_here(self.attempts(n))
 
     def _pass(self, epoch: int) -> np.ndarray:
         """Return the order of the videos in a pass, which is kept until another pass is asked for."""

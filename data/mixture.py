@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.core.lazy import lazy
-from data.dataset import Attempts, made_here
+from data.dataset import Attempts, ClipStream
 from data.sources import Source
 
 torch = lazy("torch")
@@ -117,8 +117,8 @@ class _Joined(Sequence):
         return self.parts[part][inner]
 
 
-class MixedClips:
-    """Clips of several sources as one stream, with the interface of VideoClips.
+class MixedClips(ClipStream):
+    """Clips of several sources as one stream, in place of VideoClips.
 
     Training: sample n is sample k of source s, (s, k) = Shares[n]: within a source every pass takes each video once.
     Judging: all videos of the first source in order, then of the next. Unconditional: labels are -1.
@@ -171,10 +171,6 @@ class MixedClips:
                 failed[f"{name}/{video}"] = reason
         return failed
 
-    def __len__(self) -> int:
-        """Count the usable videos of all parts."""
-        return len(self.videos)
-
     def name(self, video_index: int) -> str:
         """Return a video's path below the root of its source, behind the source's name."""
         part, inner = self.videos.place(video_index)
@@ -183,11 +179,6 @@ class MixedClips:
     def label(self, video_index: int) -> int:
         """Return -1: a mixture is unconditional."""
         return -1
-
-    def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:
-        """Read a clip of one video: uint8 (T, size, size, 3). Raises BadVideo if it cannot be read."""
-        part, inner = self.videos.place(video_index)
-        return self.parts[part].clip_uint8(inner, rng)
 
     def clip_job(self, video_index: int, rng: np.random.Generator) -> tuple:
         """Give `clip_uint8` as a job for data/processes.py: a function and its arguments."""
@@ -205,7 +196,3 @@ class MixedClips:
         first = self.videos.ends[part] - len(self.parts[part])
         numbers = {"number": int(n), "label": -1, "part": part, "index": int(sample["index"]) + first}
         return sample | {key: torch.tensor(value) for key, value in numbers.items()}
-
-    def __getitem__(self, n: int) -> dict:
-        """Sample n, read in this process."""
-        return made_here(self.attempts(n))
