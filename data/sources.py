@@ -237,15 +237,16 @@ def _scanned(
     paths = [f"{found.base}/{file}" for file in files]
     cache_file = Path(index_dir, f"{name}-index.sqlite") if index_dir is not None else None
     scans = scan_paths(paths, cache_file, workers)
-    damaged = {n: ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()}
+    bad = {n: ScanRecord(paths[n], damaged=reason) for n, reason in scans.damaged.items()}
     if index_dir is not None:
-        _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), list(damaged.values()))
+        _write_quarantine(Path(index_dir, f"{name}-quarantine.tsv"), set(paths), list(bad.values()))
     # Choose the part, training or held out, by names; what is damaged counts as absent.
     if share is not None:
-        found = _hold_out(found, *share, {file for file, n in files.items() if n in damaged})
-    rows = np.fromiter((files[file] for file in found.names), np.int64, len(found))
-    opened = set(rows.tolist())
-    damaged = [record for n, record in damaged.items() if n in opened]
+        found = _hold_out(found, *share, {file for file, n in files.items() if n in bad})
+    # Which file each video of the part is; report the damaged ones of these.
+    file_of = np.fromiter(map(files.get, found.names), np.int64, len(found))
+    opened = set(file_of.tolist())
+    damaged = [record for n, record in bad.items() if n in opened]
     for record in damaged:
         logger.warning("damaged, left out: %s: %s", printable(str(record.path)), record.damaged)
     if len(damaged) == len(opened):
@@ -255,29 +256,29 @@ def _scanned(
         )
     logger.info("%s: %d videos found, %d damaged", name, len(opened), len(damaged))
     # One row a video: numbers of its file, its reader, class and cut.
-    columns = {key: getattr(scans, key)[rows] for key in ("num_frames", "width", "height", "fps")}
-    columns["file"] = rows.astype(np.int32)
+    columns = {key: getattr(scans, key)[file_of] for key in ("num_frames", "width", "height", "fps")}
+    columns["file"] = file_of.astype(np.int32)
     if reader == "decord":
-        columns["decord"] = decord_agrees(paths, scans, cache_file, workers)[rows]
-    good = ~np.isin(rows, list(scans.damaged))
+        columns["decord"] = decord_agrees(paths, scans, cache_file, workers)[file_of]
+    good = ~np.isin(file_of, list(scans.damaged))
     if found.labels:
         columns["label"] = np.array(found.labels, np.int32)
     if found.cuts:
-        good &= _cut(name, found, scans, rows, columns)
+        good &= _cut(name, found, scans, file_of, columns)
     videos = VideoTable(found.base, found.names, columns, scans.times)
     return Source(name, str(root), videos.select(good), found.class_names, damaged, found.missing)
 
 
 def _cut(
-    name: str, found: Found, scans: Scans, rows: np.ndarray, columns: dict[str, np.ndarray]
+    name: str, found: Found, scans: Scans, file_of: np.ndarray, columns: dict[str, np.ndarray]
 ) -> np.ndarray:
     """Put first frame, number of frames and rate of each clip into the columns; return which clips have any."""
     # (first, stop, tick, rate) of each clip in its video, by the scan's time stamps.
     spans = []
-    for row, cut in zip(rows, found.cuts, strict=True):
-        times, rate = scans.times[row], float(scans.fps[row])
+    for n, cut in zip(file_of, found.cuts, strict=True):
+        times, rate = scans.times[n], float(scans.fps[n])
         if cut == (0, TO_THE_END):
-            spans.append((0, scans.num_frames[row], WHOLE, rate))
+            spans.append((0, scans.num_frames[n], WHOLE, rate))
         else:
             spans.append(cut_between(times, *cut, rate) if times else (0, 0, 0, rate))
     *frames, rates = zip(*spans, strict=True)
@@ -285,10 +286,10 @@ def _cut(
     columns |= {"first": first, "tick": tick, "num_frames": stop - first, "cut": np.array(found.cuts)}
     columns["fps"] = np.array(rates)
     # Report what cannot be cut, and clips that lie beyond the end of their video.
-    timeless = sum(not scans.times[n] and n not in scans.damaged for n in set(rows.tolist()))
+    timeless = sum(not scans.times[n] and n not in scans.damaged for n in set(file_of.tolist()))
     if timeless:
         logger.warning("%s: %d videos have no rising time stamps and cannot be cut by time", name, timeless)
-    empty = int(((stop == first) & ~np.isin(rows, list(scans.damaged))).sum())
+    empty = int(((stop == first) & ~np.isin(file_of, list(scans.damaged))).sum())
     if empty:
         logger.warning("%s: %d clips of the list hold no frame of their video and are left out", name, empty)
     return stop > first
