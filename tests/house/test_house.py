@@ -263,7 +263,7 @@ def test_no_function_is_longer_than_150_lines():
 
 
 COUNTED = ("pipelines",)  # folders in which the two counts below hold
-LEAST_COMMENTS, MOST_COMPREHENSIONS = 30, 23  # per 1,000 lines
+LEAST_COMMENTS, MOST_COMPREHENSIONS = 30, 22  # per 1,000 lines
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
