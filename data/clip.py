@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,9 +15,6 @@ from PIL import Image
 from data.core.option import check_choices, option
 from data.core.tensors import to_float, to_uint8  # noqa: F401 - the pixel scale of this file's clips
 from data.video import Frames
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Resize(StrEnum):
@@ -176,8 +173,3 @@ def crop_resize_uint8(frames: np.ndarray | Frames, spec: ClipSpec, rng: np.rando
     if spec.flip and rng.random() < 0.5:
         clip = clip[:, :, ::-1]
     return np.ascontiguousarray(clip)
-
-
-def to_clip(frames: np.ndarray, spec: ClipSpec, rng: np.random.Generator) -> Tensor:
-    """Turn decoded frames uint8 (T, H, W, 3) into the float32 clip (3, T, size, size) in [-1, 1] that models take."""
-    return to_float(crop_resize_uint8(frames, spec, rng))

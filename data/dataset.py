@@ -40,7 +40,7 @@ def clip_indices(video: Video, spec: ClipSpec, rng: np.random.Generator) -> np.n
 def read_clip(
     video: Video, spec: ClipSpec, rng: np.random.Generator, demo: DemoVideos | None = None
 ) -> np.ndarray:
-    """A clip of one video: uint8 (T, size, size, 3), resized as it is decoded. Raises BadVideo if it cannot be read."""
+    """Read a clip of one video: uint8 (T, size, size, 3), resized as it is decoded. Raises BadVideo if it cannot be read."""
     indices = clip_indices(video, spec, rng)
     frames = video_frames(video, indices, spec.size, demo)
     try:
@@ -76,7 +76,7 @@ class VideoClips:
     """
 
     def __init__(self, source: Source, spec: ClipSpec, seed: int = 0, train: bool = True):
-        """Videos shorter than a clip are left out under short="skip" and listed in `short`."""
+        """Open the stream; videos shorter than a clip are left out under short="skip" and listed in `short`."""
         self.source, self.spec, self.seed, self.train = source, spec, seed, train
         # Videos that are long enough for a clip, and those that are not.
         least = span(spec) if spec.short == "skip" else 1
@@ -119,7 +119,7 @@ class VideoClips:
         self.videos = self.videos.select(np.arange(len(self.videos)) < count)
 
     def __len__(self) -> int:
-        """Usable videos, that is samples of one pass; the stream itself does not end."""
+        """Count the usable videos, that is samples of one pass; the stream itself does not end."""
         return len(self.videos)
 
     @property
@@ -128,11 +128,11 @@ class VideoClips:
         return self.source.class_names
 
     def name(self, video_index: int) -> str:
-        """A video's path below the root of its source."""
+        """Return a video's path below the root of its source."""
         return self.videos.name(video_index)
 
     def label(self, video_index: int) -> int:
-        """A video's class, -1 when unconditional."""
+        """Return a video's class, -1 when unconditional."""
         return self.videos.label(video_index)
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:

@@ -50,6 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _check_frames(frames: np.ndarray, fps: float) -> None:
+    """Raise ValueError unless frames are uint8 (T, H, W, 3), T >= 1, and the rate is above 0."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames {frames.dtype} {frames.shape}: need uint8 (T, H, W, 3), T >= 1")
     if not fps > 0:

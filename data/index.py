@@ -5,6 +5,7 @@ A row is committed soon after its file was scanned, so a kill costs seconds of w
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sqlite3
@@ -61,6 +62,22 @@ class Scans:
     damaged: dict[int, str]
     times: Blobs
 
+    @classmethod
+    def empty(cls, count: int) -> Scans:
+        """Make columns for `count` files, to be filled."""
+        numbers = {name: np.zeros(count, dtype) for name, dtype in _NUMBERS.items()}
+        return cls(**numbers, damaged={}, times=Blobs(count))
+
+    def put(self, rows: list[tuple]) -> None:
+        """Put in rows: number of the file, num_frames, width, height, fps, damaged, times."""
+        numbers = [row[0] for row in rows]
+        for at, name in enumerate(_NUMBERS, 1):
+            getattr(self, name)[numbers] = [row[at] for row in rows]
+        for n, *_, reason, packed_times in rows:
+            if reason:
+                self.damaged[n] = reason
+            self.times.put(n, packed_times)
+
 
 def build_index(
     paths: Sequence[str | Path],
@@ -95,20 +112,7 @@ def scan_paths(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: the scan needs at least one process")
-    columns = {name: np.zeros(len(paths), dtype) for name, dtype in _NUMBERS.items()}
-    damaged: dict[int, str] = {}
-    times, known_good = Blobs(len(paths)), False
-
-    def keep(rows: list[tuple]) -> None:
-        """rows: number of the file, num_frames, width, height, fps, damaged, times."""
-        numbers = [row[0] for row in rows]
-        for at, name in enumerate(columns, 1):
-            columns[name][numbers] = [row[at] for row in rows]
-        for n, *_, reason, packed_times in rows:
-            if reason:
-                damaged[n] = reason
-            times.put(n, packed_times)
-
+    scans, known_good = Scans.empty(len(paths)), False
     # Known and unchanged files come from the store; damage is trusted only if this reader found it.
     todo = dict.fromkeys(range(len(paths)))
     with _store(cache_file) as store:
@@ -121,13 +125,13 @@ def scan_paths(
                 kept.append((n, num_frames, width, height, packed_rate(packed, fps), reason, packed))
                 known_good |= not reason and reader == reader_name()
                 del todo[n]
-            keep(kept)
+            scans.put(kept)
         # The others are scanned by worker processes and stored as they come.
         if todo:
             logger.info("scanning %d of %d videos for damage", len(todo), len(paths))
             for n, record in _scan_and_store(store, paths, todo, workers, timeout_s, known_good):
-                keep([(n, *_values(record))])
-    return Scans(**columns, damaged=dict(sorted(damaged.items())), times=times)
+                scans.put([(n, *_values(record))])
+    return dataclasses.replace(scans, damaged=dict(sorted(scans.damaged.items())))
 
 
 def decord_agrees(

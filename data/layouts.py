@@ -75,7 +75,7 @@ def find_ucf101(root: Path, split: str = "train") -> Found:
         logger.warning(
             "%s: %d classes, UCF101 has 101; class ids follow these folders", base, len(class_names)
         )
-    # v_X_g01_c01.avi to v_X_g01_c07.avi are clips of one video: one group.
+    # Clips of one group, v_X_g01_c01.avi to v_X_g01_c07.avi, look alike: a held-out share takes all or none of them.
     found = Found(str(base), [], class_names=class_names)
     for label, class_name in enumerate(class_names):
         for name in files[class_name]:

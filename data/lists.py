@@ -21,7 +21,10 @@ _LONGEST_FIELD = 16 << 20  # characters: the captions of an hour of clips are in
 
 
 def _rows(path: Path, *needed: str) -> Iterator[tuple]:
-    """Yield (line, values of the needed columns) of a csv with a header. Raises ValueError for what is missing or broken."""
+    """Yield (line, values of the needed columns) of a csv with a header.
+
+    Raises ValueError for what is missing or broken.
+    """
     if not path.is_file():
         raise ValueError(f"list_file={path}: no such file")
     before = csv.field_size_limit(_LONGEST_FIELD)  # of the whole process

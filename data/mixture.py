@@ -38,7 +38,7 @@ class Shares:
     """
 
     def __init__(self, weights: Sequence[float], seed: int = 0):
-        """weights: one a source, above 0, in any unit. Raises ValueError for others."""
+        """Share out by weights: one per source, above 0, in any unit. Raises ValueError for others."""
         if not weights or not all(0 < w < math.inf for w in weights):
             raise ValueError(f"weights={list(weights)}: one number above 0 a source, e.g. [2, 1]")
         # The sources of a cycle's samples, in blocks: (1024, BLOCK).
@@ -131,7 +131,10 @@ class MixedClips:
         seed: int = 0,
         train: bool = True,
     ):
-        """parts: name -> clips, made with part_seed. weights: in the order of parts; None: as many as they have videos."""
+        """Join parts: name -> clips, made with part_seed.
+
+        weights: in the order of parts; None: as many as they have videos.
+        """
         if len(parts) < 2:
             raise ValueError(f"a mixture of {list(parts)}: needs two sources or more")
         self.parts, self.names, self.train = list(parts.values()), list(parts), train
@@ -169,16 +172,16 @@ class MixedClips:
         return failed
 
     def __len__(self) -> int:
-        """Usable videos of all parts."""
+        """Count the usable videos of all parts."""
         return len(self.videos)
 
     def name(self, video_index: int) -> str:
-        """A video's path below the root of its source, behind the source's name."""
+        """Return a video's path below the root of its source, behind the source's name."""
         part, inner = self.videos.place(video_index)
         return f"{self.names[part]}/{self.parts[part].name(inner)}"
 
     def label(self, video_index: int) -> int:
-        """-1: unconditional."""
+        """Return -1: a mixture is unconditional."""
         return -1
 
     def clip_uint8(self, video_index: int, rng: np.random.Generator) -> np.ndarray:

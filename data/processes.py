@@ -210,7 +210,10 @@ class Pool:
         return job, value
 
     def _lost(self, process: _Process, late: bool) -> tuple[int, Any] | None:
-        """Replace a process that hangs (late) or has died. Its job waits again, or is given up with what is known of it."""
+        """Replace a process that hangs (late) or has died.
+
+        Its job waits again, or is given up with what is known of it.
+        """
         self._processes.remove(process)
         used = process.used_s() - process.cpu_s
         code, job = process.stop(0 if late else 5), process.job

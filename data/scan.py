@@ -13,6 +13,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -86,10 +87,7 @@ def _scan_video(path: Path) -> ScanRecord:
     # Decode the whole file once: times, sizes, digests and key frames, and all that the decoder complains of.
     sizes, ticks, digests, keys = set(), [], [], []
     corrupt = dropped = packets = 0
-    level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else a file is not told what a file before it was
-    try:
+    with _all_errors():
         with av.logging.Capture() as messages, reading(path), av.open(str(path)) as container:
             stream = best_stream(container)
             if container.format.name.endswith("_pipe"):
@@ -126,13 +124,23 @@ def _scan_video(path: Path) -> ScanRecord:
             reason = f"decoder error: {' '.join(messages[0][2].split())[:100]}"
         # Where reading may begin: key frames from which a seek gives the frames that decoding from 0 gave.
         entries = _entries(path, ticks, digests, keys) if not reason and rising(ticks) else []
-    finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skip_repeated)
     width, height = min(sizes, default=(0, 0))
     times = pack_times(ticks, tick.numerator, tick.denominator, entries) if tick else b""
     fps = mean_rate(ticks, float(tick), fps) if tick else fps
     return ScanRecord(str(path), count, width, height, fps, reason, times)
+
+
+@contextmanager
+def _all_errors() -> Iterator[None]:
+    """Let FFmpeg tell every error, and nothing less; also one that it told of a file before."""
+    level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        yield
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip_repeated)
 
 
 def _digest(frame) -> int:

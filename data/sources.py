@@ -100,33 +100,16 @@ def open_source(
     splits = _SPLITS.get(name, ("train", "test"))
     if split not in splits:
         raise ValueError(f"split={split!r}: choose {', '.join(splits[:-1])} or {splits[-1]}")
+    # The demo has no files; of the others the folder, the list and the place of the index must fit together.
     if name == "demo":
         return _demo(DemoVideos(num_videos, num_classes, size, num_frames, 2 * seed + held_out, edge))
-    # The folder of the videos; a list of one's own may do without.
-    if not root and name != "csv":
-        raise ValueError(
-            f"{name}: root='' is not a folder; give that of the videos: --data DIR or source.root=DIR"
-        )
-    if root and not Path(root).is_dir():
-        hint = (
-            f"; for a list say source.name=csv source.list_file={root}"
-            if str(root).endswith(user_list.SUFFIXES)
-            else ""
-        )
-        raise ValueError(
-            f"{name}: root={str(root)!r} is not a folder; see docs/datasets.md for the layout{hint}"
-        )
-    # The index lies outside the data, a list belongs to a data set that has lists.
-    root = Path(root).absolute() if root else None
-    if root and index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"index_dir={index_dir}: lies inside the data; choose a folder outside {root}")
+    root = _folder_of(name, root, index_dir)
     if list_file and name not in _LISTS:
         raise ValueError(
             f"list_file={list_file}: {', '.join(_LISTS)} have list files; leave it empty for {name}"
         )
-    list_file = Path(list_file) if list_file else None
     # Find the videos, each data set in its own layout; a list names what is missing on disk.
-    found = _find(name, root, split, list_file, labels, held_out)
+    found = _find(name, root, split, Path(list_file) if list_file else None, labels, held_out)
     _tell_missing(name, found, index_dir)
     if not found:
         suffixes = " ".join(VIDEO_SUFFIXES)
@@ -136,6 +119,27 @@ def open_source(
     # Scan them, and hold out a share unless the data set says itself what is held out.
     share = None if found.parted else (val_fraction, held_out)
     return _scanned(name, root or Path(found.base), found, share, index_dir, workers, reader)
+
+
+def _folder_of(name: str, root: str | Path | None, index_dir: str | Path | None) -> Path | None:
+    """Check the folder of the videos, which a list of one's own may do without; no file of ours may be kept in it."""
+    if not root:
+        if name == "csv":
+            return None
+        raise ValueError(
+            f"{name}: root='' is not a folder; give that of the videos: --data DIR or source.root=DIR"
+        )
+    root = Path(root)
+    if not root.is_dir():
+        is_list = str(root).endswith(user_list.SUFFIXES)
+        hint = f"; for a list say source.name=csv source.list_file={root}" if is_list else ""
+        raise ValueError(
+            f"{name}: root={str(root)!r} is not a folder; see docs/datasets.md for the layout{hint}"
+        )
+    root = root.absolute()
+    if index_dir is not None and Path(index_dir).resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"index_dir={index_dir}: lies inside the data; choose a folder outside {root}")
+    return root
 
 
 def _demo(demo: DemoVideos) -> Source:
@@ -201,7 +205,7 @@ def _hold_out(found: Found, val_fraction: float, held_out: bool, damaged: set[st
         return found
     # Groups in the order of their hashes: adding videos does not move the others.
     of_video = found.groups or found.names
-    groups = sorted(set(of_video), key=lambda group: hashlib.sha256(_bytes(group)).digest())
+    groups = sorted(set(of_video), key=lambda g: hashlib.sha256(g.encode(errors="surrogateescape")).digest())
     if len(groups) < 2:
         raise ValueError(
             f"val_fraction={val_fraction}: {len(groups)} group of videos cannot be split; use val_fraction=0"
@@ -213,10 +217,6 @@ def _hold_out(found: Found, val_fraction: float, held_out: bool, damaged: set[st
         count += 1
     chosen = set(groups[:count])
     return found.choose(n for n, group in enumerate(of_video) if (group in chosen) == held_out)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 def _scanned(

@@ -69,7 +69,7 @@ class VideoTable(Sequence):
     def __init__(
         self, base: str, files: Sequence[str], columns: dict[str, np.ndarray], times: Blobs | None = None
     ):
-        """base: folder of the files. files: paths below it, one a video. times: the scan's timelines, if there are any.
+        """Make a table. base: folder of the files. files: paths below it, one per video. times: the scan's timelines, if any.
 
         columns, each (len(files), ...): num_frames, width, height, fps; if there are any: label; first, tick, and
         cut int64 (n, 2), begin and end of the clip in ms; file, the number of the file in `times`; decord, its reader.
@@ -107,6 +107,7 @@ class VideoTable(Sequence):
         return int(self.columns["label"][row]) if "label" in self.columns else -1
 
     def __getitem__(self, index: int | slice) -> Video | VideoTable:
+        """Make the video of a row; of a slice a table that shares the columns."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         row, columns = self._row(index), self.columns

@@ -105,6 +105,7 @@ class Frames:
             yield n, read_image(files[n])
 
     def _decoded(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the frames wanted of a file, by the quickest way that is known to show the right ones."""
         # The scan's timeline, or, where the first frame lies far behind the beginning, that of the packets.
         times = self.times
         if times == b"" and wanted[0] >= _NEAR:

@@ -6,9 +6,9 @@ importing the room costs nothing, importing `Latte` costs torch and diffusers.
 
 from importlib import import_module
 
-_HOME = {"Latte": "latte", "build_denoiser": "latte", "LATTE_SIZES": "latte"}
+_HOME = {"Latte": "latte", "LATTE_SIZES": "latte"}
 
-__all__ = ["LATTE_SIZES", "Latte", "build_denoiser"]
+__all__ = ["LATTE_SIZES", "Latte"]
 
 
 def __getattr__(name: str):

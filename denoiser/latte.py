@@ -275,7 +275,10 @@ class Latte(ModelMixin, ConfigMixin):
         return y.to(device)
 
     def check_labels(self, y: Tensor) -> None:
-        """Raise ValueError for class ids that this Latte lacks. Call it before they go to a GPU: forward waits for none."""
+        """Raise ValueError for class ids that this Latte lacks.
+
+        Call it before they go to a GPU: forward waits for none.
+        """
         last = self.y_embedder.embedding_table.num_embeddings - 1
         if len(y) and not (0 <= int(y.min()) and int(y.max()) <= last):
             raise ValueError(f"y={y.tolist()}: labels of this Latte are 0 .. {last}")
@@ -300,7 +303,7 @@ class Latte(ModelMixin, ConfigMixin):
         return self
 
     def _init_weights(self) -> None:
-        """DiT's initialisation: every block starts as the identity and the output as exactly 0."""
+        """Initialise as DiT: every block starts as the identity and the output as exactly 0."""
         # All linear layers, and the patch projection as one.
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -318,23 +321,6 @@ class Latte(ModelMixin, ConfigMixin):
         for linear in (*adaln, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-
-
-def build_denoiser(
-    name: str,
-    latent_channels: int,
-    latent_frames: int,
-    latent_size: int | tuple[int, int],
-    num_classes: int | None = None,
-) -> Latte:
-    """Build a fresh Latte of a published size ("XL/2") for latents (B, latent_channels, latent_frames, h, w)."""
-    return Latte.from_size(
-        name,
-        in_channels=latent_channels,
-        num_frames=latent_frames,
-        sample_size=latent_size,
-        num_classes=num_classes,
-    )
 
 
 def _height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:

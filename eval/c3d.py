@@ -38,7 +38,7 @@ class C3D(nn.Module):
         self.register_buffer("mean", torch.zeros(3, NUM_FRAMES, RESOLUTION, RESOLUTION))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 16, 112, 112) float, BGR pixels 0..255 (see `to_c3d_input`). Returns logits (B, 101)."""
+        """Classify x (B, 3, 16, 112, 112) float, BGR pixels 0..255 (see `to_c3d_input`). Returns logits (B, 101)."""
         if tuple(x.shape[1:]) != (3, NUM_FRAMES, RESOLUTION, RESOLUTION):
             raise ValueError(f"C3D got {tuple(x.shape)}: it needs (B, 3, 16, 112, 112), exactly 16 frames")
         x = x - self.mean
@@ -53,7 +53,7 @@ class C3D(nn.Module):
 
 
 def to_c3d_input(clip: Tensor) -> Tensor:
-    """clip: (16, H, W, 3) uint8 RGB. Returns (3, 16, 112, 112) float32 BGR, 0..255, before the mean.
+    """Prepare a clip (16, H, W, 3) uint8 RGB: (3, 16, 112, 112) float32 BGR, 0..255, before the mean.
 
     Bilinear with align_corners=True, as the release (chainer's default); half-pixel centres would change the
     probabilities by up to 0.02.
@@ -64,7 +64,7 @@ def to_c3d_input(clip: Tensor) -> Tensor:
 
 
 def crop_mean(mean: Tensor) -> Tensor:
-    """The release's mean clip (3, 16, 128, 171), BGR, any flat layout -> the centre the network sees."""
+    """Cut the release's mean clip (3, 16, 128, 171), BGR, any flat layout, to the centre that the network sees."""
     if mean.numel() != 3 * 16 * 128 * 171:
         raise ValueError(
             f"mean clip has shape {tuple(mean.shape)}: it needs the {MEAN_SHAPE} values of mean2.npz"

@@ -12,10 +12,11 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.core.cli import run
+from data.core.environment import weights_folder
 from data.core.files import sha256_of
 from data.core.lazy import lazy
 from eval.weight_files import LPIPS_NAMES, WEIGHT_FILES
-from eval.weights import accepted_names, find_weights, identify, weights_folder
+from eval.weights import accepted_names, find_weights, identify
 
 fidelity = lazy("eval.fidelity")
 weights = lazy("eval.weights")

@@ -57,7 +57,10 @@ class Ranks:
         return values
 
     def everywhere(self, fn: Callable[[], Any]) -> list:
-        """Call fn() in all processes, gather the results. If it raises ValueError or OSError in one, it is raised in all."""
+        """Call fn() in all processes, gather the results.
+
+        If it raises ValueError or OSError in one, it is raised in all.
+        """
         result, error = None, None
         try:
             result = fn()
@@ -188,12 +191,12 @@ def extract_selected(
     if failures:
         return None, failures
     # Put the batches in order and check that they cover each clip once.
-    features = []
+    covered = 0
     for start in sorted(pieces):
-        assert start == sum(map(len, features)), "each clip is judged exactly once"
-        features.append(pieces[start])
-    features = np.concatenate(features)
-    assert len(features) == len(clips), "each clip is judged exactly once"
+        assert start == covered, "each clip is judged exactly once"
+        covered += len(pieces[start])
+    assert covered == len(clips), "each clip is judged exactly once"
+    features = np.concatenate([pieces[start] for start in sorted(pieces)])
     if cache and ranks.main:
         cache.finish(features, step)
     return features, {}

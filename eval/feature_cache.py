@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(argument: str | None, *roots: str | Path) -> Path:
-    """Return the folder of caches: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte. ValueError if inside a data folder."""
+    """Return the folder of caches: the argument, $OMNILATTE_CACHE, or ~/.cache/omnilatte.
+
+    ValueError if inside a data folder.
+    """
     folder = Path(argument or os.environ.get("OMNILATTE_CACHE") or Path.home() / ".cache" / "omnilatte")
     for root in roots:
         if Path(root).is_dir() and folder.resolve().is_relative_to(Path(root).resolve()):
@@ -81,11 +84,11 @@ class FeatureCache:
 
     def load(self, num: int, batch_size: int) -> dict[int, np.ndarray]:
         """Read what is there of `num` clips: {first clip of a batch: features (B, D)}, possibly all or nothing."""
-        # A finished run left one file,
+        # A finished run left one file.
         whole = self._read(self.whole)
         if whole is not None and len(whole) == num:
             return {start: whole[start : start + batch_size] for start in range(0, num, batch_size)}
-        # an interrupted one a file per batch.
+        # An interrupted one left a file per batch.
         found = {}
         for start in range(0, num, batch_size):
             part = self._read(self._part(start))

@@ -118,10 +118,9 @@ def extract_features(
         with exact_float32(extractor.device.type):
             inputs = []
             for clip in batch:
-                pixels = torch.from_numpy(
-                    np.require(clip, requirements=["C", "W"])
-                )  # torch needs a writable one
-                inputs.append(extractor.prepare(pixels.to(extractor.device)).permute(1, 2, 3, 0))
+                clip = np.require(clip, requirements=["C", "W"])  # torch wants memory that it may write
+                pixels = torch.from_numpy(clip).to(extractor.device)
+                inputs.append(extractor.prepare(pixels).permute(1, 2, 3, 0))
             # (B, 3, T, H, W), stacked in (B, T, H, W, 3) memory order: the layout of frames, and of the fast network
             stacked = torch.stack(inputs).permute(0, 4, 1, 2, 3)
             output = extractor.network(stacked).float().cpu().numpy()

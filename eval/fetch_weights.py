@@ -27,6 +27,7 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 
 from data.core.cli import run
+from data.core.environment import ROOT, weights_folder
 from data.core.files import remove_leftovers, write_atomic
 from data.core.weights import read_weights
 from eval.weight_files import (
@@ -40,7 +41,7 @@ from eval.weight_files import (
     tensor_digest,
     tf_table,
 )
-from eval.weights import ROOT, accepted_names, open_weights, weights_folder
+from eval.weights import accepted_names, open_weights
 
 PINS = ROOT / "configs" / "weights.txt"
 # Indices of the convolutions in torchvision's `features`, in the order of the archive's Conv_0, Conv_1, ...
@@ -131,6 +132,7 @@ def convert(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _convert_i3d(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename the arrays of the I3D archive, and compare each with TF-Hub's checksum."""
     # The names that TF-Hub gives these arrays; one unit is spelt otherwise there.
     named = {}
     for path, value in arrays.items():
@@ -147,6 +149,7 @@ def _convert_i3d(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _convert_trunk(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename the convolutions of a trunk of LPIPS, and compare them with their digest."""
     # (h, w, in, out) -> (out, in, h, w)
     state = {}
     for number, index in enumerate(CONVOLUTIONS[kind]):

@@ -48,6 +48,7 @@ LPIPS_LEAST = 31  # pixels that the strides of AlexNet's first layers leave some
 
 
 def _check(real: np.ndarray, fake: np.ndarray) -> None:
+    """Raise ValueError unless both are uint8 (T, H, W, 3) of one shape."""
     for name, video in (("real", real), ("fake", fake)):
         if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
             raise ValueError(f"{name} is {video.dtype} {video.shape}: videos are uint8 (T, H, W, 3)")

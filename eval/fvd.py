@@ -21,8 +21,8 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
-from eval.protocol import CHOICES, MAX_FRAMES, PROTOCOLS, Protocol, named_protocol
+from eval.options import add_knobs, add_run_arguments, knobs_of, run_options, selection_of, side_notes
+from eval.protocol import MAX_FRAMES, PROTOCOLS, Protocol, named_protocol
 from eval.weights import require_weights
 
 extraction = lazy("eval.extraction")
@@ -73,21 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="omnilatte",
         help=f"{', '.join(PROTOCOLS)}, or with a score: tats/fvd2048_16f_step3 (default omnilatte)",
     )
-    # Its knobs: None leaves the protocol's own value.
-    parser.add_argument("--num-videos", type=int, help="clips of each side, exactly (default 2048)")
-    parser.add_argument("--num-frames", type=int, help="9 to 256 (default 16)")
-    parser.add_argument("--real-interval", type=int, help="frame step in real videos: the training's (1)")
-    parser.add_argument("--fake-interval", type=int, help="frame step in generated videos (1)")
-    parser.add_argument(
-        "--size", type=size_argument, help="of both, 256 or 144x176 (default: the generated videos')"
-    )
-    parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
-    parser.add_argument("--position", choices=CHOICES["position"], help="of a clip in a longer video")
-    parser.add_argument("--clips-per-video", type=int, help="at most this many different clips of one video")
-    parser.add_argument("--resize", choices=CHOICES["resize"], help="how I3D gets 224 pixels")
-    parser.add_argument("--eps", type=float, help="batch norm of I3D: 1e-5 TATS, 1e-3 TF-Hub")
-    parser.add_argument("--ddof", type=int, choices=CHOICES["ddof"], help="covariances over N - ddof")
-    parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
+    add_knobs(parser, Protocol)
     # What the number is compared with, and the options of every judge.
     parser.add_argument(
         "--floor",
@@ -100,9 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:
-    """The named protocol with the knobs of the command line."""
-    knobs = {name: getattr(args, name) for name in Protocol.__dataclass_fields__ if name != "name"}
-    return named_protocol(args.protocol, **knobs)
+    """Choose the named protocol, with the knobs of the command line."""
+    return named_protocol(args.protocol, **knobs_of(args, Protocol))
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -39,7 +39,7 @@ POOLS = {
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's "SAME" rule for one axis: (front, back), the odd one goes to the back."""
+    """Compute TensorFlow's "SAME" padding of one axis: (front, back), the odd one goes to the back."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
@@ -68,9 +68,8 @@ class Unit3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        return F.relu(
-            self.bn(self.conv3d(x))
-        )  # (B, in, T, H, W) -> (B, out, T / s, H / s, W / s), rounded up
+        # (B, in, T, H, W) -> (B, out, T / s, H / s, W / s), rounded up
+        return F.relu(self.bn(self.conv3d(x)))
 
 
 class Mixed(nn.Module):
@@ -138,7 +137,7 @@ class I3D(nn.Module):
                 yield pool, x
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400), the mean over time.
+        """Classify x (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400), the mean over time.
 
         Raises ValueError for another shape or fewer frames.
         """

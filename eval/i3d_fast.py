@@ -34,7 +34,7 @@ def _fold(*units: Unit3D) -> nn.Conv3d:
 
 
 def _conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """Convolution with "SAME" padding, then ReLU in place."""
+    """Convolve with "SAME" padding, then ReLU in place."""
     pads = [same_padding(*args) for args in zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True)]
     if all(front == back for front, back in pads):  # no padded copy
         out = F.conv3d(x, conv.weight, conv.bias, conv.stride, [front for front, _ in pads])
@@ -99,7 +99,7 @@ class FastI3D(nn.Module):
         self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400)."""
+        """Classify x (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400)."""
         check_input(x)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         # Stem: (B, 3, T, 224, 224) -> (B, 192, ceil(T / 2), 28, 28)

@@ -18,8 +18,8 @@ import numpy as np
 
 from data.core.cli import run
 from data.core.lazy import lazy
-from eval.options import add_run_arguments, run_options, selection_of, side_notes, size_argument
-from eval.protocol import CHOICES, INCEPTION_PROTOCOLS, InceptionProtocol
+from eval.options import add_knobs, add_run_arguments, knobs_of, run_options, selection_of, side_notes
+from eval.protocol import INCEPTION_PROTOCOLS, InceptionProtocol
 from eval.weights import require_weights
 
 extraction = lazy("eval.extraction")
@@ -36,26 +36,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=INCEPTION_PROTOCOLS, help="default: both, each with a record of its own"
     )
-    # Its knobs: None leaves the protocol's own value.
-    parser.add_argument("--num-videos", type=int, help="exactly this many (default 2048)")
-    parser.add_argument("--splits", type=int, help="1 as TGAN2, 10 as StyleGAN-V")
-    parser.add_argument("--shuffle-seed", type=int, help="shuffle before splitting (StyleGAN-V: 42)")
-    parser.add_argument("--interval", type=int, help="distance of the 16 frames in the file (1)")
-    parser.add_argument("--size", type=size_argument, help="before C3D's resize (default: the videos' own)")
-    parser.add_argument("--sampling", choices=CHOICES["sampling"], help="each video once, or all windows")
-    parser.add_argument("--position", choices=CHOICES["position"], help="default start: the first 16 frames")
-    parser.add_argument("--clips-per-video", type=int, help="at most this many different clips of one video")
-    parser.add_argument("--seed", type=int, help="of the choice of videos and clips (default 0)")
+    add_knobs(parser, InceptionProtocol)
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
 
 def protocols_of(args: argparse.Namespace) -> list[InceptionProtocol]:
     """Choose the named protocol, or all of them; with the knobs of the command line."""
-    knobs = {}
-    for name in InceptionProtocol.__dataclass_fields__:
-        if name != "name" and getattr(args, name) is not None:
-            knobs[name] = getattr(args, name)
+    knobs = knobs_of(args, InceptionProtocol)
     # The protocols differ in their splits: with those given, one is left.
     chosen = list(INCEPTION_PROTOCOLS) if args.splits is None else ["tgan2"]
     chosen = [args.protocol] if args.protocol else chosen

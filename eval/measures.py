@@ -17,6 +17,7 @@ import scipy.linalg
 
 
 def _features(features, name: str) -> np.ndarray:
+    """Check features (N, D) and convert them to float64."""
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2:
         raise ValueError(f"{name} has shape {features.shape}: features are (N, D), one row per clip")
@@ -38,7 +39,7 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(a, b, ddof: int = 1) -> float:
-    """Squared Frechet distance between the Gaussians of two feature sets (FVD when they are I3D logits).
+    """Compute the squared Frechet distance between the Gaussians of two feature sets (FVD when they are I3D logits).
 
     a: (N, D), b: (M, D) features. ddof: 1 divides the covariances by N - 1 (TATS), 0 by N (StyleGAN-V).
     Raises ValueError for N < 2, NaN, or different D.
@@ -58,7 +59,7 @@ def frechet_distance(a, b, ddof: int = 1) -> float:
         a = scipy.linalg.qr(a, mode="r")[0][: a.shape[1]]
     if len(b) > b.shape[1]:
         b = scipy.linalg.qr(b, mode="r")[0][: b.shape[1]]
-    # The trace of the covariances' geometric mean: the nuclear norm of A B^T.
+    # tr (C_a C_b)^(1/2): the nuclear norm of A B^T.
     root = scipy.linalg.svdvals(a @ b.T).sum()
     return float(np.square(mean_a - mean_b).sum() + traces - 2.0 * root)
 
@@ -69,7 +70,7 @@ def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def kernel_distance(a, b) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (KVD when the features are I3D logits).
+    """Compute the unbiased squared MMD with the kernel (x.y / D + 1)^3 (KVD when the features are I3D logits).
 
     a: (N, D), b: (M, D). All samples at once, no subsets and no factor, as TATS (tats/fvd/fvd.py): the value
     may be negative. Raises ValueError for N < 2, NaN, or different D.
@@ -103,7 +104,7 @@ def inception_score(probabilities, splits: int = 1) -> tuple[float, float]:
 
 
 def inception_score_from_logits(logits, splits: int = 1) -> tuple[float, float]:
-    """`inception_score` of logits (N, K), through a log-softmax in float64: no probability underflows to zero."""
+    """Score logits (N, K) as `inception_score`, by a log-softmax in float64: no probability underflows to zero."""
     from scipy.special import log_softmax
 
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
@@ -113,6 +114,7 @@ def inception_score_from_logits(logits, splits: int = 1) -> tuple[float, float]:
 
 
 def _score(log_p: np.ndarray, p: np.ndarray, splits: int) -> tuple[float, float]:
+    """Score probabilities p (N, K) and their logarithms: mean and deviation over contiguous splits."""
     if not 1 <= splits <= len(p):
         raise ValueError(f"splits={splits}: between 1 and the number of videos, {len(p)}")
     scores = []
@@ -145,6 +147,7 @@ def _counts(groups: np.ndarray, resamples: int, rng: np.random.Generator) -> np.
 
 
 def _interval(value: float, values: np.ndarray, seed: int) -> dict:
+    """Lay the spread of the resamples' values (R,) around the value, as the module describes."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - values.mean()
     return {
         "low": float(value + low),
@@ -158,7 +161,7 @@ def _interval(value: float, values: np.ndarray, seed: int) -> dict:
 
 
 def _weighted(features: np.ndarray, counts: np.ndarray, ddof: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean, centred features scaled so that their Gram matrix is the covariance, and its trace."""
+    """Return mean, centred features scaled so that their Gram matrix is the covariance, and its trace."""
     total = counts.sum()
     mean = counts @ features / total
     keep = counts > 0
@@ -167,7 +170,10 @@ def _weighted(features: np.ndarray, counts: np.ndarray, ddof: int) -> tuple[np.n
 
 
 def _nuclear(a: np.ndarray, b: np.ndarray) -> float:
-    """Nuclear norm of a b^T for features of one dimension. Squared singular values are enough for an interval, and faster."""
+    """Compute the nuclear norm of a b^T for features of one dimension.
+
+    Squared singular values are enough for an interval, and faster.
+    """
     if min(len(a), len(b)) <= a.shape[1]:
         # Few clips: the singular values of the smaller product.
         small, large = (a, b) if len(a) < len(b) else (b, a)
@@ -187,7 +193,7 @@ def _nuclear(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _frechet(a, b, ddof: int, counts_a: np.ndarray, counts_b: np.ndarray) -> float:
-    """FVD of two weighted sets."""
+    """Compute the FVD of two weighted sets."""
     mean_a, a, trace_a = _weighted(a, counts_a, ddof)
     mean_b, b, trace_b = _weighted(b, counts_b, ddof)
     return float(np.square(mean_a - mean_b).sum() + trace_a + trace_b - 2 * _nuclear(a, b))
@@ -203,7 +209,7 @@ class _ShortWay:
     order along the others. Means and traces are exact."""
 
     def __init__(self, a: np.ndarray, b: np.ndarray, ddof: int, w: np.ndarray, v: np.ndarray):
-        """a: (N, D), b: (M, D), N and M > D; w: (R, N), v: (R, M) counts."""
+        """Prepare sets a (N, D), b (M, D), N and M > D, with counts w (R, N), v (R, M)."""
         # Turn both sets into the principal directions of their summed covariance, the largest first.
         mean = a.mean(axis=0)
         a, b = a - mean, b - mean
@@ -220,7 +226,7 @@ class _ShortWay:
         self.first_order = self._first_order(a.shape[1])
 
     def _first_order(self, rank: int) -> np.ndarray:
-        """(R,): tr (C_a C_b)^(1/2) along `rank` directions, linear in the covariances around the sets' own.
+        """Compute tr (C_a C_b)^(1/2) along `rank` directions, linear in the covariances around the sets' own: (R,).
 
         It is (tr T C_a + tr T^-1 C_b) / 2 with the T that carries one Gaussian to the other.
         """

@@ -1,22 +1,45 @@
 """What the judging programs have in common on their command lines. Imports no torch: `--help` is quick."""
 
 import argparse
+import dataclasses
 import os
 from typing import Any
 
 from data.core.files import claim_file, is_json_object
 from eval.extraction import Ranks, RunOptions
 from eval.feature_cache import cache_folder, scan_file
-from eval.protocol import parse_size
+from eval.protocol import CHOICES, InceptionProtocol, Protocol, parse_size
 from eval.selection import Selection
 
 
 def size_argument(text: str) -> tuple[int, int]:
-    """argparse type of --size."""
+    """Read --size, as a type of argparse."""
     try:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_knobs(parser: argparse.ArgumentParser, kind: type[Protocol | InceptionProtocol]) -> None:
+    """Add an option for each knob of a kind of protocol. One that is not given stays as the named protocol has it."""
+    for field in dataclasses.fields(kind):
+        if field.name == "name":
+            continue
+        read = int if field.default is None else type(field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=size_argument if field.name == "size" else read,
+            choices=CHOICES.get(field.name),
+            help=field.metadata["help"],
+        )
+
+
+def knobs_of(args: argparse.Namespace, kind: type[Protocol | InceptionProtocol]) -> dict[str, Any]:
+    """Collect the knobs that the command line gives."""
+    given = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if field.name != "name"
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def default_workers() -> int:

@@ -7,6 +7,8 @@ A name is a protocol, or a protocol and a score: `tats`, `stylegan-v/fvd2048_16f
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
+from data.core.option import option
+
 MIN_FRAMES, MAX_FRAMES = 9, 256  # of I3D: ceil(T / 8) >= 2 time positions for the last pooling
 CHOICES = {
     "resize": ("squash", "short"),
@@ -39,7 +41,7 @@ class _Knobs:
             raise ValueError(f"size={self.size}: height and width in pixels, e.g. 256x256")
 
     def overrides(self) -> dict:
-        """Settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
+        """Return the settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
         free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
         base, changed = self.table()[self.name], {}
         for field in fields(self):
@@ -49,7 +51,7 @@ class _Knobs:
         return changed
 
     def title(self) -> str:
-        """The protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
+        """Return the protocol's name, with the knobs that were changed: `tats with eps=0.001`."""
         changed = ", ".join(f"{name}={value}" for name, value in self.overrides().items())
         return f"{self.name} with {changed}" if changed else self.name
 
@@ -61,30 +63,25 @@ class _Knobs:
 class Protocol(_Knobs):
     """The knobs of FVD and KVD. Defaults: `omnilatte`.
 
-    num_videos: clips of each side, exactly. num_frames: frames of a clip, 9 to 256; I3D sees ceil(T / 8) - 1
-    windows of time (16 frames: 1, 81: 10) and the logits are their mean. real_interval, fake_interval: distance
-    of two frames in the file; generated videos usually have the training interval built in (1).
-    size: (height, width) to which both sides are scaled and centre-cropped before the network's own resize; None
-    takes the generated videos' own. sampling: "videos" draws each video with equal chance, "clips" each window of
-    the set, so that long videos weigh more (TATS). position: where a clip starts in a longer video.
-    clips_per_video: at most this many, different ones, when videos are fewer. resize: to 224 pixels, "squash" or
-    "short" side and centre crop. eps: batch norms of I3D. ddof: 1 divides covariances by N - 1, 0 by N.
-    seed: of the choice of videos and of the clips' offsets.
+    I3D sees ceil(T / 8) - 1 windows of time (16 frames: 1, 81: 10) and the logits are their mean. size: (height, width)
+    to which both sides are scaled and centre-cropped before the network's own resize to 224 pixels, which is "squash" or
+    "short" side and centre crop. sampling: "videos" draws each video with equal chance, "clips" each window of the set,
+    so that long videos weigh more (TATS). ddof: 1 divides covariances by N - 1, 0 by N.
     """
 
     name: str = "omnilatte"
-    num_videos: int = 2048
-    num_frames: int = 16
-    real_interval: int = 1
-    fake_interval: int = 1
-    size: tuple[int, int] | None = None
-    sampling: str = "videos"
-    position: str = "random"
-    clips_per_video: int = 1
-    resize: str = "squash"
-    eps: float = 1e-5
-    ddof: int = 1
-    seed: int = 0
+    num_videos: int = option(2048, "clips of each side, exactly (default 2048)")
+    num_frames: int = option(16, "9 to 256 (default 16)")
+    real_interval: int = option(1, "frame step in real videos: the training's (1)")
+    fake_interval: int = option(1, "frame step in generated videos (1)")
+    size: tuple[int, int] | None = option(None, "of both, 256 or 144x176 (default: the generated videos')")
+    sampling: str = option("videos", "each video once, or all windows")
+    position: str = option("random", "of a clip in a longer video")
+    clips_per_video: int = option(1, "at most this many different clips of one video")
+    resize: str = option("squash", "how I3D gets 224 pixels")
+    eps: float = option(1e-5, "batch norm of I3D: 1e-5 TATS, 1e-3 TF-Hub")
+    ddof: int = option(1, "covariances over N - ddof")
+    seed: int = option(0, "of the choice of videos and clips (default 0)")
 
     def __post_init__(self):
         if self.num_videos < 2:
@@ -104,7 +101,7 @@ class Protocol(_Knobs):
         return PROTOCOLS
 
     def label(self, metric: str) -> str:
-        """The score's name, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
+        """Name the score, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
         steps = f"_step{self.real_interval}" if self.real_interval > 1 else ""
         steps += f"_fakestep{self.fake_interval}" if self.fake_interval > 1 else ""
         return f"{metric}{self.num_videos}_{self.num_frames}f{steps}"
@@ -114,21 +111,20 @@ class Protocol(_Knobs):
 class InceptionProtocol(_Knobs):
     """The knobs of IS. Defaults: `tgan2`. C3D takes exactly 16 frames.
 
-    splits: parts of the set that are scored apart, mean and deviation over them. shuffle_seed: videos are shuffled
-    with this legacy numpy seed before they are split; None keeps the order of their names. position: "start" is the
-    first 16 frames. The other knobs as in `Protocol`.
+    splits: parts of the set that are scored apart, mean and deviation over them. shuffle_seed: legacy numpy seed of a
+    shuffle before the split; None keeps the order of the videos' names. The other knobs as in `Protocol`.
     """
 
     name: str = "tgan2"
-    num_videos: int = 2048
-    splits: int = 1
-    shuffle_seed: int | None = None
-    interval: int = 1
-    size: tuple[int, int] | None = None
-    sampling: str = "videos"
-    position: str = "start"
-    clips_per_video: int = 1
-    seed: int = 0
+    num_videos: int = option(2048, "exactly this many (default 2048)")
+    splits: int = option(1, "1 as TGAN2, 10 as StyleGAN-V")
+    shuffle_seed: int | None = option(None, "shuffle before splitting (StyleGAN-V: 42)")
+    interval: int = option(1, "distance of the 16 frames in the file (1)")
+    size: tuple[int, int] | None = option(None, "before C3D's resize (default: the videos' own)")
+    sampling: str = option("videos", "each video once, or all windows")
+    position: str = option("start", "default start: the first 16 frames")
+    clips_per_video: int = option(1, "at most this many different clips of one video")
+    seed: int = option(0, "of the choice of videos and clips (default 0)")
 
     def __post_init__(self):
         self.check({"num_videos": 1, "splits": 1, "interval": 1, "clips_per_video": 1, "seed": 0})
@@ -163,7 +159,7 @@ INCEPTION_PROTOCOLS = {
 
 
 def named_protocol(text: str, **knobs) -> Protocol:
-    """`tats` or `tats/fvd2048_16f_step3` with single knobs changed; knobs that are None stay the protocol's.
+    """Find `tats` or `tats/fvd2048_16f_step3`, with single knobs changed; knobs that are None stay the protocol's.
 
     Raises ValueError for a name that is not in PROTOCOLS and for a score that is not of that form.
     """

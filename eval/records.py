@@ -8,6 +8,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from data.core.environment import ROOT
 from data.core.files import append_line
 from data.core.lazy import lazy
 
@@ -16,7 +17,7 @@ torch = lazy("torch")
 
 def _git(*arguments: str) -> bytes:
     """Run git in this source tree and return what it prints; b"" where it fails, as outside a repository."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

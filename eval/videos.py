@@ -51,7 +51,7 @@ class Video:
 
 @lru_cache(maxsize=2)
 def _unpack(path: Path, key: str, mtime_ns: int) -> np.ndarray:
-    """A compressed array of an .npz file, in memory; mtime is part of the cache's key."""
+    """Unpack a compressed array of an .npz file in memory; mtime is part of the cache's key."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 

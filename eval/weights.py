@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.core.environment import weights_folder
 from data.core.lazy import lazy
 from data.core.tensors import differences
 from data.core.weights import read_weights
@@ -26,12 +27,6 @@ torch = lazy("torch")
 weight_files = lazy("eval.weight_files")
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def weights_folder() -> Path:
-    """Return where VAEs and judges are looked for: $OMNILATTE_WEIGHTS, else weights/ of this repository."""
-    return Path(os.environ.get("OMNILATTE_WEIGHTS") or ROOT / "weights").expanduser()
 
 
 def score_name(metric: str, weights: Mapping | None) -> str:
@@ -60,7 +55,7 @@ class Provenance:
     tensors: str = ""
 
     def metric_name(self, metric: str) -> str:
-        """`score_name` of a metric of this network."""
+        """Name a metric of this network, as `score_name`."""
         return score_name(metric, self.as_dict())
 
     def as_dict(self) -> dict:

@@ -12,21 +12,14 @@ frames = decode_video(vae, video)
 
 from importlib import import_module
 
-from vae.registry import build_vae, describe_vaes, list_vaes, load_vae
+from vae.registry import FAMILIES, build_vae, describe_vaes, list_vaes, load_vae
 
-_LAZY = {
-    "ODVAE": "odvae",
+_LAZY = {row.cls: row.module for row in FAMILIES.values()} | {
     "encode_video": "clips",
     "decode_video": "clips",
     "VideoLatents": "clips",
     "VideoVAE": "interface",
     "VideoGaussian": "interface",
-    "SDVAE": "baselines.sd",
-    "SVDVAE": "baselines.svd",
-    "GumbelVQGAN": "baselines.vqgan",
-    "TATSVQGAN": "baselines.tats",
-    "CVVAE": "baselines.cvvae",
-    "OPSVAE": "baselines.ops",
 }
 __all__ = ["build_vae", "describe_vaes", "list_vaes", "load_vae", *_LAZY]
 

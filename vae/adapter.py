@@ -7,7 +7,7 @@ are those of diffusers bit for bit.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,10 @@ class Row:
 
 
 class Adapted(VideoVAE):
-    """What `adapted` puts before diffusers' class: the interface of VideoVAE. `row` is its row of ROWS."""
+    """What `adapted` puts before diffusers' class: the interface of VideoVAE. `row` is its row of ROWS.
+
+    So `super()` here, and `super(Adapted, self)` in the classes below, is diffusers' class.
+    """
 
     row: Row
 
@@ -121,7 +124,10 @@ class Adapted(VideoVAE):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
-        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, t, h, w). ValueError for a clip that would be cut."""
+        """Encode x (B, 3, T, H, W) in [-1, 1] to a posterior over (B, C, t, h, w).
+
+        ValueError for a clip that would be cut.
+        """
         self.check_video(x)
         # By pieces for a training step, else as diffusers does.
         try:
@@ -178,11 +184,11 @@ class Adapted(VideoVAE):
 
     def latent_rule(self) -> Config:
         rule = super().latent_rule()
-        # Statistics in buffers (LTX) count before those of the config,
+        # Statistics in buffers (LTX) count before those of the config.
         for key in ("latents_mean", "latents_std"):
             if key in self._buffers:
                 rule[key] = self._buffers[key].float().tolist()
-        # and a shift is a mean of all channels.
+        # A shift is a mean that all channels share.
         shift = self.config.get("shift_factor")
         if shift is not None and rule["latents_mean"] is None:
             count = self.latent_channels
@@ -275,7 +281,7 @@ def _levels(key: str, time: str = "temporal_compression_ratio") -> Callable[[Con
     return lambda c: (int(c[time]), 2 ** (len(c[key]) - 1))
 
 
-def _told(c: Config) -> tuple[int, int]:
+def _stated(c: Config) -> tuple[int, int]:
     return c["temporal_compression_ratio"], c["spatial_compression_ratio"]
 
 
@@ -333,15 +339,15 @@ ROWS = {
         lambda c: 2 * int(c["temporal_compression_ratio"]),
         causal=True,
     ),
-    "AutoencoderKLHunyuanVideo": Row("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", _told),
+    "AutoencoderKLHunyuanVideo": Row("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", _stated),
     "AutoencoderKLHunyuanVideo15": Row(
-        "hunyuanvideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", _told, causal=True
+        "hunyuanvideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", _stated, causal=True
     ),
     "AutoencoderKLLTXVideo": Row("ltx", "Lightricks/LTX-Video", _ltx),
     "AutoencoderKLLTX2Video": Row("ltx2", "Lightricks/LTX-2", _ltx),
     "AutoencoderKLMochi": Row("mochi", "genmo/mochi-1-preview", _mochi, causal=True),
     "AutoencoderKLCosmos": Row(
-        "cosmos", "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", _told, causal=True, posterior=False
+        "cosmos", "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", _stated, causal=True, posterior=False
     ),
     "AutoencoderKLMagvit": Row(
         "magvit",
@@ -396,11 +402,6 @@ def check_loaded(vae: Any, folder: Any) -> Any:
             f"{folder}: input_channels={channels}: pictures of {channels} channels, not RGB video"
         )
     return vae
-
-
-def adapted_classes() -> Iterator[type]:
-    """Yield all classes of ROWS that the installed diffusers has."""
-    return (adapted(cls) for cls in ROWS if hasattr(diffusers, cls))
 
 
 def __getattr__(name: str) -> type:

@@ -116,7 +116,7 @@ class WanChunks(Chunks):
         return super().prepare(x)
 
     def finish(self, x: Tensor) -> Tensor:
-        """Not clamped to [-1, 1], as decode does: the clamp takes the gradient from every saturated pixel."""
+        """Leave out the clamp to [-1, 1] of decode, which takes the gradient from every saturated pixel."""
         patch = self.vae.config.get("patch_size")
         if self.stage == "decoder" and patch is not None:
             x = diffusers.models.autoencoders.autoencoder_kl_wan.unpatchify(x, patch)

@@ -89,13 +89,13 @@ def encode_frames(vae: Any, frames: Iterable[np.ndarray], window: int) -> Iterat
             # repeat the last row and column
             yield F.pad(x, (0, width - x.shape[4], 0, height - x.shape[3], 0, 0), mode="replicate")
 
-    # Pieces on their own, the last one as long as the VAE needs it,
+    # Pieces on their own, the last one as long as the VAE needs it.
     if window:
         for x in pixels():
             yield _latents(vae, _longer(x, _fitting(x.shape[2], vae.check_frames)))
         return
 
-    # or one stream, with the last frame repeated at its end up to a length that the VAE takes.
+    # Or one stream, with the last frame repeated at its end up to a length that the VAE takes.
     def whole() -> Iterator[Tensor]:
         count, last = 0, None
         for last in pixels():
@@ -150,7 +150,10 @@ def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int
 
 
 def decode_stream(vae: Any, video: VideoLatents) -> Iterator[np.ndarray]:
-    """Decode as `decode_video`, piece by piece: uint8 (n, H, W, 3). ValueError for latents that hold fewer frames than they say."""
+    """Decode as `decode_video`, piece by piece: uint8 (n, H, W, 3).
+
+    ValueError for latents that hold fewer frames than they say.
+    """
     # Latent frames of each piece: one, or those of a window, the last of which was shorter.
     z = video.latents[None].to(vae.device, vae.dtype)
     if video.window:

@@ -37,7 +37,7 @@ class PatchDiscriminator3D(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Convolutions N(0, 0.02), norm scales N(1, 0.02), as pix2pix."""
+    """Draw convolutions from N(0, 0.02) and norm scales from N(1, 0.02), as pix2pix."""
     if isinstance(module, nn.Conv3d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm3d):

@@ -145,7 +145,7 @@ def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool, what: str =
     derive = (lambda w: w.sum(2)) if what == "first" else (lambda w: w)
     if winograd.suits(layer, x, kt=1 if x.ndim == 4 else weight.shape[2]):
         kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w)), groups=16)
-        return winograd.convolve(x, kernel, bias)
+        return winograd.convolve_3x3(x, kernel, bias)
     stride, padding = layer.stride[2 - x.ndim :], layer.padding[2 - x.ndim :]
     if what or kept or _is_slow_im2col(x, weight):
         weight = ops.prepared(layer, x, what, derive, stride, padding)
@@ -346,7 +346,7 @@ def _enlarge(
     """
     if winograd.suits(layer, x, kt, enlarge=True):
         kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w), 3), groups=9)
-        return winograd.convolve(x, kernel, layer.bias, 3, frames)
+        return winograd.convolve_3x3(x, kernel, layer.bias, 3, frames)
     kernels = ops.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)))
     return interleave(x, kernels, layer.bias, frames)
 

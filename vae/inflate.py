@@ -106,15 +106,15 @@ _DIFFUSERS_RULES = (
 )
 
 
-def compvis_name(key: str, levels: int = 4) -> str:
+def compvis_name(key: str) -> str:
     """Translate a diffusers AutoencoderKL name into the CompVis one; CompVis names come back unchanged.
 
-    diffusers counts up blocks from the deepest, CompVis (and OD-VAE) from full resolution.
+    diffusers counts up blocks from the deepest of the four levels, CompVis (and OD-VAE) from full resolution.
     """
     for pattern, replacement in _DIFFUSERS_RULES:
         found = re.search(pattern, key)
         if found and "{level}" in replacement:
-            replacement = replacement.replace("{level}", str(levels - 1 - int(found.group(1))))
+            replacement = replacement.replace("{level}", str(3 - int(found.group(1))))
         key = re.sub(pattern, replacement, key)
     return key
 

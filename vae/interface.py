@@ -199,6 +199,7 @@ class VideoVAE:
         return {key: self.config.get(key) for key in ("scaling_factor", "latents_mean", "latents_std")}
 
     def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and std of the config's channels, shaped for z and where z is; None without them."""
         rule = self.latent_rule()
         mean, std = rule["latents_mean"], rule["latents_std"]
         if mean is None or std is None:
@@ -276,7 +277,10 @@ class Autoencode(nn.Module):
         self.encoder_trains = any(p.requires_grad for n, p in vae.named_parameters() if makes_latents(n))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct x (B, 3, T, H, W) in [-1, 1] with noise (B, C, t, h, w). Returns the clip and the moments (B, 2C, t, h, w)."""
+        """Reconstruct x (B, 3, T, H, W) in [-1, 1] with noise (B, C, t, h, w).
+
+        Returns the clip and the moments (B, 2C, t, h, w).
+        """
         with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
             posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * noise  # the reparameterised draw

@@ -17,7 +17,7 @@ _SIZES = "rows share frames shifted x_sample x_frame out_sample out_frame".split
 
 @triton.jit
 def _start(x, shift, shifted, channel, C: tl.constexpr, G: tl.constexpr):
-    """A value near each channel's group mean, from the set's first pixel: squares around it do not cancel."""
+    """Load a value near each channel's group mean, from the set's first pixel: squares around it do not cancel."""
     first = channel // (C // G) * (C // G)
     return tl.load(x + first).to(tl.float32) + shifted * tl.load(shift + first).to(tl.float32)
 
@@ -38,6 +38,7 @@ def _sums(
     G: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Sum one part of one set (a frame, or a clip): values and squares of each group, shifted by `_start`."""
     one, part = tl.program_id(0), tl.program_id(1)
     x += ((one // frames).to(tl.int64) * x_sample + (one % frames).to(tl.int64) * x_frame) * C
     channel = tl.arange(0, C)
@@ -84,6 +85,7 @@ def _apply(
     G: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Normalise one part of one set by the sums of all its parts, scale it, and apply SiLU if asked."""
     part, one = tl.program_id(0), tl.program_id(1)  # the first axis of a grid alone may be long
     x += ((one // frames).to(tl.int64) * x_sample + (one % frames).to(tl.int64) * x_frame) * C
     out += ((one // frames).to(tl.int64) * out_sample + (one % frames).to(tl.int64) * out_frame) * C
@@ -134,7 +136,7 @@ def group_norm(
     silu: bool,
     out: Tensor,
 ) -> None:
-    """`plain_group_norm` of vae/ops.py, for channels and groups that are powers of two.
+    """Compute `plain_group_norm` of vae/ops.py, for channels and groups that are powers of two.
 
     Sums are taken in parts that fill the card; each program of the second pass adds them in the same order, so that
     a clip gives the same bits every time.

@@ -104,7 +104,7 @@ class Encoder(Checkpointed):
             # (B, 128, T, H, W), then 256, 512, 512 channels
             for block in level.block:
                 x = self.run(block, x)
-            # H, W halved after levels 0, 1, 2; variant 4: T too, after 1, 2; in v1.0 and v1.1 T by a module of its own
+            # H, W halved after levels 0, 1, 2; T with them after 1, 2, but in v1.0 and v1.1 by a module of its own
             x = self.run(level.downsample, x)
             x = self.run(level.time_downsample, x)
         # (B, 512, t, h, w), t = (T - 1) / 4 + 1, h = H / 8, w = W / 8
@@ -158,7 +158,7 @@ class Decoder(Checkpointed):
             # (B, 512, t, h, w), then 512, 256, 128 channels
             for block in level.block:
                 x = self.run(block, x)
-            # h, w doubled after levels 3, 2, 1; variant 4: t too, after 3, 2; in v1.0 and v1.1 t by a module of its own
+            # h, w doubled after levels 3, 2, 1; t with them after 3, 2, but in v1.0 and v1.1 by a module of its own
             x = self.run(level.upsample, x)
             x = self.run(level.time_upsample, x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, T, H, W)

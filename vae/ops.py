@@ -41,7 +41,7 @@ def empty_channels_last(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def pad_right_bottom(x: Tensor) -> Tensor:
     """One row and column of zeros at the right and the bottom of each frame."""
-    if not fused(x):
+    if making_a_graph():
         return F.pad(x, (0, 1, 0, 1))
     B, C, T, H, W = x.shape
     out = empty_channels_last(x, (B, C, T, H + 1, W + 1), compute_dtype(x))

@@ -1,6 +1,7 @@
 """Names -> VAE classes: list, build with random weights, load a folder, describe. Imports torch only when used.
 
-Classes are chosen from the fixed tables below, never imported by a string found in a file.
+Classes are chosen from three tables, never imported by a string found in a file: FAMILIES below, what plugins add to
+data.core.registry.vaes, and diffusers' video autoencoders in vae/adapter.py.
 """
 
 import json
@@ -9,7 +10,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from data.core.environment import weights_folder
+from data.core.lazy import lazy
 from data.core.registry import vaes as added
+from data.core.tensors import some
+
+adapter = lazy("vae.adapter")
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,12 @@ def list_vaes() -> list[str]:
     return list(FAMILIES)
 
 
-def _adapter():
-    """Import the table of diffusers' own video autoencoders, and torch with it."""
-    return import_module("vae.adapter")
-
-
 def _class(name: str):
+    """Find the class of a name of load_vae. Raises ValueError with the known ones."""
     if not _is_name(name):
         raise ValueError(f"VAE {name!r}: known names are {known_names()}")
     if name not in FAMILIES:
-        return added.get(name) or _adapter().adapted(_adapter().NAMES[name])
+        return added.get(name) or adapter.adapted(adapter.NAMES[name])
     return getattr(import_module(f"vae.{FAMILIES[name].module}"), FAMILIES[name].cls)
 
 
@@ -109,8 +111,8 @@ def vae_class(class_name: str):
     """Find the VAE class of that name, None if neither this project nor a plugin has one."""
     own = class_name in _BY_CLASS_NAME and class_name not in _DIFFUSERS
     name = _BY_CLASS_NAME[class_name] if own else _added_name(class_name)
-    if name is None and class_name in _adapter().ROWS:
-        return _adapter().adapted(class_name)
+    if name is None and class_name in adapter.ROWS:
+        return adapter.adapted(class_name)
     return None if name is None else _class(name)
 
 
@@ -130,10 +132,12 @@ def build_vae(name: str, **config):
 
 
 def _weights_folder(name: str) -> Path:
-    """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/. Raises ValueError that says how to get the weights."""
-    row = FAMILIES.get(name) or _adapter().ROWS.get(_adapter().NAMES.get(name))
-    root = Path(os.environ.get("OMNILATTE_WEIGHTS") or Path(__file__).resolve().parents[1] / "weights")
-    folder = root.expanduser() / name
+    """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/.
+
+    Raises ValueError that says how to get the weights.
+    """
+    row = FAMILIES.get(name) or adapter.ROWS.get(adapter.NAMES.get(name))
+    folder = weights_folder() / name
     if folder.is_dir():
         return folder
     get = f"get {row.source}" if row else f"make some: build_vae({name!r}).save_pretrained(DIR)"
@@ -154,12 +158,12 @@ def vae_folder(name_or_folder: str | Path, path: str | Path | None = None) -> Pa
 
 def _is_name(name_or_folder: str | Path) -> bool:
     name = str(name_or_folder)
-    return name in FAMILIES or (os.sep not in name and (name in _adapter().NAMES or bool(added.find(name))))
+    return name in FAMILIES or (os.sep not in name and (name in adapter.NAMES or bool(added.find(name))))
 
 
 def known_names() -> str:
     """List all names of load_vae, for messages: the paper's VAEs, and diffusers' classes."""
-    return ", ".join([*FAMILIES, *_adapter().NAMES, *added])
+    return ", ".join([*FAMILIES, *adapter.NAMES, *added])
 
 
 def _read_class_name(folder: Path) -> str:
@@ -175,7 +179,7 @@ def _read_class_name(folder: Path) -> str:
         class_name = json.loads(file.read_text()).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if class_name in _BY_CLASS_NAME or class_name in _adapter().ROWS or _added_name(class_name):
+    if class_name in _BY_CLASS_NAME or class_name in adapter.ROWS or _added_name(class_name):
         return class_name
     # Not one that opens: perhaps one that can be converted.
     if class_name in _UPSTREAM:
@@ -184,19 +188,19 @@ def _read_class_name(folder: Path) -> str:
             f"{folder} is an upstream {class_name}: convert it first with "
             f"`python scripts/convert.py {family} --src {folder} --dst DIR`"
         )
-    known = ", ".join([*_BY_CLASS_NAME, *_adapter().ROWS])
+    known = ", ".join([*_BY_CLASS_NAME, *adapter.ROWS])
     raise ValueError(f"{file}: _class_name {class_name!r} is none of {known}")
 
 
 def name_of(class_name: str) -> str:
     """Return the name of a class that load_vae opens, "wan" of AutoencoderKLWan."""
-    return _added_name(class_name) or _BY_CLASS_NAME.get(class_name) or _adapter().ROWS[class_name].name
+    return _added_name(class_name) or _BY_CLASS_NAME.get(class_name) or adapter.ROWS[class_name].name
 
 
 def adapted_class(folder: str | Path):
     """Find the class of a plain diffusers folder of vae/adapter.py, None of any other VAE; ValueError if it is not a VAE's."""
     class_name = _read_class_name(Path(folder))
-    return _adapter().adapted(class_name) if class_name in _adapter().ROWS else None
+    return adapter.adapted(class_name) if class_name in adapter.ROWS else None
 
 
 def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=None):
@@ -222,7 +226,6 @@ def load_vae(name_or_folder: str | Path, path: str | Path | None = None, dtype=N
     if own:
         return _load_folder(added[own], folder, dtype)
     if class_name not in _BY_CLASS_NAME:
-        adapter = _adapter()
         return adapter.check_loaded(_load_folder(adapter.adapted(class_name), folder, dtype), folder)
     cls = _class(family)
     if class_name == FAMILIES[family].cls:
@@ -250,14 +253,10 @@ def _load_folder(cls, folder: Path, dtype):
     wrong = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := list(info[kind]):
-            wrong.append(f"{len(keys)} {kind}: {_shorten(keys)}")
+            wrong.append(f"{len(keys)} {kind}: {some(map(str, keys), 8)}")
     if wrong:
         raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong)}")
     return model.eval()
-
-
-def _shorten(keys: list, most: int = 8) -> str:
-    return ", ".join(map(str, keys[:most])) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def describe_vaes() -> list[dict]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vae import ops
 
 TAPS = {4: ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)), 3: ((1, 0, 0), (1, 1, 1), (0, 0, 1))}
-WORTH = 60  # products for each value that is summed, from which it is faster (measured, as is the next)
-LEAST = {True: 64, False: 1024}  # pixels; False: with one tap in time
+WORTH = 60  # products for each value that is summed, from which it is faster (measured, as the next)
+PIXELS = 64  # at least
+LEAST = 2**25  # products of a tap in space, where there is one tap in time
 TILES = 32  # of a row or more: fewer make the products slow
 BAND_BYTES = 3 * 2**19  # of a band's transformed inputs
 FRAMES = 4  # outputs of a band; a step of a stream has no more
@@ -38,7 +39,9 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
     T, (H, W), (O, I) = x.shape[2] - kt + 1 if x.ndim == 5 else x.shape[0], x.shape[-2:], weight.shape[:2]  # noqa: E741
     if not enlarge and (H % 2 or W % 2 or layer.stride[-1] != 1 or layer.padding[-1] != 1):
         return False
-    return T * H * W >= LEAST[kt > 1 or enlarge] and kt * I * O >= WORTH * (I + O)
+    pixels, products = T * H * W, kt * I * O
+    enough = kt > 1 or enlarge or pixels * products >= LEAST
+    return enough and pixels >= PIXELS and products >= WORTH * (I + O)
 
 
 def transform(weight: Tensor, positions: int = 4) -> Tensor:
@@ -51,7 +54,7 @@ def transform(weight: Tensor, positions: int = 4) -> Tensor:
     return kernels.flatten(0, 1).unsqueeze(3)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
+def convolve_3x3(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
     """A convolution with one zero around each frame and none in time.
 
     x: (B, I, H, W), or (B, I, T + kt - 1, H, W). kernel: prepared of `transform`, with groups = P P. positions: P along
@@ -59,7 +62,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames
     the other -> (B, O, frames T, H or 2 H, W or 2 W), channels-last.
     """
     if x.ndim == 4:  # its samples are frames
-        y = convolve(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
+        y = convolve_3x3(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
         return y[0].transpose(0, 1)
     x, P, O = ops.channels_last(x), positions, len(bias)  # noqa: E741
     (B, C, T, H, W), step, kt = x.shape, P - 2, 1 if kernel.ndim == 3 else kernel.shape[2]

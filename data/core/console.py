@@ -59,7 +59,10 @@ class Console(logging.Handler):
 
 
 def console() -> None:
-    """Show log lines of this program, of other processes than the first only warnings. Does nothing where logging is set up."""
+    """Show log lines of this program, of other processes than the first only warnings.
+
+    Does nothing where logging is set up.
+    """
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, handlers=[Console()])
     for noisy in ("PIL", "matplotlib", "torch.distributed"):

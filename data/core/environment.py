@@ -1,27 +1,37 @@
-"""Whether the installed packages are new enough: the bounds of dependencies.txt, checked before a program starts."""
+"""What surrounds a program: the repository, the folder of weights, and packages that are new enough (dependencies.txt)."""
 
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.version import Version
+from data.core.lazy import lazy
 
-_FILE = Path(__file__).parents[2] / "dependencies.txt"
+packaging = lazy("packaging.requirements")
+versions = lazy("packaging.version")
+
+ROOT = Path(__file__).resolve().parents[2]
+_FILE = ROOT / "dependencies.txt"
 
 
-def requirements() -> list[Requirement]:
+def weights_folder() -> Path:
+    """Return where VAEs and judges are looked for: $OMNILATTE_WEIGHTS, else weights/ of this repository."""
+    return Path(os.environ.get("OMNILATTE_WEIGHTS") or ROOT / "weights").expanduser()
+
+
+def requirements() -> list:
     """Read what this project declares: of the checkout, or of the installed package where there is no checkout."""
     if _FILE.is_file():
         lines = [line.partition("#")[0].strip() for line in _FILE.read_text().splitlines()]
-        return list(map(Requirement, filter(None, lines)))
+        return list(map(packaging.Requirement, filter(None, lines)))
     try:
-        return list(map(Requirement, metadata.requires("omnilatte") or []))
+        return list(map(packaging.Requirement, metadata.requires("omnilatte") or []))
     except metadata.PackageNotFoundError:
         return []
 
 
 def _too_old() -> Iterator[str]:
+    """Say of each installed package that is too old which version it has and which is needed."""
     for needed in requirements():
         # Not those of other systems or of extras.
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
@@ -30,7 +40,7 @@ def _too_old() -> Iterator[str]:
             version = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
             continue  # a missing package is named by its own import, where it is needed
-        if not needed.specifier.contains(Version(version).base_version):
+        if not needed.specifier.contains(versions.Version(version).base_version):
             yield f"{needed.name} is {version}, this project needs {needed.specifier}"
 
 

@@ -96,13 +96,11 @@ class SpatioTemporalAttention(SpatialAttention):
         self.norm_t = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Along space
+        # Along space.
         h = unfold(self.attend(fold(x)), x.shape[0])  # (B, C, T, h, w)
-        # and along time, one sequence per position.
+        # Along time, one sequence per position: three (B h w, 1, T, C).
         h = self.norm_t(h.permute(0, 3, 4, 2, 1))  # (B, h, w, T, C)
-        q, k, v = (
-            linear(h).flatten(0, 2).unsqueeze(1) for linear in (self.q_t, self.k_t, self.v_t)
-        )  # (B h w, 1, T, C)
+        q, k, v = (linear(h).flatten(0, 2).unsqueeze(1) for linear in (self.q_t, self.k_t, self.v_t))
         out = F.scaled_dot_product_attention(q, k, v).view(h.shape)
         return x + self.proj_out_t(out).permute(0, 4, 3, 1, 2)
 

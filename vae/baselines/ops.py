@@ -250,7 +250,7 @@ class OPSVAE(Baseline):
             frames = min(micro or left, left)
             parts.append(self.temporal_vae.decode(part, frames))
             left -= frames
-        # Frames.
+        # Frames, by the first stage.
         h = torch.cat(parts, dim=2) / self.config.spatial_scaling_factor
         decode = self.spatial_vae.module._decode
         return decoder_output(map_frames(lambda f: decode(f).sample, h, self.config.frame_batch), return_dict)

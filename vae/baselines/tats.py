@@ -94,9 +94,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_first(x)  # (B, 32, T, H, W), widths of the release
         for block in self.conv_blocks:
-            h = block["res"](
-                block["down"](h)
-            )  # 64, 128, 256 channels; in the end (B, 256, T / 4, H / 8, W / 8)
+            # 64, 128, 256 channels; in the end (B, 256, T / 4, H / 8, W / 8)
+            h = block["res"](block["down"](h))
         return self.final_block(h)
 
 
@@ -118,9 +117,8 @@ class Decoder(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         h = self.final_block(h)  # (B, 256, t, h, w)
         for block in self.conv_blocks:
-            h = block["res2"](
-                block["res1"](block["up"](h))
-            )  # 256, 128, 64 channels; in the end (B, 64, T, H, W)
+            # 256, 128, 64 channels; in the end (B, 64, T, H, W)
+            h = block["res2"](block["res1"](block["up"](h)))
         return self.conv_last(h)
 
 

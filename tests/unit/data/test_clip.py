@@ -10,7 +10,6 @@ from data.clip import (
     crop_resize_uint8,
     frame_indices,
     span,
-    to_clip,
     to_float,
     to_uint8,
     upstream_linspace,
@@ -128,10 +127,10 @@ def test_random_crops_cover_the_long_side_and_flips_are_half():
     assert 110 < sum(mirrored) < 190
 
 
-def test_to_clip_is_the_uint8_path_scaled():
+def test_a_clip_of_floats_is_the_uint8_path_scaled():
     frames = rng(4).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
     spec = ClipSpec(num_frames=3, size=16, crop="random", flip=True)
-    clip = to_clip(frames, spec, rng(5))
+    clip = to_float(crop_resize_uint8(frames, spec, rng(5)))
     assert clip.shape == (3, 3, 16, 16)
     assert clip.dtype == torch.float32
     assert np.array_equal(to_uint8(clip), crop_resize_uint8(frames, spec, rng(5)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from denoiser import LATTE_SIZES, Latte, build_denoiser
+from denoiser import LATTE_SIZES, Latte
 from denoiser.latte import TemporalLatteBlock
 
 TINY = {"depth": 4, "hidden_size": 32, "num_heads": 4, "num_frames": 3, "sample_size": (8, 4)}
@@ -46,7 +46,7 @@ def inputs(B=2, **changes):
 def test_parameter_counts_equal_upstream(name):
     for num_classes, expected in zip((101, None), PARAMETERS[name], strict=True):
         with torch.device("meta"):
-            model = build_denoiser(name, 4, 21, 32, num_classes)
+            model = Latte.from_size(name, num_classes=num_classes)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.core import environment
 from eval import weights
 from eval.check_weights import main as check_main
 from eval.features import extract_features, i3d_extractor
@@ -270,7 +271,8 @@ def test_the_finder_looks_in_the_folder_then_for_trunks_in_torchs_cache_and_one_
     for name in ("vgg16-397923af.pth", "i3d_pretrained_400.pt"):
         (cache / name).touch()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    root = environment.ROOT
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.delenv("OMNILATTE_WEIGHTS")
     assert find_weights("vgg16") == cache / "vgg16-397923af.pth"
     with pytest.raises(ValueError, match=r"weights does not exist.*bash scripts/fetch_weights.sh"):
@@ -282,6 +284,7 @@ def test_the_finder_looks_in_the_folder_then_for_trunks_in_torchs_cache_and_one_
         monkeypatch.setenv("OMNILATTE_WEIGHTS", str(tmp_path / "set"))
     with pytest.raises(ValueError, match=rf"{tmp_path}/set/odvae is not a folder"):
         vae_folder("odvae")
+    monkeypatch.setattr(environment, "ROOT", root)
     monkeypatch.delenv("OMNILATTE_WEIGHTS")
     with pytest.raises(ValueError, match=rf"{weights.Path(weights.__file__).parents[1]}/weights/odvae"):
         vae_folder("odvae")

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(not ops.ONEDNN, reason="torch without oneDNN")
 @pytest.fixture
 def always(monkeypatch):
     """Every 3 x 3 convolution that can be is computed by Winograd; a list of the calls."""
-    monkeypatch.setattr(winograd, "WORTH", 0)
-    monkeypatch.setattr(winograd, "LEAST", {True: 1, False: 1})
-    convolve, calls = winograd.convolve, []
-    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(args) or convolve(*args))
+    for limit in ("WORTH", "PIXELS", "LEAST"):
+        monkeypatch.setattr(winograd, limit, 0)
+    convolve, calls = winograd.convolve_3x3, []
+    monkeypatch.setattr(winograd, "convolve_3x3", lambda *args: calls.append(args) or convolve(*args))
     return calls
 
 
@@ -37,7 +37,7 @@ def test_it_is_the_convolution_in_float64(kt, B, T, H, W, band, monkeypatch):
     monkeypatch.setattr(winograd, "BAND_BYTES", band)
     conv = layer(24, 40, kt)
     x = torch.randn(B, 24, H, W) if kt is None else torch.randn(B, 24, T + kt - 1, H, W)
-    got = winograd.convolve(x, ops.prepared(conv, x, "", winograd.transform, groups=16), conv.bias)
+    got = winograd.convolve_3x3(x, ops.prepared(conv, x, "", winograd.transform, groups=16), conv.bias)
     assert got.is_contiguous(memory_format=torch.channels_last if kt is None else torch.channels_last_3d)
     torch.testing.assert_close(got.double(), conv.double()(x.double()), atol=3e-6, rtol=3e-6)
 
@@ -78,6 +78,7 @@ def test_it_is_taken_where_it_pays_and_can_be():
     assert not winograd.suits(layer(64, 64, None), large[:, :64, 0], kt=1)
     assert not winograd.suits(layer(3, 512, 3), large[:, :3], kt=3)
     assert not winograd.suits(layer(512, 512, None), torch.empty(1, 512, 8, 8), kt=1)
+    assert not winograd.suits(layer(512, 512, 3), torch.empty(1, 512, 3, 4, 6), kt=3)
     # Not this convolution
     assert not winograd.suits(layer(128, 128, 3), large[..., :63], kt=3)
     assert not winograd.suits(layer(128, 128, 3, stride=(1, 2, 2)), large, kt=3)
