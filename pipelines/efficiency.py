@@ -206,7 +206,11 @@ class Meter:
         local = self._local()
         values = {"tspeed": 1.0 / local["step_s"] if local["step_s"] else None}
         values |= {"data_wait_share": local["data_wait_share"], **local["tmem"]}
-        return {f"eff/{name}": value for name, value in values.items() if value is not None}
+        known = {}
+        for name, value in values.items():
+            if value is not None:
+                known[f"eff/{name}"] = value
+        return known
 
 
 @torch.inference_mode()

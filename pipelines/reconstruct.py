@@ -285,7 +285,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         write_atomic(out / "videos.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if i3d:
-            real, fake = (np.concatenate([pair[side] for _, pair in judged_features]) for side in (0, 1))
+            real = np.concatenate([pair[0] for _, pair in judged_features])
+            fake = np.concatenate([pair[1] for _, pair in judged_features])
             summary |= rfvd_scores(real, fake, i3d.provenance) | {"i3d_weights": i3d.provenance.as_dict()}
         write_json(out / "summary.json", summary | {"settings": asdict(config)})
     accelerator.wait_for_everyone()

@@ -98,7 +98,10 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
             listed, preview = list(before["files"]), before.get("preview_sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no manifest of samples ({error}); choose another out=") from error
-        differing = [f"{k}: {old.get(k)!r} -> {decisive[k]!r}" for k in decisive if old.get(k) != decisive[k]]
+        differing = []
+        for key, value in decisive.items():
+            if old.get(key) != value:
+                differing.append(f"{key}: {old.get(key)!r} -> {value!r}")
         if differing:
             raise ValueError(
                 f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="

@@ -83,6 +83,10 @@ def show(desk: "Desk", table: "Table") -> None:
         print(f"  to get: {reason}")
 
 
+def _absolute(folder: str | Path) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["vaes"]:
@@ -93,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # The tables that were asked for, all read before the first is run: a wrong name shows at once.
     weights_dir, out = args.weights_dir or weights.weights_folder(), args.out or f"runs/tables-{args.preset}"
-    folders = (str(Path(folder).expanduser().absolute()) for folder in (args.data, weights_dir, out))
-    places = tables.Places(*folders)
+    places = tables.Places(_absolute(args.data), _absolute(weights_dir), _absolute(out))
     chosen = [name for name in args.rows.split(";") if name]
     wanted = tables.names(args.preset) if args.names == ["all"] else args.names
     loaded = [tables.load_table(name, args.preset, places, chosen, args.dataset) for name in wanted]

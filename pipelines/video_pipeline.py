@@ -36,8 +36,10 @@ class LatentVideoPipeline(generation.LatentVideoPipeline):
             return super().from_pretrained(folder, **kwargs)
         # The classes of the index must be this project's, by name or as an export writes them.
         named = read_json(index)
-        names = {part: _class_named(part, named.get(part), index) for part in PARTS}
-        modules = {part: named[part][0] for part in PARTS}
+        names, modules = {}, {}
+        for part in PARTS:
+            names[part] = _class_named(part, named.get(part), index)
+            modules[part] = named[part][0]
         whole = named.get("_class_name")
         if isinstance(whole, list) and len(whole) == 2 and BUNDLE.fullmatch(str(whole[0])):
             modules[""], whole = whole

@@ -132,9 +132,12 @@ def render(card: Card) -> str:
     vae = card.model if card.kind == "vae" else card.model.vae
     latte = None if card.kind == "vae" else card.model.transformer
     # The table of scores: what was measured, and what one would expect and was not
-    rows = [score.cells() for score in card.scores]
-    named = {score.metric for score in card.scores}
-    rows += [[metric, "not measured", "", ""] for metric in SCORES[card.kind] if metric not in named]
+    rows, missing = [], list(SCORES[card.kind])
+    for score in card.scores:
+        rows.append(score.cells())
+        if score.metric in missing:
+            missing.remove(score.metric)
+    rows += [[metric, "not measured", "", ""] for metric in missing]
     # The words that card.md.j2 fills in
     words = {
         "plain": plain,

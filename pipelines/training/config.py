@@ -124,9 +124,13 @@ def load(cls: type[T], path: str | Path | None = None, overrides: list[str] = ()
         layers = [base]
         if path:
             layers.append(omegaconf.OmegaConf.create(_hide(read_yaml(path))))
+        texts, typed = [], []
+        for item in overrides:
+            if _is_text(cls, item):
+                texts.append(item)
+            else:
+                typed.append(item.replace("${", _DOLLAR))
         # Numbers, lists and choices are read as YAML.
-        texts = [item for item in overrides if _is_text(cls, item)]
-        typed = [item.replace("${", _DOLLAR) for item in overrides if item not in texts]
         layers.append(omegaconf.OmegaConf.from_dotlist(typed))
         # Text as it stands: a folder called 001 or 1e3 is not a number. A leading ~ is the home folder.
         for item in texts:
