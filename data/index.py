@@ -121,7 +121,7 @@ def scan_paths(
             for n, num_frames, width, height, fps, reason, packed, *stamp, reader in rows:
                 if tuple(stamp) != _stamp(paths[n]) or (reason and reader != reader_name()):
                     continue
-                # An index of before has the rate that the file states, which the time stamps may not have.
+                # An older index has the rate that the file states, which the time stamps may not have.
                 kept.append((n, num_frames, width, height, packed_rate(packed, fps), reason, packed))
                 known_good |= not reason and reader == reader_name()
                 del todo[n]

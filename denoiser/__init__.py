@@ -1,7 +1,7 @@
 """Latte, the denoiser of stage two: a video diffusion transformer, its diffusion loss and its sampler.
 
 Every tensor is (B, C, t, h, w): latents of a video VAE, channels on axis 1. Names load on first use:
-importing the room costs nothing, importing `Latte` costs torch and diffusers.
+importing the package costs nothing, importing `Latte` costs torch and diffusers.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
 """The judges: clips or folders of videos in, numbers out (FVD, KVD, IS, PSNR, SSIM, LPIPS, memory and speed).
 
-Light on purpose: torch is imported by the modules that need it. Import names, never the room, because
+Light on purpose: torch is imported by the modules that need it. Import names from it, not the package itself, because
 `import eval` hides the builtin: `from eval.measures import frechet_distance`.
 """

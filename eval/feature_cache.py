@@ -59,7 +59,7 @@ class FeatureCache:
     def _read(path: Path) -> np.ndarray | None:
         """Read a cached array; None if it is not there or not as it was written, which costs its computation only.
 
-        Behind the array stands its sha256; a file of before that was so ends with the array.
+        Behind the array stands its sha256; older files have no digest and end with the array.
         """
         try:
             data = path.read_bytes()

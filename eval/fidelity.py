@@ -209,7 +209,8 @@ def read_pair(
         yield tuple(videos.fit(side, *size) if size else side for side in sides)
 
 
-# A new metric of frames also goes into pipelines/reconstruct.py, pipelines/scores.py, train_vae.evaluate and pipelines/results/card.py.
+# A new metric of frames also goes into pipelines/reconstruct.py, scores.py, video_files.py, train_vae.evaluate, and
+# card.py, vaes.py and run_page.py of pipelines/results.
 def measure_pair(blocks: Iterable[tuple[np.ndarray, np.ndarray]], network=None) -> dict[str, float]:
     """Measure {"PSNR", "SSIM", "LPIPS" if there is a network}: means over all frames of a pair's blocks."""
     metrics = {"PSNR": psnr, "SSIM": ssim}

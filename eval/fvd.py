@@ -31,7 +31,7 @@ measures = lazy("eval.measures")
 records = lazy("eval.records")
 
 logger = logging.getLogger(__name__)
-# Below, the bias of two samples of one distribution shows: about 6 at 2,048, 26 at 512.
+# With fewer, the bias of two samples of one distribution shows: about 6 at 2,048 videos, 26 at 512.
 RELIABLE_VIDEOS = 2048
 
 

@@ -1,6 +1,6 @@
 """Scores of feature sets, and how sure they are: Frechet and kernel distance (FVD, KVD), Inception Score, intervals, floor.
 
-Features in, float64 out. Float64 is a law here: in float32 the Frechet distance of a set to itself came out between -0.3
+Features in, float64 out. Float64 is required: in float32 the Frechet distance of a set to itself came out between -0.3
 and +2.0 on realistic I3D features of 64 to 600 clips.
 
 Intervals are bootstrapped: videos are drawn with replacement (all clips of a video together), `resamples` times. A

@@ -32,7 +32,6 @@ class Waits:
         items = iter(items)
         while True:
             with self.waiting(what):
-                # Without an error of the caller: wait for all, so that an error of a piece is raised here.
                 try:
                     item = next(items)
                 except StopIteration:
@@ -63,6 +62,7 @@ class Beside:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
+        # Without an error of the caller: wait for all, so that an error of a piece is raised here.
         try:
             if kind is None:
                 self._settle(0)

@@ -33,9 +33,8 @@ from vae import load_vae
 NUM_FRAMES = 16  # of a clip that is scored: one window of I3D
 PSNR_GAIN = 6.0  # dB that training must add on held-out clips
 ERROR_RATIO = 0.4  # of the noise's error in the first log window, at most
-FVD_WAY = (
-    0.4  # of the way from the untrained generator's FVD to that of the VAE alone, the best on its latents
-)
+# Of the way from the untrained generator's FVD to that of the VAE alone, the best on its latents.
+FVD_WAY = 0.4
 FVD_RATIO = 0.5  # of the untrained generator's random-feature distance, at most
 Rows = list[tuple[str, ...]]
 

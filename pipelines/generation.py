@@ -30,7 +30,10 @@ class VideoPipelineOutput(BaseOutput):
 
 
 class LatentVideoPipeline(DiffusionPipeline):
-    """vae: any continuous VideoVAE with a scaling rule. transformer: a Latte. class_names: [] when unconditional."""
+    """Generate videos: what an export carries. In this project use that of pipelines/video_pipeline.py, which loads safely.
+
+    vae: any continuous VideoVAE with a scaling rule. transformer: a Latte. class_names: [] when unconditional.
+    """
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads it)

@@ -294,7 +294,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
 
 
 def is_summary(file: Path) -> bool:
-    """Whether it is the summary of a run of before there was a mark."""
+    """Whether it is the summary of an older run, whose folder has no mark."""
     try:
         return bool(read_json(file, "weights_sha256", "settings"))
     except (OSError, ValueError):

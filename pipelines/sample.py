@@ -150,11 +150,11 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
 
 def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
-    # The pipeline, and a manifest that says which weights it has.
+    # The pipeline on this process's device.
     accelerator = distributed.make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
     openers.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
-    # The main process completes the manifest and makes a preview of the first videos.
+    # Record which weights make these videos.
     if accelerator.is_main_process:
         made_by = {
             "weights_sha256": openers.weights_digest(pipe.transformer),
@@ -207,6 +207,7 @@ def sample(config: SampleConfig) -> Path:
                 beside.do(write_ffv1, config.folder / file_name(index), video, config.fps)
             bar.update(len(batch))
     log.info("%s", waits)
+    # The main process completes the manifest and makes a preview of the first videos.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pipelines.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
-BUCKETS = 4  # of timesteps, whose losses are logged separately
+BUCKETS = 4  # of timesteps, whose errors of the noise are logged apart, as loss_at_t/0_of_4 (the least noise) to 3_of_4
 FLAGS = {"--vae": "vae.name", "--vae-path": "vae.path", "--data": "source.root", "--dataset": "source.name"}
 
 
@@ -239,7 +239,7 @@ class LatteTrainer(Trainer):
         return drawn | {"x0": self.vae.normalize(z)}
 
     def loss(self, batch: dict[str, "Tensor"]) -> tuple["Tensor", dict[str, Any]]:
-        """(mean loss of a micro-batch, terms to log), the terms also per quarter of the timesteps."""
+        """(mean loss of a micro-batch, terms to log), the error of the noise also for each quarter of the timesteps."""
         # Latents: the posterior of each clip, from the cache or from the VAE.
         device = self.accelerator.device
         if self.encode is None:
@@ -449,7 +449,7 @@ def train(config: TrainLatteConfig) -> Path:
     # The denoiser.
     torch.manual_seed(config.seed)
     latte = start.build_latte(config, vae, len(class_names) or None)
-    if config.denoiser.init_from and not run_folder.will_resume(config):
+    if config.denoiser.init_from and run_folder.needs_initial_weights(config):
         start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)
 

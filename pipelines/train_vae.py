@@ -114,10 +114,10 @@ class LossConfig:
         0.5, "factor on the adaptive weight of the adversarial term; 0: no discriminator"
     )
     gan_start: int = option(
-        2000, "first step that trains the discriminator; the adversarial term starts gan_warmup steps later"
+        2000, "step at which the discriminator joins (alternate: it trains in the odd steps from here on)"
     )
     gan_warmup: int = option(
-        0, "steps in which D alone learns before the VAE feels it; 0: as the paper's code"
+        0, "steps after gan_start before the adversarial term joins the VAE's loss; 0: as the paper's code"
     )
     gan_schedule: GANSchedule = option(
         GANSchedule.alternate, "alternate: even steps train the VAE, odd ones D; both: each"
@@ -140,7 +140,7 @@ class TrainVAEConfig:
         1, "clips per process and forward pass; gradient accumulation follows", free=True
     )
     # The optimizer and the moving average
-    learning_rate: float = option(1e-5, "Adam, constant")
+    learning_rate: float = option(1e-5, "of both Adam optimizers; constant after warmup_steps")
     warmup_steps: int = option(0, "steps of linear warm-up")
     adam_betas: list[float] = option([0.9, 0.999], "of both optimizers")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 disables clipping")
@@ -249,8 +249,8 @@ class VAETrainer(Trainer):
     def _prepare(self, module: "nn.Module") -> tuple["nn.Module", Any]:
         """The module wrapped for this launch (DDP), and its optimizer."""
         betas = tuple(self.config.adam_betas)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=self.config.learning_rate, betas=betas, fused=True)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=betas, fused=True)
         return self.accelerator.prepare(module, optimizer)
 
     def phases(self) -> tuple[bool, bool]:
@@ -304,7 +304,7 @@ class VAETrainer(Trainer):
             total = total + term.weight * value
             logged[f"loss/{name}"] = value
 
-        # The adversarial term, with the weight that balances its gradient against that of the other terms.
+        # The adversarial term, with the weight that balances its gradient against that of reconstruction and LPIPS.
         if self.gan_is_on and self.step >= loss.gan_start + loss.gan_warmup:
             self.discriminator.requires_grad_(False)  # its own gradients come from its own loss
             adversarial = losses.generator_loss(self.discriminator(xhat))
@@ -329,13 +329,13 @@ class VAETrainer(Trainer):
     def train_step(self, batches: "Iterator[dict[str, Any]]") -> None:
         """Make one optimizer step: of the VAE, of the discriminator, or of both."""
         accelerator, device = self.accelerator, self.accelerator.device
-        # Which of the two networks this step trains, and with which learning rate.
+        # Which of the two networks this step trains; the learning rate of both.
         train_vae, train_discriminator = self.phases()
         self.set_learning_rate(
             self.optimizer, *([self.discriminator_optimizer] if train_discriminator else [])
         )
-        trained = [self.autoencode] if train_vae else []
-        trained += [self.discriminate] if train_discriminator else []
+        stepped = [self.autoencode] if train_vae else []
+        stepped += [self.discriminate] if train_discriminator else []
         # To put back if the step is skipped: a forward of the discriminator changes them.
         running_statistics = self.keep_statistics()
 
@@ -344,7 +344,7 @@ class VAETrainer(Trainer):
             batch = next(batches)
             x = to_float(batch["video"].to(device, non_blocking=True))
             noise = self.latent_noise(x, batch["number"])
-            with accelerator.accumulate(*trained), distributed.autocast(accelerator, self.config):
+            with accelerator.accumulate(*stepped), distributed.autocast(accelerator, self.config):
                 # Losses and backward.
                 if train_vae:
                     loss, xhat, logged = self.vae_loss(x, noise)
@@ -359,7 +359,8 @@ class VAETrainer(Trainer):
                     accelerator.backward(distributed.finite_or_nan(loss))
                     self.note(logged)
 
-        # Updates, once for all micro-batches; those with a non-finite gradient are skipped on the device. Moving average of the VAE.
+        # Update each network, once for all micro-batches; an update with a non-finite gradient is skipped on the device.
+        # Then the moving average of the VAE.
         finite = []
         if train_vae:
             finite += [self.update(self.autoencode, self.optimizer, self.config.grad_clip, "grad_norm/vae")]
@@ -551,7 +552,7 @@ def train(config: TrainVAEConfig) -> Path:
     log.info("%s", openers.counts_line(config, counts))
 
     # Weights: a new run starts from the initialization, a resumed one from its checkpoint (TrainingRun below).
-    if not run_folder.will_resume(config):
+    if run_folder.needs_initial_weights(config):
         start.initialize(vae, config)
     trainer = VAETrainer(config, accelerator, vae, perceptual)
     # The heaviest step and a validation once before the start, so that a lack of memory shows now.
@@ -559,7 +560,7 @@ def train(config: TrainVAEConfig) -> Path:
     empty = [{"video": torch.zeros(shape, dtype=torch.uint8)}]
     trainer.rehearse(lambda: evaluate(trainer.ema.module, empty, 1, accelerator.device, lpips))
 
-    # What a checkpoint says of its making; a resumed run must share start_sha256.
+    # What a checkpoint records about how it was made; a resumed run must share start_sha256.
     info = {
         "data": counts,
         "model": type(vae).__name__ if start.is_adapted(vae) else config.model.preset,

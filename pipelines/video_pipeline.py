@@ -22,7 +22,10 @@ PARTS = ("vae", "transformer")
 
 
 class LatentVideoPipeline(generation.LatentVideoPipeline):
-    """vae: any continuous VideoVAE with a scaling rule. transformer: a Latte. class_names: [] when unconditional."""
+    """Load and save the pipeline of pipelines/generation.py without running code that lies beside the weights.
+
+    vae: any continuous VideoVAE with a scaling rule. transformer: a Latte. class_names: [] when unconditional.
+    """
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "LatentVideoPipeline":

@@ -29,7 +29,7 @@ class FrameConv2d(nn.Conv2d):
 
 
 class FirstFrameConv3d(nn.Conv3d):
-    """A 3D convolution, or of a single frame, which stands at every tap, one 2D convolution with the taps summed."""
+    """3D convolution. A single frame would fill every tap in time: it gets one 2D convolution with the taps summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size[0] == 1 or x.shape[2] > 1:
@@ -72,7 +72,7 @@ class VideoGroupNorm(nn.GroupNorm):
         if torch.compiler.is_compiling() and x.device.type != "cpu":
             return self.channels_last(x)
         y = x if self.scope == "clip" else fold_time(x)
-        # There torch's channels-last kernel loses digits if the mean is far from 0 (vae/fast.py)
+        # On a CPU torch's channels-last kernel loses digits if the mean is far from 0 (vae/fast.py)
         if x.device.type == "cpu":
             y = y.contiguous()
         y = super().forward(y)

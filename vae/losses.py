@@ -76,7 +76,7 @@ def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
     """Compute |d nll / d W| / (|d g_loss / d W| + 1e-4), clamped to [0, 1e4], detached; W = `ODVAE.last_decoder_layer`.
 
-    Balances the adversarial term with the others. Multiply it by the term's own weight (0.5 upstream).
+    Balances the adversarial term with nll, reconstruction and LPIPS: not with the KL term, nor with added ones. Multiply it by the term's own weight (0.5 upstream).
     Keeps the graph, so that backward can follow.
     """
     (nll_grad,) = torch.autograd.grad(nll, last_layer, retain_graph=True)

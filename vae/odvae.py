@@ -57,11 +57,15 @@ class Level(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A network whose blocks recompute their activations in backward if training asks for it."""
+    """A network whose blocks recompute their activations in backward if training asks for it.
+
+    diffusers' enable_gradient_checkpointing sets both attributes that `run` reads.
+    """
 
     gradient_checkpointing = False
 
     def run(self, block: nn.Module | None, x: Tensor) -> Tensor:
+        """block(x), or x without a block."""
         if block is None:
             return x
         if self.gradient_checkpointing:
@@ -99,6 +103,7 @@ class Encoder(Checkpointed):
         self.conv_out = CausalConv3d(before, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode with gradients; without, vae/fast.py computes the same."""
         x = self.conv_in(x)  # (B, 128, T, H, W), widths of the default model
         for level in self.down:
             # (B, 128, T, H, W), then 256, 512, 512 channels
@@ -150,6 +155,7 @@ class Decoder(Checkpointed):
         self.conv_out = conv3x3(layout.conv_out, before, out_channels)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode with gradients; without, vae/fast.py computes the same."""
         x = self.conv_in(z)  # (B, 512, t, h, w)
         x = self.run(self.mid.block_1, x)
         x = self.run(self.mid.attn_1, x)

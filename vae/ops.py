@@ -50,9 +50,8 @@ def pad_right_bottom(x: Tensor) -> Tensor:
     return out
 
 
-STEP_BYTES = (
-    5 * 4 * 256 * 256 * 2
-)  # five latents of 256 x 256 in bf16: a step fills a card and needs about 4 GiB
+# Five latents of 256 x 256 in bf16: a step fills a card and needs about 4 GiB.
+STEP_BYTES = 5 * 4 * 256 * 256 * 2
 
 
 def latents_per_step(x: Tensor, pixels: int) -> int:
@@ -202,9 +201,8 @@ def _add_residual(x: Tensor, residual: Tensor, shift: Tensor) -> None:
         x.add_(residual).add_(shift.to(x.dtype).view(1, -1, 1, 1, 1))
 
 
-if not hasattr(
-    torch.ops.omnilatte, "group_norm"
-):  # a copy of this module beside exported weights may have been first
+# A copy of this module beside exported weights may have been first.
+if not hasattr(torch.ops.omnilatte, "group_norm"):
     _LIBRARY = torch.library.Library("omnilatte", "FRAGMENT")
     _LIBRARY.define(
         "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, bool by_frame, bool silu,"

@@ -101,7 +101,7 @@ def claim_folder(
                 f"{folder}: holds the output of {owner}, not of {program}; choose another folder"
             )
         return
-    # One without a mark must be new or empty, hidden files apart, or look like this program's of before.
+    # One without a mark must be new or empty, hidden files apart, or look like an older one of this program.
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file; give a folder")
     if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()) and not known(folder):

@@ -1,6 +1,6 @@
 """VAEs, losses, samplers and data sets of one's own, each added by one decorator (docs/extending.md has a template).
 
-    @vaes.add("mine")          a class as those of vae/baselines; --vae mine
+    @vaes.add("mine")          a class as those of vae/baselines, which stage one does not train; --vae mine
     @losses.add("mine")        (x, xhat), clips (B, 3, T, H, W) in [-1, 1] -> a scalar; loss.extra.mine.weight=0.1
     @samplers.add("mine")      number of steps -> a scheduler with timesteps and step; sampler=mine
     @sources.add("mine")       (root, split) -> data.layouts.Found; source.name=mine

@@ -71,7 +71,7 @@ class Syncs(TorchDispatchMode):
 
 
 def _caller() -> str:
-    """file:line of the innermost frame of this project outside this room."""
+    """file:line of the innermost frame of this project outside this package."""
     import traceback
 
     for frame in reversed(traceback.extract_stack()):

@@ -15,19 +15,19 @@ from typing import Any
 from data.core.files import read_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("data", "vae", "denoiser", "pipelines")
+PACKAGES = ("data", "vae", "denoiser", "pipelines")
 LEFT_OUT = ("vae.kernels",)  # Triton's, for a GPU; torch's own operations give the same numbers
 
 
 def _file(module: str) -> Path:
     """The file of a module of this project, or of a class that a plugin has added."""
     own = ROOT / (module.replace(".", "/") + ".py")
-    return own if module.partition(".")[0] in ROOMS else Path(sys.modules[module].__file__)
+    return own if module.partition(".")[0] in PACKAGES else Path(sys.modules[module].__file__)
 
 
 def _own(node: ast.AST) -> dict[str, tuple[str, str]]:
     """What an import takes from this project: name here -> (module, name there, "" for the module itself)."""
-    if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in ROOMS:
+    if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in PACKAGES:
         return {}
     found = {}
     for alias in node.names:
@@ -45,7 +45,7 @@ def _first(node: ast.stmt) -> int:
 def _tree(module: str, cls: str) -> ast.Module:
     """A module of this project; of a plugin's only what its class needs, and the names it takes from elsewhere."""
     tree = ast.parse(_file(module).read_text())
-    if module.partition(".")[0] in ROOMS:
+    if module.partition(".")[0] in PACKAGES:
         return tree
     # From the class on: what its code names, what that code names, until nothing new is named.
     wanted, size, kept = {cls}, 0, []

@@ -214,12 +214,12 @@ def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # An error of the device is not one of writing.
         written = folder_bytes(temporary)
+        # An error of the device is not one of writing.
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
-            # What is needed, and what there is.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        # What is needed, and what there is.
         shutil.rmtree(temporary, ignore_errors=True)
         need = f"about {usual:,}" if usual > written else f"more than {written:,}"
         free = shutil.disk_usage(target.parent).free
@@ -261,7 +261,7 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
 def _is_whole(folder: Path, files: dict[str, int] | None) -> bool:
     """Whether an export has its files: settings may have been added to (by hand too), weights are as large as they were.
 
-    files: name and bytes of each; None in exports of before they were noted, which must have weights.
+    files: name and bytes of each; None in older exports, which did not note them and must have weights.
     """
     if not isinstance(files, dict):
         return any(folder.rglob("*.safetensors"))

@@ -101,7 +101,7 @@ def _inner(value: Any, name: str) -> dict[str, Any]:
 
 
 def free_keys(config: Any, prefix: str = "") -> set[str]:
-    """Keys whose change does not change the result of a run."""
+    """Keys that may differ when a run is resumed."""
     keys: set[str] = set()
     for field in dataclasses.fields(config):
         name, free = prefix + field.name, field.metadata.get("free")

@@ -97,13 +97,13 @@ def open_run(run_dir: str | Path, config: Any, program: str, weights: dict[str, 
     folder = Path(run_dir)
     changed = check_run(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    # Every start is kept: its time, command, changed settings, and how the code differed from its commit.
+    # Earlier starts
     env_file = folder / "env.json"
     starts = read_json(env_file, "starts", way_out="remove it")["starts"] if env_file.is_file() else []
     if not isinstance(starts, list):
         raise ValueError(f"{env_file} is damaged (starts is not a list); remove it")
-    # The settings of this start
     write_atomic(folder / "config.yaml", dump(config))
+    # Every start is kept: its time, command, changed settings, and how the code differed from its commit.
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host_cores": os.cpu_count()}
     start |= {"changed": changed} if changed else {}
     if changes := git_changes():
@@ -126,11 +126,13 @@ def check_new_run(config: Any, export: str, inputs: dict[str, str]) -> None:
         refuse_inside(config.run_dir, export, path, key)
 
 
-def will_resume(config: Any) -> bool:
-    """Whether a start continues from a checkpoint. A changed run may have to go back to its beginning."""
-    return (
-        bool(Checkpoints(Path(config.run_dir), config.keep_checkpoints).steps()) and not config.resume.names
-    )
+def needs_initial_weights(config: Any) -> bool:
+    """Whether a start reads the weights that a run begins with.
+
+    That of a new run does, and one with resume.change, whose run may have to go back to its beginning.
+    """
+    saved = Checkpoints(Path(config.run_dir), config.keep_checkpoints).steps()
+    return not saved or bool(config.resume.names)
 
 
 def refuse_inside(run_dir: str | Path, export: str, given: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""Open what the settings name: videos, VAEs and the facts about them that belong into checkpoints and caches."""
+"""Open what the settings name: videos, VAEs and the facts about them that belong in checkpoints and caches."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ def open_clips(
 
 
 def videos_line(config: Any, held_out: bool) -> str:
-    """What a program would read, opened, for --dry-run: "folder: 120 videos, 6 held_out, ..."."""
+    """Open the data of a config and count it, for --dry-run: "folder: 120 videos, 6 held_out, ..."."""
     clips = open_clips(config.source, config.clip, config.seed)
     held = open_clips(config.source, config.clip, 0, held_out=True) if held_out else ()
     return counts_line(config, video_counts(clips, held))
@@ -81,7 +81,7 @@ def open_videos(config: SourceConfig, size: int, held_out: bool = False) -> Sour
 
 
 def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: bool) -> MixedClips:
-    """The parts go by the alphabet, so that the order in which they are written does not matter."""
+    """Open the parts alphabetically, so that the order in which they are written does not matter."""
     # Each part has what a source of its own would need.
     if config.root or config.list_file:
         raise ValueError(
@@ -97,7 +97,7 @@ def _open_mixture(config: SourceConfig, spec: ClipSpec, seed: int, held_out: boo
     weights = {name: config.parts[name].weight for name in sorted(config.parts)}
     if None in weights.values() and set(weights.values()) != {None}:
         raise ValueError(f"source.parts: weights {weights}: give one to every part or to none")
-    # Opened by the alphabet, each with a seed of its own name.
+    # Each part with a seed of its own name.
     clips = {}
     for name, part in sorted(config.parts.items()):
         if (kind := part.name or name) == "mixture":

@@ -128,7 +128,7 @@ class TrainingRun:
         """Take the run folder for this process group and write its settings there."""
         if not self.main:
             return
-        # Other settings and another training are refused before anything is written.
+        # Other settings are refused before anything is written.
         check_run(self.folder, self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
@@ -138,8 +138,8 @@ class TrainingRun:
             raise ValueError(
                 f"run_dir={self.folder}: another process is training here; wait for it or stop it"
             ) from None
-        # The settings of this start, and what a killed one left half done.
         stack.callback(lock.release)
+        # The settings of this start, and what a killed one left half done.
         open_run(self.folder, self.config, self.details["program"], self.weights)
         recover(self.folder)
 
@@ -216,8 +216,8 @@ class TrainingRun:
         received = bool(self.received_signal())
         if self.accelerator.num_processes == 1:
             self.stopping = received
-        # The votes of the step before have arrived by now: nobody waits for the device.
         else:
+            # The votes of the step before have arrived by now: nobody waits for the device.
             self.stopping = self._stop_votes is not None and self._stop_votes.read() > 0
             self._stop_votes = any_process(self.accelerator, received)
         # Verdicts on the steps before: a checkpoint is good once a finite step has followed it.
@@ -239,7 +239,7 @@ class TrainingRun:
         # Exact values, and what differs from run to run in a file of its own.
         step, values = self.trainer.step, self.trainer.flush_window()
         self._warn_of_a_spike(values)
-        values |= {"learning_rate": self.trainer.learning_rate}
+        values |= {"learning_rate": self.trainer.last_learning_rate}
         self.metrics.scalars(step, values)
         timing = self.meter.scalars() | {"speed/wall_s": time.monotonic() - self.started}
         self.metrics.scalars(step, timing, timing=True)

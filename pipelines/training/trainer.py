@@ -34,7 +34,7 @@ class Trainer:
     def __init__(self, config: Any, accelerator: Any):
         self.config, self.accelerator = config, accelerator
         self.step = 0
-        self.learning_rate = 0.0
+        self.last_learning_rate = 0.0
         self.skipped_in_row = 0
         self.window: dict[str, list[Any]] = {}
         self._finite: list[tuple[int, Any]] = []  # (step, verdict) not read yet
@@ -71,9 +71,9 @@ class Trainer:
         return {name: total / count for name, (total, count) in sorted(merged.items())}
 
     def set_learning_rate(self, *optimizers: Any) -> None:
-        """Constant, after a linear warm-up."""
+        """Set the rate of this step: constant, after a linear warm-up."""
         rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        self.learning_rate = rate
+        self.last_learning_rate = rate
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -91,7 +91,7 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        # A step with a norm that is not finite is left out on the device.
+        # A step whose norm is not finite is left out, on the device (DeepSpeed has left it out itself).
         norm = torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
         finite = norm.isfinite()
         optimizer.optimizer.found_inf = (~finite).float()
@@ -107,7 +107,7 @@ class Trainer:
         raise NotImplementedError
 
     def try_step(self) -> None:
-        """Forward and backward of a micro-batch of nothing, in every phase that there will be."""
+        """Forward and backward of a dummy micro-batch, in every phase that there will be."""
         raise NotImplementedError
 
     def rehearse(self, look: Callable[[], Any] | None = None) -> None:
