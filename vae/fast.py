@@ -143,9 +143,9 @@ def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool, what: str =
     """
     weight, bias = layer.weight, layer.bias if biased else None
     derive = (lambda w: w.sum(2)) if what == "first" else (lambda w: w)
-    if winograd.suits(layer, x, kt=1 if x.ndim == 4 else weight.shape[2]):
-        kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w)), groups=16)
-        return winograd.convolve_3x3(x, kernel, bias)
+    kt = 1 if x.ndim == 4 else weight.shape[2]
+    if winograd.suits(layer, x, kt):
+        return winograd.convolve_3x3(layer, x, what, derive, kt)
     stride, padding = layer.stride[2 - x.ndim :], layer.padding[2 - x.ndim :]
     if what or kept or _is_slow_im2col(x, weight):
         weight = ops.prepared(layer, x, what, derive, stride, padding)
@@ -345,9 +345,9 @@ def _enlarge(
     frames: outputs of a frame, whose kernels stand one after the other.
     """
     if winograd.suits(layer, x, kt, enlarge=True):
-        kernel = ops.prepared(layer, x, what, lambda w: winograd.transform(derive(w), 3), groups=9)
-        return winograd.convolve_3x3(x, kernel, layer.bias, 3, frames)
-    kernels = ops.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)))
+        return winograd.convolve_3x3(layer, x, what, derive, kt, frames, positions=3)
+    met = (*x.shape[:3], x.shape[3] + 1, x.shape[4] + 1)
+    kernels = ops.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)), size=met)
     return interleave(x, kernels, layer.bias, frames)
 
 

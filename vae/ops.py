@@ -78,10 +78,13 @@ def prepared(
     stride: Any = 1,
     padding: Any = 0,
     groups: int = 1,
+    size: tuple[int, ...] | None = None,
 ) -> Any:
     """derive(layer.weight), a kernel or a tuple of them, ready for `convolve` with x: cast and in the device's order.
 
-    One of a name is kept: with other groups (vae/winograd.py) it takes the place of the one before.
+    size: of what the kernel meets, if not x. oneDNN's order depends on it, and a kernel in the order of another size
+    would be put into order in every call, up to 40 times slower (measured on AVX2). The last two of a name are kept: of
+    the first frame and of a later step, of one size and another, or direct and with groups (vae/winograd.py).
 
     Kept beside the module (never in its state, copies or files) until the weight is another one or was changed in
     place. A fused optimizer may change a weight without raising its version: `forget` drops all kernels when gradients are recorded.
@@ -89,13 +92,17 @@ def prepared(
     weight, dtype = layer.weight, compute_dtype(x)
     if making_a_graph():
         return derive(weight)
+    size = None if x.is_cuda else tuple(size or x.shape)
     if weight.is_inference():  # such a tensor does not count its changes
-        return _ready(derive(weight), x, dtype, stride, padding, groups)
+        return _ready(derive(weight), x, dtype, stride, padding, groups, size)
     kept, storage = _PREPARED.setdefault(layer, {}), weight.untyped_storage()
-    source, made_of, kernels = kept.get((what, dtype), (None, None, None))
-    if source is None or source() is not storage or made_of != (weight._version, groups):
-        kernels = _ready(derive(weight.detach()), x, dtype, stride, padding, groups)
-        kept[what, dtype] = weakref.ref(storage), (weight._version, groups), kernels
+    found, form = kept.get((what, dtype), ()), (weight._version, groups, size)
+    for source, made_of, kernels in found:
+        if source() is storage and made_of == form:
+            return kernels
+    kernels = _ready(derive(weight.detach()), x, dtype, stride, padding, groups, size)
+    last = [one for one in found[-1:] if one[0]() is storage and one[1][0] == weight._version]
+    kept[what, dtype] = (*last, (weakref.ref(storage), form, kernels))
     return kernels
 
 
@@ -107,13 +114,13 @@ def forget(model: nn.Module) -> None:
         _PREPARED.pop(module, None)
 
 
-def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any, groups: int) -> Any:
+def _ready(
+    kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any, groups: int, size: Any
+) -> Any:
     if isinstance(kernel, tuple):
-        return tuple(_ready(one, x, dtype, stride, padding, groups) for one in kernel)
+        return tuple(_ready(one, x, dtype, stride, padding, groups, size) for one in kernel)
     if x.is_cuda:
         return channels_last(kernel.to(dtype))
-    if kernel.ndim == 3:  # of matrix products
-        return kernel
     if not ONEDNN or x.device.type != "cpu" or kernel.dtype != torch.float32 or dtype != torch.float32:
         return kernel
     dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make again in every call
@@ -121,7 +128,7 @@ def _ready(kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any
     reorder = (
         torch._C._nn.mkldnn_reorder_conv3d_weight if dims == 3 else torch._C._nn.mkldnn_reorder_conv2d_weight
     )
-    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, groups)
+    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, groups, size)
 
 
 def convolve(

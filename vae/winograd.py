@@ -11,6 +11,8 @@ In both axes that is 16 products of channels for 2 x 2 outputs, instead of 36. A
 convolution. The sums are bound by memory, so a band of a few rows stays in the cache from its inputs to its outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ PIXELS = 64  # at least
 LEAST = 2**25  # products of a tap in space, where there is one tap in time
 TILES = 32  # of a row or more: fewer make the products slow
 BAND_BYTES = 3 * 2**19  # of a band's transformed inputs
-FRAMES = 4  # outputs of a band; a step of a stream has no more
+FRAMES = 6  # most outputs of a band; a step of a stream has no more
 
 
 def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
@@ -44,66 +46,66 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
     return enough and pixels >= PIXELS and products >= WORTH * (I + O)
 
 
-def transform(weight: Tensor, positions: int = 4) -> Tensor:
-    """(O, I, [kt,] 3, 3) -> kernels of the P x P products: (P P O, I, kt, 1), or (P P, I, O) if kt = 1."""
+def transform(weight: Tensor, positions: int) -> Tensor:
+    """(O, I, [kt,] 3, 3) -> (P P O, I, kt, 1), the kernels of the P x P products."""
     taps = weight.new_tensor(TAPS[positions])
     weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
-    kernels = torch.einsum("qj,pi,octij->qpoct", taps, taps, weight).flatten(0, 1)
-    if weight.shape[2] == 1:
-        return kernels.squeeze(3).transpose(1, 2).contiguous()
-    return kernels.flatten(0, 1).unsqueeze(3)
+    return torch.einsum("qj,pi,octij->qpoct", taps, taps, weight).flatten(0, 2).unsqueeze(3)
 
 
-def convolve_3x3(x: Tensor, kernel: Tensor, bias: Tensor, positions: int = 4, frames: int = 1) -> Tensor:
-    """A convolution with one zero around each frame and none in time.
+def convolve_3x3(
+    layer: nn.Module,
+    x: Tensor,
+    what: str,
+    derive: Callable[[Tensor], Tensor],
+    kt: int,
+    frames: int = 1,
+    positions: int = 4,
+) -> Tensor:
+    """The convolution of a torch layer with the kernel derive(weight), one zero around each frame and none in time.
 
-    x: (B, I, H, W), or (B, I, T + kt - 1, H, W). kernel: prepared of `transform`, with groups = P P. positions: P along
-    an axis, 4, or 3 to enlarge H and W x2 (nearest) before. frames: outputs of a frame, whose kernels stand one after
-    the other -> (B, O, frames T, H or 2 H, W or 2 W), channels-last.
+    x: (B, I, H, W), or (B, I, T + kt - 1, H, W). what: the name of the kernel for `prepared`. kt: its taps in time.
+    frames: outputs of a frame, whose kernels stand one after the other. positions: P along an axis, 4, or 3 to enlarge
+    H and W x2 (nearest) before -> (B, O, frames T, H or 2 H, W or 2 W), channels-last.
     """
     if x.ndim == 4:  # its samples are frames
-        y = convolve_3x3(x.unsqueeze(0).transpose(1, 2), kernel, bias, positions, frames)
-        return y[0].transpose(0, 1)
-    x, P, O = ops.channels_last(x), positions, len(bias)  # noqa: E741
-    (B, C, T, H, W), step, kt = x.shape, P - 2, 1 if kernel.ndim == 3 else kernel.shape[2]
+        return convolve_3x3(layer, x.unsqueeze(0).transpose(1, 2), what, derive, kt)[0].transpose(0, 1)
+    x, P, O = ops.channels_last(x), positions, len(layer.bias)  # noqa: E741
+    (B, C, T, H, W), step = x.shape, P - 2
     T, h, w = T - kt + 1, H // step, W // step
     out = x.new_empty(B, T, frames, h, 2, w, 2, O)
-    # Buffers of a band, the first with a zero at either end of a row
-    most = min(T, FRAMES) + kt - 1
-    rows = min(h, max(1, max(TILES, BAND_BYTES // (4 * P * P * C * most)) // w))
-    sums = x.new_zeros(most, rows, W + 2, P, C)
-    inputs = x.new_empty(most * rows * w * P * P * C)
-    bands = [
-        (t, min(t + FRAMES, T), a, min(a + rows, h)) for t in range(0, T, FRAMES) for a in range(0, h, rows)
-    ]
+    # All bands have one size, for which the kernel is in order; the last overlaps the one before
+    n = _even(T, FRAMES)
+    size = 4 * P * P * C * (n + kt - 1) * w
+    rows = _even(h, max(1, TILES // w, BAND_BYTES // size))
+    inputs = x.new_empty(n + kt - 1, rows, w, P, P, C)
+    sums = x.new_zeros(n + kt - 1, rows, W + 2, P, C)  # with a zero at either end of a row
+    met = inputs.view(1, n + kt - 1, rows * w, P * P * C).permute(0, 3, 1, 2)
+    kernel = ops.prepared(layer, x, what, lambda weight: transform(derive(weight), P), 1, 0, P * P, met.shape)
+    bands = [(min(t, T - n), min(a, h - rows)) for t in range(0, T, n) for a in range(0, h, rows)]
     for sample, result in zip(x.permute(0, 2, 3, 4, 1), out, strict=True):
-        for t, end, a, b in bands:
-            n = end - t + kt - 1
-            clip = sample[t : t + n, max(0, step * a - 1) : step * b + 1]
-            if a == 0 or b == h:
-                clip = F.pad(clip, (0, 0, 0, 0, int(a == 0), int(b == h)))
-            band, v = sums[:n, : b - a], inputs[: n * (b - a) * w * P * P * C].view(n, b - a, w, P, P, C)
-            _differences(clip, 1, band[:, :, 1:-1].unbind(3))
-            _differences(band, 2, v.unbind(3))
-            m = _products(v.view(n, -1, P * P * C), kernel, P * P).view(end - t, b - a, w, P, P, frames, O)
-            m[:, :, :, 1, 1] += bias  # it stands once in every output
+        for t, a in bands:
+            edges = int(a == 0), int(a + rows == h)
+            band = sample[t : t + n + kt - 1, step * a - 1 + edges[0] : step * (a + rows) + 1]
+            band = F.pad(band, (0, 0, 0, 0, *edges)) if any(edges) else band
+            _differences(band, 1, sums[:, :, 1:-1].unbind(3))
+            _differences(sums, 2, inputs.unbind(3))
+            m = ops.convolve(met, kernel, None, groups=P * P).permute(0, 2, 3, 1)
+            m = m.view(n, rows, w, P, P, frames, O)
+            m[:, :, :, 1, 1] += layer.bias  # it stands once in every output
             columns = m.unbind(3)
             _outputs(columns, columns)
-            places = result[t:end, :, a:b].permute(5, 3, 0, 2, 4, 1, 6)  # (2, 2, n, rows, w, frames, O)
+            places = result[t : t + n, :, a : a + rows].permute(
+                5, 3, 0, 2, 4, 1, 6
+            )  # (2, 2, n, rows, w, frames, O)
             for half, place in zip(columns[:2], places, strict=True):
                 _outputs(half.unbind(3), place)
     return out.view(B, frames * T, 2 * h, 2 * w, O).permute(0, 4, 1, 2, 3)
 
 
-def _products(v: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """(T + kt - 1, n, P P I) -> (T, n, P P O): by oneDNN's convolution of groups, whose 1 x 1 form is no use (at some
-    sizes 30 times slower, measured), else as a batch of matrix products."""
-    if kernel.ndim == 4:
-        return ops.convolve(v.permute(2, 0, 1)[None], kernel, None, groups=groups)[0].permute(1, 2, 0)
-    rows = v.view(-1, groups, v.shape[2] // groups)
-    m = v.new_empty(len(rows), groups, kernel.shape[2])
-    torch.bmm(rows.transpose(0, 1), kernel, out=m.transpose(0, 1))
-    return m.view(*v.shape[:2], -1)
+def _even(count: int, most: int) -> int:
+    """The size of parts of `count`, at most `most` and as even as can be."""
+    return -(-count // -(-count // most))
 
 
 def _differences(x: Tensor, axis: int, out: tuple[Tensor, ...]) -> None:

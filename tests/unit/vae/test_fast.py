@@ -11,7 +11,7 @@ import torch
 
 from tests.unit.vae import reference
 from tests.unit.vae.tiny import clip, moments, tiny
-from vae import ops
+from vae import ops, winograd
 from vae.ops import convolve, plain_group_norm, prepared
 
 
@@ -97,6 +97,32 @@ def test_a_packed_kernel_gives_the_bits_of_onednn(stride):
     want = torch.ops.aten.mkldnn_convolution(x, conv.weight, conv.bias, (0, 1, 1), stride, (1, 1, 1), 1)
     assert torch.equal(got, want)
     torch.testing.assert_close(got.double(), conv.double()(x.double()), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("worth", [0, winograd.WORTH])
+def test_every_kernel_is_in_the_order_of_the_size_that_it_meets(worth, monkeypatch):
+    """Else oneDNN puts it into order in every call, up to 40 times slower."""
+    for limit in ("WORTH", "PIXELS", "LEAST"):
+        monkeypatch.setattr(winograd, limit, min(worth, getattr(winograd, limit)))
+    model, x, sizes, met = tiny(dtype=torch.float32), clip(13, dtype=torch.float32), {}, []
+    ready, convolve = ops._ready, ops.convolve
+
+    def seen_ready(kernel, x, dtype, stride, padding, groups, size):
+        made = ready(kernel, x, dtype, stride, padding, groups, size)
+        sizes.update({id(one): (one, size) for one in (made if isinstance(made, tuple) else (made,))})
+        return made
+
+    def seen_convolve(x, kernel, *args, **more):
+        if id(kernel) in sizes:
+            met.append((tuple(x.shape), tuple(sizes[id(kernel)][1])))
+        return convolve(x, kernel, *args, **more)
+
+    monkeypatch.setattr(ops, "_ready", seen_ready)
+    monkeypatch.setattr(ops, "convolve", seen_convolve)
+    model.decode(moments(model, x).chunk(2, dim=1)[0])
+    assert len(met) > 100
+    assert all(x == size for x, size in met)
 
 
 INTERPRETED = """
