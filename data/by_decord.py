@@ -49,7 +49,7 @@ def pictures(path: str | Path, wanted: Sequence[int], count: int) -> Iterator[tu
 def agrees(path: str) -> bool:
     """Compare decord with PyAV: in order, and after a seek to each of its key frames, with skips too. True where all agree.
 
-    False without a try for files with more than 384 MiB of frames.
+    False for files with more than 384 MiB of frames, which decord does not read here.
     """
     import decord
 

@@ -155,8 +155,6 @@ def _find(
     name: str, root: Path | None, split: str, list_file: Path | None, labels: str, held_out: bool
 ) -> Found:
     """Find the videos of a data set before the scan, in its own layout or by its list."""
-    if name in sources:
-        return sources[name](root, split)
     if name == "csv":
         return user_list.find_csv(root, list_file, split, held_out)
     if name == "sky_timelapse":
@@ -176,6 +174,8 @@ def _find(
                 "webvid: give its csv, list_file=.../results_10M_val.csv; without one use source folder"
             )
         return lists.find_webvid(root, list_file)
+    if name in sources:  # of a plugin
+        return sources[name](root, split)
     return layouts.find_folder(root, labels)
 
 

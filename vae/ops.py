@@ -22,9 +22,9 @@ def making_a_graph() -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in: autocast's dtype where it is on."""
+    """What a convolution of x computes in: autocast's dtype where it is on; it leaves float64 alone."""
     kind = x.device.type
-    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 

@@ -34,9 +34,9 @@ def start_trackers(accelerator: Any, config: Any, folder: Path) -> list[Any]:
 
     Its settings go along. A run of W&B has the name of the folder, and an id of the folder's own, so that a resumed run is the same one.
     """
-    # W&B finds the run again by the folder and its first start.
     if not accelerator.log_with:
         return []
+    # W&B finds the run again by the folder and its first start.
     env = folder / "env.json"
     began = read_json(env)["starts"][0].get("time", "") if env.is_file() else ""
     own = hashlib.sha256(f"{folder.resolve()} {began}".encode()).hexdigest()[:16]
