@@ -5,8 +5,9 @@ frames is in a StreamState, never in the module: several streams can share one m
 same steps and agree bit for bit, and memory does not grow with the clip's length. With state=None a step is a whole clip.
 
 What makes it fast: kernels prepared once per model, the norm and SiLU written straight into the next convolution's
-window, the first frame's taps summed, upsampling as small convolutions on the small grid ("phases"), and on a GPU
-fused passes over the tensors (vae/ops.py). tests/unit/vae hold it equal to the plain network.
+window, the first frame's taps summed, upsampling as small convolutions on the small grid ("phases"), on a
+CPU convolutions with fewer products (vae/winograd.py), and on a GPU fused passes over the tensors (vae/ops.py).
+tests/unit/vae hold it equal to the plain network.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ WORTH = 60  # products for each value that is summed, from which it is faster (m
 PIXELS = 64  # at least
 LEAST = 2**25  # products of a tap in space, where there is one tap in time
 TILES = 32  # of a row or more: fewer make the products slow
-BAND_BYTES = 3 * 2**19  # of a band's transformed inputs
+BAND_BYTES = 3 * 2**19  # of a band's transformed inputs, for each thread
 FRAMES = 6  # most outputs of a band; a step of a stream has no more
 
 
@@ -77,7 +77,8 @@ def convolve_3x3(
     # All bands have one size, for which the kernel is in order; the last overlaps the one before
     n = _even(T, FRAMES)
     size = 4 * P * P * C * (n + kt - 1) * w
-    rows = _even(h, max(1, TILES // w, BAND_BYTES // size))
+    threads = torch.get_num_threads()  # each with a cache of its own
+    rows = _even(h, max(1, threads * TILES // w, threads * BAND_BYTES // size))
     inputs = x.new_empty(n + kt - 1, rows, w, P, P, C)
     sums = x.new_zeros(n + kt - 1, rows, W + 2, P, C)  # with a zero at either end of a row
     met = inputs.view(1, n + kt - 1, rows * w, P * P * C).permute(0, 3, 1, 2)
