@@ -11,6 +11,7 @@ In both axes that is 16 products of channels for 2 x 2 outputs, instead of 36. A
 convolution. The sums are bound by memory, so a band of a few rows stays in the cache from its inputs to its outputs.
 """
 
+import platform
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from vae import ops
 
+X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nothing was measured
 TAPS = {4: ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)), 3: ((1, 0, 0), (1, 1, 1), (0, 0, 1))}
 WORTH = 60  # products for each value that is summed, from which it is faster (measured, as the next)
 PIXELS = 64  # at least
@@ -31,10 +33,13 @@ FRAMES = 6  # most outputs of a band; a step of a stream has no more
 def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
     """Whether to compute the convolution of a torch layer here, on x (B, I, [T + kt - 1,] H, W), with kt taps in time.
 
-    By shape, dtype and device alone, so that streams and clips agree. enlarge: x is enlarged before.
+    By shape (of 4D x the samples too), dtype and device alone, so that streams and clips agree. enlarge: x is enlarged
+    before.
     """
     weight = layer.weight
-    if x.device.type != "cpu" or not ops.ONEDNN or ops.making_a_graph():
+    if x.device.type != "cpu" or not (ops.ONEDNN and X86) or ops.making_a_graph():
+        return False
+    if weight.is_inference():  # its kernels cannot be kept
         return False
     if {x.dtype, weight.dtype, ops.compute_dtype(x)} != {torch.float32} or weight.shape[-2:] != (3, 3):
         return False

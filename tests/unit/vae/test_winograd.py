@@ -70,7 +70,8 @@ def test_enlarging_is_the_convolution_of_the_enlarged_frames(kind, B, T, H, W, b
     torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=5e-6)
 
 
-def test_it_is_taken_where_it_pays_and_can_be():
+def test_it_is_taken_where_it_pays_and_can_be(monkeypatch):
+    monkeypatch.setattr(winograd, "X86", True)
     large = torch.empty(1, 128, 6, 64, 64)
     assert winograd.suits(layer(128, 128, 3), large, kt=3)
     assert winograd.suits(layer(512, 512, 3), torch.empty(1, 512, 3, 8, 8), kt=3)
@@ -92,6 +93,19 @@ def test_it_is_taken_where_it_pays_and_can_be():
     assert not winograd.suits(layer(128, 128, 3), large.to("meta"), kt=3)
     with torch.autocast("cpu", torch.bfloat16):
         assert not winograd.suits(layer(128, 128, 3), large, kt=3)
+    # Not where its kernels cannot be kept, nor where it was never measured
+    with torch.inference_mode():
+        assert not winograd.suits(layer(128, 128, 3), large, kt=3)
+    monkeypatch.setattr(winograd, "X86", False)
+    assert not winograd.suits(layer(128, 128, 3), large, kt=3)
+
+
+def test_doubles_stay_doubles_under_autocast():
+    model, x = tiny("odvae"), clip(9)
+    with torch.no_grad():
+        want = moments(model, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(moments(model, x), want)
 
 
 @torch.no_grad()
