@@ -48,7 +48,8 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
         return False
     pixels, products = T * H * W, kt * I * O
     enough = kt > 1 or enlarge or pixels * products >= LEAST
-    return enough and pixels >= PIXELS and products >= WORTH * (I + O)
+    worth = WORTH * torch.get_num_threads()  # the sums of a band are small, and threads meet after each
+    return enough and pixels >= PIXELS and products >= worth * (I + O)
 
 
 def transform(weight: Tensor, positions: int) -> Tensor:
