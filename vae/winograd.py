@@ -48,7 +48,9 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
         return False
     pixels, products = T * H * W, kt * I * O
     enough = kt > 1 or enlarge or pixels * products >= LEAST
-    worth = WORTH * torch.get_num_threads()  # the sums of a band are small, and threads meet after each
+    worth = WORTH * max(
+        1, torch.get_num_threads() / 2
+    )  # sums are small, threads meet after each; measured up to two
     return enough and pixels >= PIXELS and products >= worth * (I + O)
 
 
