@@ -305,5 +305,4 @@ def parse(
         for word in [word for word in args.settings if word.startswith("card=")]:
             args.card = word.removeprefix("card=")
             args.settings.remove(word)
-    # Defaults, file and command line together.
     return load(cls, args.config, [*args.settings, *(vars(args).get("flags") or [])]), args

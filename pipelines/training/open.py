@@ -146,7 +146,6 @@ def open_vae(config: VAEConfig) -> Any:
 
 def imagined_vae(settings: Any) -> Any:
     """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
-    # The size from the folder's config.json; without the folder the paper's.
     file, known = Path(settings.path) / "config.json", {}
     if settings.path and file.is_file():
         known = {k: v for k, v in read_json(file).items() if not k.startswith("_")}

@@ -316,7 +316,6 @@ class TrainingRun:
 
     def _write_speed(self) -> None:
         """Write efficiency.json; a finished run that is started again keeps the figures that it measured."""
-        # A finished run that is started again times no step and keeps the old figures.
         speed, file = self.meter.summary(), self.folder / "efficiency.json"
         if not self.main or not (speed["timed_steps"] or not file.is_file()):
             return

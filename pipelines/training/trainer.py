@@ -96,7 +96,6 @@ class Trainer:
         finite = norm.isfinite()
         optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
-        # The norm to log
         if self.accelerator.is_main_process:
             self.note({name: (norm, finite)})
         optimizer.zero_grad()
