@@ -30,13 +30,16 @@ def peak(tmp_path):
 
 
 def test_wan_by_chunks_takes_half_the_memory(peak):
-    clip = ["clip.num_frames=33", "clip.size=96", "model.train=all", "loss.gan_weight=0"]
-    whole = peak("wan", {"base_dim": 32}, *clip)
-    assert peak("wan", {"base_dim": 32}, *clip, "gradient_checkpointing=true") <= 0.55 * whole
+    clip = ["clip.num_frames=25", "clip.size=96", "model.train=all", "loss.gan_weight=0"]
+    whole = peak("wan", {"base_dim": 32, "num_res_blocks": 1}, *clip)
+    assert (
+        peak("wan", {"base_dim": 32, "num_res_blocks": 1}, *clip, "gradient_checkpointing=true")
+        <= 0.55 * whole
+    )
 
 
 def test_the_adversarial_term_does_not_bring_the_activations_back(peak):
     clip = ["clip.num_frames=17", "clip.size=64", "model.train=decoder", "gradient_checkpointing=true"]
     small = ["loss.gan_start=0", "loss.discriminator_width=4"]
-    without = peak("wan", {"base_dim": 32}, *clip, "loss.gan_weight=0")
-    assert peak("wan", {"base_dim": 32}, *clip, *small) <= 1.3 * without
+    without = peak("wan", {"base_dim": 32, "num_res_blocks": 1}, *clip, "loss.gan_weight=0")
+    assert peak("wan", {"base_dim": 32, "num_res_blocks": 1}, *clip, *small) <= 1.3 * without
