@@ -48,9 +48,8 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
         return False
     pixels, products = T * H * W, kt * I * O
     enough = kt > 1 or enlarge or pixels * products >= LEAST
-    worth = WORTH * max(
-        1, torch.get_num_threads() / 2
-    )  # sums are small, threads meet after each; measured up to two
+    # Sums are small, and threads meet after each; measured up to two threads.
+    worth = WORTH * max(1, torch.get_num_threads() / 2)
     return enough and pixels >= PIXELS and products >= worth * (I + O)
 
 
@@ -104,9 +103,8 @@ def convolve_3x3(
             m[:, :, :, 1, 1] += layer.bias  # it stands once in every output
             columns = m.unbind(3)
             _outputs(columns, columns)
-            places = result[t : t + n, :, a : a + rows].permute(
-                5, 3, 0, 2, 4, 1, 6
-            )  # (2, 2, n, rows, w, frames, O)
+            # (2, 2, n, rows, w, frames, O)
+            places = result[t : t + n, :, a : a + rows].permute(5, 3, 0, 2, 4, 1, 6)
             for half, place in zip(columns[:2], places, strict=True):
                 _outputs(half.unbind(3), place)
     return out.view(B, frames * T, 2 * h, 2 * w, O).permute(0, 4, 1, 2, 3)
