@@ -65,13 +65,13 @@ class Beside:
         # Without an error of the caller: wait for all, so that an error of a piece is raised here.
         try:
             if kind is None:
-                self._settle(0)
+                self._wait(0)
         finally:
             self._thread.shutdown()
 
     def do(self, function: Callable[..., Any], *args: Any) -> None:
         """Let the thread call function(*args) after what it was given before. Raises the error of an earlier piece."""
-        self._settle(self.ahead - 1)
+        self._wait(self.ahead - 1)
         self._given.append(self._thread.submit(self._one, function, args))
 
     def _one(self, function: Callable[..., Any], args: tuple) -> None:
@@ -84,7 +84,7 @@ class Beside:
             self._failed = True
             raise
 
-    def _settle(self, most: int) -> None:
+    def _wait(self, most: int) -> None:
         # Take what is done off the front; its error, if any, is raised by result().
         while self._given and (len(self._given) > most or self._given[0].done()):
             with self.waits.waiting(self.what):

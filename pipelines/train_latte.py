@@ -311,7 +311,7 @@ class LatteTrainer(Trainer):
                 # Batch, loss and backward.
                 loss, logged = self.loss(next(batches))
                 accelerator.backward(distributed.finite_or_nan(loss))
-                self.note(logged)
+                self.add_to_log(logged)
                 # Update after the last micro-batch, skipped on the device if a gradient is not finite.
                 if accelerator.sync_gradients:
                     finite = self.update(self.model, self.optimizer, largest, "grad_norm")

@@ -349,7 +349,7 @@ class VAETrainer(Trainer):
                 if train_vae:
                     loss, xhat, logged = self.vae_loss(x, noise)
                     accelerator.backward(distributed.finite_or_nan(loss))
-                    self.note(logged)
+                    self.add_to_log(logged)
                 else:
                     # The reconstruction alone, as the discriminator's input: no gradient reaches the VAE.
                     with torch.no_grad():
@@ -357,7 +357,7 @@ class VAETrainer(Trainer):
                 if train_discriminator:
                     loss, logged = self.discriminator_loss(x, xhat)
                     accelerator.backward(distributed.finite_or_nan(loss))
-                    self.note(logged)
+                    self.add_to_log(logged)
 
         # Update each network, once for all micro-batches; an update with a non-finite gradient is skipped on the device.
         # Then the moving average of the VAE.

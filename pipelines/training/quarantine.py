@@ -25,7 +25,7 @@ class Quarantine:
         self.reasons: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
-    def note(self, batch: dict[str, Any]) -> None:
+    def record(self, batch: dict[str, Any]) -> None:
         """Take the names out of a batch of VideoClips; nothing is written yet."""
         for text in filter(None, batch["passed_over"]):
             for name, reason in json.loads(text).items():

@@ -201,8 +201,8 @@ class TrainingRun:
                 with self.meter.data_wait():
                     batch = next(loader)
                 if "failed" in batch:
-                    self.trainer.note({"data/substituted": (batch["failed"] > 0).double()})
-                    self.lost.note(batch)
+                    self.trainer.add_to_log({"data/substituted": (batch["failed"] > 0).double()})
+                    self.lost.record(batch)
                 yield batch
 
     def end_step(self) -> None:
@@ -223,7 +223,7 @@ class TrainingRun:
         # Verdicts on the steps before: a checkpoint is good once a finite step has followed it.
         config, trainer = self.config, self.trainer
         read_now = self.due(config.log_every) or self.due(config.save_every) or self.stopping
-        trainer.settle(read_now)
+        trainer.count_skipped(read_now)
         if not trainer.skipped_in_row and self.untried is not None:
             self.good, self.untried = self.untried, None
         if trainer.skipped_in_row >= config.max_skipped:

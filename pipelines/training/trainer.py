@@ -26,7 +26,7 @@ class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
     A subclass has `ema` and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
-    `skipped_in_row` counts the steps whose verdict `settle` has read.
+    `skipped_in_row` counts the steps whose verdict `count_skipped` has read.
     """
 
     must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
@@ -37,9 +37,9 @@ class Trainer:
         self.last_learning_rate = 0.0
         self.skipped_in_row = 0
         self.window: dict[str, list[Any]] = {}
-        self._finite: list[tuple[int, Any]] = []  # (step, verdict) not read yet
+        self._unread: list[tuple[int, Any]] = []  # (step, verdict) not read yet
 
-    def note(self, values: dict[str, Any]) -> None:
+    def add_to_log(self, values: dict[str, Any]) -> None:
         """Add tensors to the means of the current log window; nothing is copied from the GPU yet.
 
         Of a pair (values, where) the elements count at which `where`, a bool tensor of that shape, holds.
@@ -97,7 +97,7 @@ class Trainer:
         optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
         if self.accelerator.is_main_process:
-            self.note({name: (norm, finite)})
+            self.add_to_log({name: (norm, finite)})
         optimizer.zero_grad()
         return finite
 
@@ -170,8 +170,8 @@ class Trainer:
 
     def finish_step(self, finite: "Tensor") -> None:
         """Count the step. "skipped" is logged as 1 in a window with a skipped update, and not at all otherwise."""
-        self.note({"skipped": (torch.ones_like(finite), ~finite)})
-        self._finite.append((self.step, finite))
+        self.add_to_log({"skipped": (torch.ones_like(finite), ~finite)})
+        self._unread.append((self.step, finite))
         self.step += 1
 
     def is_finite(self) -> bool:
@@ -182,18 +182,18 @@ class Trainer:
                     return False
         return True
 
-    def settle(self, everything: bool = True) -> None:
+    def count_skipped(self, everything: bool = True) -> None:
         """Count and name the steps left out, but for the newest one unless `everything`: so nobody waits for the device."""
         # Every verdict is on its way to the host; those of earlier calls have arrived.
-        for place, (step, verdict) in enumerate(self._finite):
+        for place, (step, verdict) in enumerate(self._unread):
             if not isinstance(verdict, distributed.Later):
-                self._finite[place] = (step, distributed.Later(verdict))
-        ready = len(self._finite) if everything else len(self._finite) - 1
-        for step, finite in self._finite[: max(0, ready)]:
+                self._unread[place] = (step, distributed.Later(verdict))
+        ready = len(self._unread) if everything else len(self._unread) - 1
+        for step, finite in self._unread[: max(0, ready)]:
             self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
             if self.skipped_in_row:
                 log.warning("step %d: loss or gradient is not finite, update skipped", step)
-        del self._finite[: max(0, ready)]
+        del self._unread[: max(0, ready)]
 
     def progress(self) -> dict[str, int]:
         """How far the training is: stored with checkpoints and exports."""
@@ -201,7 +201,7 @@ class Trainer:
 
     def counters(self) -> dict[str, Any]:
         """What `save` stores of this class; every process calls it."""
-        self.settle()
+        self.count_skipped()
         return {"step": self.step, "skipped_in_row": self.skipped_in_row, "window": self.whole_window()}
 
     def load_counters(self, state: dict[str, Any]) -> None:

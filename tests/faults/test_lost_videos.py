@@ -110,9 +110,9 @@ def test_the_share_counts_each_video_once_and_the_limit_itself_is_allowed(tmp_pa
     accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
     quarantine = Quarantine(tmp_path, np.zeros(10), 0.2, accelerator)
     for name in ("a", "a", "b", "a"):
-        quarantine.note({"passed_over": ["", json.dumps({name: "gone"})]})
+        quarantine.record({"passed_over": ["", json.dumps({name: "gone"})]})
         quarantine.check()
     assert (tmp_path / "quarantine.tsv").read_text() == "a\tgone\nb\tgone\n"
-    quarantine.note({"passed_over": [json.dumps({"c": "gone"})]})
+    quarantine.record({"passed_over": [json.dumps({"c": "gone"})]})
     with pytest.raises(ValueError, match=r"3 of 10 videos \(30.0%\)"):
         quarantine.check()

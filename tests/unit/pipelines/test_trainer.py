@@ -84,17 +84,17 @@ def test_a_step_left_out_is_named_one_step_later_and_counted_in_its_own_window(b
     caplog.set_level(logging.WARNING)
     trainer, model, optimizer = build()
     step(trainer, model, optimizer, float("nan"))
-    trainer.settle(everything=False)
+    trainer.count_skipped(everything=False)
     assert (trainer.skipped_in_row, caplog.text) == (0, "")
     assert trainer.flush_window() == {"skipped": 1.0}  # a norm that is not finite is in no mean
     step(trainer, model, optimizer, float("nan"))
-    trainer.settle(everything=False)
+    trainer.count_skipped(everything=False)
     assert trainer.skipped_in_row == 1
     assert "step 0: loss or gradient is not finite" in caplog.text
     assert trainer.counters()["skipped_in_row"] == 2  # a checkpoint knows all
     assert "step 1" in caplog.text
     step(trainer, model, optimizer)
-    trainer.settle()
+    trainer.count_skipped()
     assert trainer.skipped_in_row == 0
 
 
