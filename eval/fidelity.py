@@ -10,7 +10,9 @@ import argparse
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -154,6 +156,59 @@ def lpips_distance(real: np.ndarray, fake: np.ndarray, network, batch_size: int 
     return float(torch.cat(values).mean())
 
 
+# ---- the table of metrics --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameMetric:
+    """A score of two uint8 videos (T, H, W, 3) of one shape, the mean over frames.
+
+    name: as printed; its lower case is the key in summaries and logs. measure: called with (original, decoded), and with
+    the network of `load_lpips` as a third argument where network is True. digits: shown after the point.
+    """
+
+    name: str
+    measure: Callable[..., float]
+    digits: int
+    unit: str = ""
+    network: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.lower()
+
+    @property
+    def label(self) -> str:
+        """The name with its unit, for a column or an axis."""
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    def text(self, value: float) -> str:
+        return f"{value:.{self.digits}f}"
+
+
+# A metric that is added here is measured by this program, by stage one's validation and by pipelines.reconstruct, and
+# shown in their tables, pages and model cards.
+METRICS = (
+    FrameMetric("PSNR", psnr, 2, "dB"),
+    FrameMetric("SSIM", ssim, 4),
+    FrameMetric("LPIPS", lpips_distance, 4, network=True),
+)
+
+
+def measures(network=None) -> dict[FrameMetric, Callable[[np.ndarray, np.ndarray], float]]:
+    """Map each metric that can be measured to its function: those that need a network only where it is given."""
+    found = {}
+    for metric in METRICS:
+        if not metric.network:
+            found[metric] = metric.measure
+        elif network is not None:
+            found[metric] = partial(metric.measure, network=network)
+    return found
+
+
+# ---- two folders -----------------------------------------------------------------------------------------
+
+
 def pair_videos(real_root: str, fake_root: str) -> list[tuple]:
     """Pair the videos of two folders by relative name (suffix aside). ValueError if one lacks a partner."""
     from eval.selection import list_folder
@@ -209,20 +264,16 @@ def read_pair(
         yield tuple(videos.fit(side, *size) if size else side for side in sides)
 
 
-# A new metric of frames also goes into pipelines/reconstruct.py, scores.py, video_files.py, train_vae.evaluate, and
-# card.py, vaes.py and run_page.py of pipelines/results.
-def measure_pair(blocks: Iterable[tuple[np.ndarray, np.ndarray]], network=None) -> dict[str, float]:
-    """Measure {"PSNR", "SSIM", "LPIPS" if there is a network}: means over all frames of a pair's blocks."""
-    metrics = {"PSNR": psnr, "SSIM": ssim}
-    if network is not None:
-        metrics["LPIPS"] = lambda real, fake: lpips_distance(real, fake, network)
+def measure_pair(blocks: Iterable[tuple[np.ndarray, np.ndarray]], network=None) -> dict[FrameMetric, float]:
+    """Measure each metric (`measures`) of a pair: means over all frames of its blocks."""
+    metrics = measures(network)
     # Each block counts by its frames.
     sums, frames = dict.fromkeys(metrics, 0.0), 0
     for real, fake in blocks:
-        for name, metric in metrics.items():
-            sums[name] += len(real) * metric(real, fake)
+        for metric, measure in metrics.items():
+            sums[metric] += len(real) * measure(real, fake)
         frames += len(real)
-    return {name: total / frames for name, total in sums.items()}
+    return {metric: total / frames for metric, total in sums.items()}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -268,7 +319,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def report(
-    values: dict[str, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
+    values: dict[FrameMetric, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
 ) -> None:
     """Print the means and append the records."""
     if args.out:
@@ -282,8 +333,9 @@ def report(
         digests[side] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     # The means, and a record for each.
     for metric, numbers in values.items():
-        name = provenance.metric_name(metric) if metric == "LPIPS" else metric
-        print(f"{name} {np.mean(numbers):.4f}{' dB' if metric == 'PSNR' else ''}  ({len(numbers)} videos)")
+        name = provenance.metric_name(metric.name) if metric.network else metric.name
+        unit = f" {metric.unit}" if metric.unit else ""
+        print(f"{name} {np.mean(numbers):.4f}{unit}  ({len(numbers)} videos)")
         if args.out:
             record = {
                 "metric": name,
@@ -293,8 +345,8 @@ def report(
                 "storage": storage,
                 "files_sha256": digests,
                 "tag": args.tag,
-                "dtype": "float64" if metric != "LPIPS" else "float32",
-                "weights": provenance.as_dict() if metric == "LPIPS" else None,
+                "dtype": "float32" if metric.network else "float64",
+                "weights": provenance.as_dict() if metric.network else None,
             }
             records.append_record(args.out, {**record, **made})
     for side, kinds in storage.items():

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from data.encode import write_mp4
 from data.processes import Pool
 from data.progress import Progress
 from data.video import iterate_frames
+from eval import fidelity
 from eval.protocol import MIN_FRAMES
 from eval.weights import score_name, weights_line
 from pipelines import video_files
@@ -44,7 +45,6 @@ torch = lazy("torch")
 accelerate = lazy("accelerate")
 distributed = lazy("pipelines.training.distributed")
 features = lazy("eval.features")
-fidelity = lazy("eval.fidelity")
 measures = lazy("eval.measures")
 openers = lazy("pipelines.training.open")
 vaes = lazy("vae")
@@ -78,26 +78,35 @@ class ReconstructConfig:
             raise ValueError(f"workers={self.workers}: 0 or more processes")
 
 
-def score_frames(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
-    """Per-frame scores of two uint8 videos (T, H, W, 3). lpips: the name that the network's distance may have."""
-    return pixel_scores(original, decoded) | network_scores(original, decoded, network, lpips)
+def score_frames(
+    original: Any, decoded: Any, network: Any, weights: Mapping | None
+) -> dict[str, list[float]]:
+    """Measure each frame of two uint8 videos (T, H, W, 3): {key of a metric: one score a frame}.
+
+    network: of LPIPS, None leaves its metrics out. weights: its provenance, by which its scores are named.
+    """
+    return pixel_scores(original, decoded) | network_scores(original, decoded, network, weights)
 
 
-def _each_frame(original: Any, decoded: Any, score: Callable[..., float], *more: Any) -> list[float]:
-    return [score(original[t : t + 1], decoded[t : t + 1], *more) for t in range(len(original))]
+def _each_frame(original: Any, decoded: Any, measure: Callable[..., float]) -> list[float]:
+    return [measure(original[t : t + 1], decoded[t : t + 1]) for t in range(len(original))]
 
 
 def pixel_scores(original: Any, decoded: Any) -> dict[str, list[float]]:
-    """The part of `score_frames` that needs no network."""
-    scores = {"psnr": fidelity.psnr, "ssim": fidelity.ssim}
-    return {name: _each_frame(original, decoded, score) for name, score in scores.items()}
+    """Measure the part of `score_frames` that needs no network."""
+    metrics = fidelity.measures()
+    return {metric.key: _each_frame(original, decoded, measure) for metric, measure in metrics.items()}
 
 
-def network_scores(original: Any, decoded: Any, network: Any, lpips: str) -> dict[str, list[float]]:
-    """The other part: {lpips: a frame's distance}, {} without a network."""
-    if network is None:
-        return {}
-    return {lpips: _each_frame(original, decoded, fidelity.lpips_distance, network)}
+def network_scores(
+    original: Any, decoded: Any, network: Any, weights: Mapping | None
+) -> dict[str, list[float]]:
+    """Measure the other part; {} without a network."""
+    found = {}
+    for metric, measure in fidelity.measures(network).items():
+        if metric.network:
+            found[score_name(metric.key, weights)] = _each_frame(original, decoded, measure)
+    return found
 
 
 def rfvd_scores(real: Any, fake: Any, provenance: Any) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def stream_pairs(vae: Any, clips: Any, index: int, device: Any) -> Iterator[tupl
         del waiting[: len(done)]
 
 
-class Judged:
+class VideoScores:
     """Scores of a video as its frames come, and what is shown of it: at most 81 frames."""
 
     def __init__(self, index: int, show: bool):
@@ -182,7 +191,8 @@ class Judged:
     def record(self, video: str) -> dict[str, Any]:
         """A line of videos.jsonl."""
         means = {name: float(np.mean(values)) for name, values in self.scores.items()}
-        return {"index": self.index, "video": video, "frames": len(self.scores["psnr"]), **means}
+        frames = len(next(iter(self.scores.values())))
+        return {"index": self.index, "video": video, "frames": frames, **means}
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
@@ -194,7 +204,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     network = judge = i3d = None
     if config.lpips:
         network, judge = fidelity.load_lpips(config.lpips_weights or None, accelerator.device)
-    lpips = score_name("lpips", judge.as_dict() if judge else None)
+    lpips_weights = judge.as_dict() if judge else None
     if config.rfvd:
         i3d = features.i3d_extractor(config.i3d_weights or None, accelerator.device)
 
@@ -223,15 +233,17 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     judged_features: list[tuple[int, list[Any]]] = []
     mine = range(accelerator.process_index, count, accelerator.num_processes)
 
-    def judge_pair(judged: Judged, original: Any, decoded: Any, distances: dict[str, list[float]]) -> None:
-        judged.add(pixel_scores(original, decoded) | distances, original, decoded)
+    def judge_pair(
+        found: VideoScores, original: Any, decoded: Any, distances: dict[str, list[float]]
+    ) -> None:
+        found.add(pixel_scores(original, decoded) | distances, original, decoded)
 
-    def finish(judged: Judged) -> None:
-        records.append(judged.record(clips.name(judged.index)))
-        judged_features.append((judged.index, judged.features))
-        if judged.shown:
+    def finish(found: VideoScores) -> None:
+        records.append(found.record(clips.name(found.index)))
+        judged_features.append((found.index, found.features))
+        if found.shown:
             out.mkdir(parents=True, exist_ok=True)
-            write_mp4(out / f"{judged.index:05d}.mp4", np.concatenate(judged.shown), 8)
+            write_mp4(out / f"{found.index:05d}.mp4", np.concatenate(found.shown), 8)
 
     waits = Waits()
     with (
@@ -249,15 +261,15 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
                 with waits.waiting("videos"):
                     original = next(read)
                 pairs = clip_pairs(config, vae, original, accelerator.device)
-            judged = Judged(index, index < config.pictures)
+            found = VideoScores(index, index < config.pictures)
             for original, decoded in pairs:
                 # The networks run here: they turn TF32 off for the whole process, so not while the VAE works.
-                distances = network_scores(original, decoded, network, lpips)
+                distances = network_scores(original, decoded, network, lpips_weights)
                 if i3d:
                     real = features.extract_features([original], i3d)
-                    judged.features = [real, features.extract_features([decoded], i3d)]
-                beside.do(judge_pair, judged, original, decoded, distances)
-            beside.do(finish, judged)
+                    found.features = [real, features.extract_features([decoded], i3d)]
+                beside.do(judge_pair, found, original, decoded, distances)
+            beside.do(finish, found)
             bar.update()
     log.info("%s", waits)
 
@@ -270,8 +282,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
 
     # The means, and what they were measured with
     summary = {"vae": config.vae.name, "videos": len(records)}
-    for name in ("psnr", "ssim", lpips):
-        if name in records[0]:
+    for name in records[0]:
+        if name not in ("index", "video", "frames"):
             summary[name] = float(np.mean([record[name] for record in records]))
     summary |= {
         "params": vae.num_parameters(),
@@ -281,7 +293,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         "short": len(clips.short),
         "versions": versions(),
     }
-    summary |= {"lpips_weights": judge.as_dict()} if judge else {}
+    summary |= {"lpips_weights": lpips_weights} if judge else {}
     if accelerator.is_main_process:
         write_atomic(out / "videos.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         if i3d:
@@ -320,27 +332,30 @@ def prepare(config: ReconstructConfig, vae: Any) -> None:
         vae.enable_frame_padding()  # the last frame repeated, cut off again after decoding
 
 
-def lpips_of(summary: dict[str, Any]) -> tuple[str, float | None]:
-    """LPIPS of a summary.json under the name it may have, None when it was not measured."""
-    weights = summary.get("lpips_weights")
-    key = score_name("lpips", weights)  # older records have the plain key for random weights too
-    return score_name("LPIPS", weights), summary.get(key, summary.get("lpips"))
+def scores_of(summary: dict[str, Any]) -> dict[fidelity.FrameMetric, tuple[str, float | None]]:
+    """Map each frame metric to (the name that it may have, its value in a summary.json or None)."""
+    found = {}
+    for metric in fidelity.METRICS:
+        weights = summary.get("lpips_weights") if metric.network else None
+        key = score_name(metric.key, weights)  # older records have the plain key for random weights too
+        found[metric] = score_name(metric.name, weights), summary.get(key, summary.get(metric.key))
+    return found
 
 
 def row(summary: dict[str, Any]) -> str:
     """The summary in the form of Table 1."""
-    name, value = lpips_of(summary)
-    lpips = "not run" if value is None else f"{value:.4f}"
-    head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6} {'PSNR':>7} {'SSIM':>7} {name:>8}"
+    head = f"{'Method':8} {'VCPR':>5} {'Params':>12} {'N':>6}"
+    line = f"{summary['vae']:8} {summary['vcpr']:5d} {summary['params']:12,d} {summary['videos']:6d}"
+    for metric, (name, value) in scores_of(summary).items():
+        width = max(7, len(name))
+        head += f" {name:>{width}}"
+        line += f" {'not run' if value is None else metric.text(value):>{width}}"
     more = ""
     for score, value in summary.items():
         if "rFVD" in score and not score.endswith("_interval"):
             low, high = summary[f"{score}_interval"]
             more += f"\n{score}: {value:.1f}, 95 % [{low:.1f}, {high:.1f}]"
-    return (
-        f"{head}\n{summary['vae']:8} {summary['vcpr']:5d} {summary['params']:12,d} {summary['videos']:6d} "
-        f"{summary['psnr']:7.2f} {summary['ssim']:7.4f} {lpips:>{max(8, len(name))}}{more}"
-    )
+    return f"{head}\n{line}{more}"
 
 
 FLAGS = {

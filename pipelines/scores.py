@@ -78,11 +78,10 @@ def summary_records(path: Path) -> list[dict]:
         "tag": f"{source}/{summary.get('vae', '')}",
         "git": (summary.get("versions") or {}).get("git"),
     }
-    name, lpips = reconstruct.lpips_of(summary)
     records = []
-    for metric, value in {"PSNR": summary["psnr"], "SSIM": summary["ssim"], name: lpips}.items():
+    for name, value in reconstruct.scores_of(summary).values():
         if value is not None:
-            records.append({"metric": metric, "value": value, **shared})
+            records.append({"metric": name, "value": value, **shared})
     return records
 
 

@@ -486,22 +486,22 @@ class VAETrainer(Trainer):
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    lpips = f", LPIPS {scores['val/lpips']:.4f}" if "val/lpips" in scores else ""
-    return f"PSNR {scores['val/psnr']:.2f} dB, SSIM {scores['val/ssim']:.4f}{lpips}"
+    words = []
+    for metric in fidelity.METRICS:
+        if (value := scores.get(f"val/{metric.key}")) is not None:
+            words.append(f"{metric.name} {metric.text(value)} {metric.unit}".rstrip())
+    return ", ".join(words)
 
 
 def evaluate(
     vae: "ODVAE", clips: Any, count: int, device: Any, lpips: "nn.Module | None" = None
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Compute PSNR and SSIM of posterior means on rounded uint8 frames of `count` clips, and a picture of four.
+    """Compute the frame metrics of posterior means on rounded uint8 frames of `count` clips, and a picture of four.
 
-    lpips: from `load_lpips`, for LPIPS too. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
+    lpips: from `load_lpips`, for LPIPS too. Scores are named val/psnr, and so on. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
     error x 4.
     """
-    # Which scores: LPIPS only where its network is loaded.
-    metrics = {"val/psnr": fidelity.psnr, "val/ssim": fidelity.ssim}
-    if lpips is not None:
-        metrics["val/lpips"] = lambda original, decoded: fidelity.lpips_distance(original, decoded, lpips)
+    metrics = fidelity.measures(lpips)
     was_training, scores, rows = vae.training, [], []
     vae.eval()
     # Each clip through the posterior mean, compared after rounding to uint8.
@@ -512,13 +512,14 @@ def evaluate(
             x = to_float(x.to(device))
             xhat = vae.decode(vae.encode(x).latent_dist.mode()).sample
         original, decoded = to_uint8(x)[0], to_uint8(xhat)[0]
-        scores.append([metric(original, decoded) for metric in metrics.values()])
+        scores.append([measure(original, decoded) for measure in metrics.values()])
         if n < 4:
             rows.append(media.comparison(original, decoded))
     vae.train(was_training)
     # Means over the clips, under the names of the log.
     means = np.mean(scores, axis=0).tolist()
-    return dict(zip(metrics, means, strict=True)), np.concatenate(rows, axis=1)
+    named = {f"val/{metric.key}": mean for metric, mean in zip(metrics, means, strict=True)}
+    return named, np.concatenate(rows, axis=1)
 
 
 # ---- preparation -----------------------------------------------------------------------------------------

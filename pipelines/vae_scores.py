@@ -62,17 +62,17 @@ def own_length(vae: Any, T: int) -> int:
 
 @dataclass
 class Judges:
-    """What scores the clips. lpips: the name that the network's distance may have. remarks: which is absent, and why."""
+    """What scores the clips. network, weights: LPIPS and its provenance. remarks: which is absent, and why."""
 
     network: Any = None
-    lpips: str = "lpips"
+    weights: dict[str, Any] | None = None
     i3d: Extractor | None = None
     remarks: list[str] = field(default_factory=list)
 
     def identity(self) -> dict[str, Any]:
         """What a kept record must share with this call."""
         return {
-            "lpips": None if self.network is None else self.lpips,
+            "lpips": None if self.network is None else score_name("lpips", self.weights),
             "rfvd": self.i3d and self.i3d.provenance.as_dict(),
         }
 
@@ -85,7 +85,7 @@ def open_judges(lpips: str | None, i3d: str | None, size: int, clips: int, devic
     judges = Judges()
     try:
         network, provenance = load_lpips(lpips, device)
-        judges.lpips = score_name("lpips", provenance.as_dict())
+        judges.weights = provenance.as_dict()
         check_lpips_size(size, size)
         judges.network = network
     except ValueError as error:
@@ -156,7 +156,7 @@ def measure(
             video, *seconds = through(vae, clip, device)
             decoded.append(video)
             times.append(seconds)
-            for name, values in score_frames(clip, video, judges.network, judges.lpips).items():
+            for name, values in score_frames(clip, video, judges.network, judges.weights).items():
                 scores.setdefault(name, []).append(float(np.mean(values)))
             bar.update()
 

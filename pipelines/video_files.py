@@ -21,12 +21,12 @@ from data.finding import VIDEO_SUFFIXES, video_names
 from data.progress import Progress
 from data.timeline import rising
 from data.video import VideoInfo, iterate_frames, probe
+from eval import fidelity
 from eval.weights import score_name
 from pipelines.training.log import box, command
 
 torch = lazy("torch")
 clips = lazy("vae.clips")
-fidelity = lazy("eval.fidelity")
 openers = lazy("pipelines.training.open")
 safetensors = lazy("safetensors")
 safetensors_torch = lazy("safetensors.torch")
@@ -169,29 +169,26 @@ def of_vae(args: argparse.Namespace) -> list[str]:
 
 @dataclass
 class Judge:
-    """Sums of per-frame scores of one video. network: of LPIPS, None: not run, for this reason."""
+    """Sums of per-frame scores of one video. network, weights: LPIPS and its provenance; None: not run, for this reason."""
 
     network: Any = None
-    name: str = "LPIPS"
+    weights: dict[str, Any] | None = None
     why_not: str = ""
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[fidelity.FrameMetric, float] = field(default_factory=dict)
     count: int = 0
 
     def add(self, original: np.ndarray, decoded: np.ndarray) -> None:
         """Two uint8 pieces (n, H, W, 3)."""
         for a, b in zip(original, decoded, strict=True):
-            scores = {"PSNR": fidelity.psnr(a[None], b[None]), "SSIM": fidelity.ssim(a[None], b[None])}
-            if self.network is not None:
-                scores[self.name] = fidelity.lpips_distance(a[None], b[None], self.network)
-            for name, value in scores.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
+            for metric, measure in fidelity.measures(self.network).items():
+                self.sums[metric] = self.sums.get(metric, 0.0) + measure(a[None], b[None])
             self.count += 1
 
     def words(self) -> str:
         parts = []
-        for name, total in self.sums.items():
-            mean = total / self.count
-            parts.append(f"PSNR {mean:.2f}" if name == "PSNR" else f"{name} {mean:.4f}")
+        for metric, total in self.sums.items():
+            name = score_name(metric.name, self.weights if metric.network else None)
+            parts.append(f"{name} {metric.text(total / self.count)}")
         if self.network is None:
             parts.append(f"LPIPS not run ({self.why_not})")
         return ", ".join(parts)
@@ -205,14 +202,14 @@ def load_judge(weights: str, device: Any) -> Judge:
         if weights:
             raise
         return Judge(why_not="no AlexNet weights here: bash scripts/fetch_weights.sh")
-    return Judge(network, score_name("LPIPS", found.as_dict()))
+    return Judge(network, found.as_dict())
 
 
 def reconstruct_file(vae: Any, given: Path, out: Path, judge: Judge, audio: bool, window: int) -> str:
     """Write the reconstruction of a video at its own size, rate and length; returns a line with the scores."""
     # What the judge can measure of frames of this size.
     info = probe(given)
-    judge = Judge(judge.network, judge.name, judge.why_not)
+    judge = Judge(judge.network, judge.weights, judge.why_not)
     try:
         fidelity.check_lpips_size(info.height, info.width)
     except ValueError:

@@ -10,13 +10,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from data.core.files import read_json
+from eval.fidelity import METRICS
 from pipelines.results.bundle import needs_code
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import is_number
 from pipelines.results.runs import Run
 from pipelines.scores import read_records, row_of
 
-SCORES = {"vae": ("PSNR", "SSIM", "LPIPS"), "pipeline": ("FVD", "KVD", "IS")}
+SCORES = {"vae": tuple(metric.name for metric in METRICS), "pipeline": ("FVD", "KVD", "IS")}
 TASKS = {"vae": "video-vae", "pipeline": "video-generation"}
 HIDDEN = ("run_dir", "cache.dir", "source.index_dir")  # settings that tell about a machine, not about a model
 _PATH = re.compile(r"(?<![\w.:/])/(?:[^/\s]+/)+")

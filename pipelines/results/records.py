@@ -270,9 +270,12 @@ class Reconstruct(Program):
         record = super().record(folder, config, content)
         if "tiling_frames" in record.settings:  # its name in older records
             record.settings["vae.tiling_frames"] = record.settings.pop("tiling_frames")
-        name, lpips = reconstruct.lpips_of(content)
-        record.values |= {} if lpips is None else {"lpips": lpips}
-        record.label = "" if name == "LPIPS" else "random-feature LPIPS"
+        # Scores under their plain keys; a network without published weights makes the record's label.
+        for metric, (name, value) in reconstruct.scores_of(content).items():
+            if value is not None:
+                record.values[metric.key] = value
+            if metric.network and name != metric.name:
+                record.label = f"random-feature {metric.name}"
         return record
 
 

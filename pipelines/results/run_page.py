@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from data.video import probe, read_frames
+from eval.fidelity import METRICS
 from pipelines.results.page import (
     COLORS,
     LINES,
@@ -32,9 +33,6 @@ from pipelines.results.runs import Run, read_manifest
 from pipelines.scores import read_records, row_of
 
 TITLES = {
-    "val/psnr": "PSNR on held-out clips, dB (EMA, and raw: the weights that are trained)",
-    "val/ssim": "SSIM on held-out clips (EMA, and raw: the weights that are trained)",
-    "val/lpips": "LPIPS on held-out clips (EMA, and raw: the weights that are trained)",
     "val/loss": "loss on held-out clips (EMA, and raw: the weights that are trained)",
     "loss/rec": "mean absolute error of the reconstruction",
     "loss/mse": "mean squared error of the predicted noise",
@@ -45,7 +43,7 @@ TITLES = {
     "loss_at_t/": "error by timestep",
     "gan/logits_": "logits of the discriminator",
 }
-TOGETHER = ("loss_at_t/", "gan/logits_", "val/psnr", "val/ssim", "val/lpips", "val/loss")  # one chart each
+TOGETHER = ["loss_at_t/", "gan/logits_", "val/loss"]  # one chart each
 WORDS = {
     "val": "original | reconstruction | error x 4, held-out clips",
     "real": "real clips",
@@ -53,14 +51,19 @@ WORDS = {
 }
 MADE_WITH = ("videos", "weights", "device", "time", "commit")  # of a score, in one column
 FIRST = ("val/", "loss", "gan/")
-TILES = (  # metric, title, format; the first three that a run has
+TILES = [  # metric, title, format; the first three that a run has
     ("val/psnr", "PSNR, held out", "{:.2f} dB"),
     ("val/ssim", "SSIM, held out", "{:.4f}"),
     ("val/loss", "loss, held out", "{:.4g}"),
     ("loss", "loss", "{:.4g}"),
     ("loss/rec", "loss, reconstruction", "{:.4g}"),
     ("loss/mse", "loss, mean squared error", "{:.4g}"),
-)
+]
+for _metric in METRICS:
+    TITLES[f"val/{_metric.key}"] = (
+        f"{_metric.label}, on held-out clips (EMA, and raw: the weights that are trained)"
+    )
+    TOGETHER.append(f"val/{_metric.key}")
 FILES = ("config.yaml", "env.json", "metrics.jsonl", "speed.jsonl", "efficiency.json", "media", "samples")
 PREVIEWS = 4  # shown of a kind: the newest, the first, and some between
 SAMPLES = 64  # generated videos read at most, or one per class

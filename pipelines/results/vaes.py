@@ -18,6 +18,7 @@ from data.clip import ClipSpec
 from data.core.files import claim_folder, read_json, write_atomic, write_json
 from data.dataset import VideoClips
 from eval.features import default_device
+from eval.fidelity import METRICS, measures
 from pipelines.results.markdown import markdown_table, plain
 from pipelines.results.page import COLORS, Section, clip_figure, curve_svg, svg_figure, write_page
 from pipelines.scores import read_records
@@ -77,14 +78,14 @@ def row_of(name: str, record: Record, latte: dict[str, str]) -> dict[str, str]:
         "time x side": "{} x {}".format(*record["ratio"]),
         "numbers per pixel": f"{record['numbers_per_pixel']:.4f}",
         "frames": f"{frames}, padded to {record['padded_to']}" if record["padded_to"] else frames,
-        "PSNR, dB": f"{record['psnr']:.2f}",
-        "SSIM": f"{record['ssim']:.4f}",
     }
-    # The networks' scores: their names say whether the weights are the published ones.
+    # The scores. The names of those of a network say whether its weights are the published ones.
+    for metric in METRICS:
+        for key, value in record.items():
+            if key.partition(" (")[0].removeprefix("random-feature ") == metric.key:
+                row[key.replace(metric.key, metric.label)] = metric.text(value)
     for key, value in record.items():
-        if "lpips" in key:
-            row[key.replace("lpips", "LPIPS")] = f"{value:.4f}"
-        elif "rFVD" in key and not key.endswith("_interval"):
+        if "rFVD" in key and not key.endswith("_interval"):
             low, high = record[f"{key}_interval"]
             row[key] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
     row |= {
@@ -120,10 +121,10 @@ def write(
 
     # Quality against rate: one point per VAE, and the numbers in words.
     figures = []
-    for key, label in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
-        points, words = {}, []
+    for metric in measures():
+        label, points, words = metric.label, {}, []
         for name, record in records.items():
-            rate, score = record["numbers_per_pixel"], record[key]
+            rate, score = record["numbers_per_pixel"], record[metric.key]
             points[name] = ([rate], [score])
             words.append(f"{name} {score:.4g} at {rate:.4f}")
         svg = curve_svg(points, xlabel="latent numbers per pixel", ylabel=label)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,16 +162,15 @@ def test_only_what_changes_no_setting_of_the_process_is_judged_beside_it_and_wor
 
     seen = {}
 
-    def noted(name, function):
-        def call(*args):
-            seen.setdefault(name, set()).add(threading.current_thread() is threading.main_thread())
-            return function(*args)
+    def noted(metric):
+        def call(*args, **kwargs):
+            seen.setdefault(metric.name, set()).add(threading.current_thread() is threading.main_thread())
+            return metric.measure(*args, **kwargs)
 
-        monkeypatch.setattr(fidelity, name, call)
+        return replace(metric, measure=call)
 
-    noted("ssim", fidelity.ssim)
-    noted("lpips_distance", fidelity.lpips_distance)
+    monkeypatch.setattr(fidelity, "METRICS", tuple(map(noted, fidelity.METRICS)))
     judged = ["clip.size=32", "lpips=true", "lpips_weights=random:0"]
     ahead, _ = measure("ahead", *judged, "workers=2")
-    assert seen == {"ssim": {False}, "lpips_distance": {True}}
+    assert seen == {"PSNR": {False}, "SSIM": {False}, "LPIPS": {True}}
     assert ahead == measure("in_turn", *judged, "workers=0")[0]
