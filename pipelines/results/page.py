@@ -26,6 +26,7 @@ BINS = 400  # points of a curve at most
 WIDTH = 720  # pixels to which small clips are enlarged
 LINES = {"-": "", "--": "7 4", ":": "2 4"}  # of matplotlib -> of SVG
 COLORS = ("#3b82d6", "#e2711d", "#2f9e62", "#b35cc9", "#c29a1f", "#d9495b", "#1fa3b0", "#8a7566")
+MARKERS = "os^DvPX*"  # tell curves apart that are printed in grey
 INK = "#0a0b0c"  # replaced by the page's own text colour, light or dark
 Series = dict[str, tuple[Sequence[float], ...]]  # name -> (x, y) or (x, y, low, high)
 Styles = dict[str, tuple[str, str]]  # name -> (colour, line)
@@ -219,7 +220,10 @@ def curve_svg(
             x, y, low, high = (np.asarray(v) for v in ((x, y, *band) if band else downsample(x, y)))
             style = dict(zip(("color", "linestyle"), styles[name], strict=True))
             label = f" {name}" if name.startswith("_") else name  # matplotlib hides those with _
-            axes.plot(x, y, label=label, marker="o" if len(x) < 12 else "", markersize=3, **style)
+            number, apart = list(styles).index(name), max(1, len(x) // 8)
+            style |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+            style["markevery"] = (number * apart // 4 % apart, apart)
+            axes.plot(x, y, label=label, **style)
             if len(x) == 1:
                 axes.errorbar(x, y, yerr=[y - low, high - y], color=style["color"])
             elif (high > low).any():

@@ -317,3 +317,11 @@ def test_a_link_is_a_link_and_a_curve_wears_the_colours_of_the_page(tmp_path):
     assert "currentColor" in drawn
     assert "prefers-color-scheme:dark" in drawn
     assert ">none<" not in drawn
+
+
+@pytest.mark.parametrize("points", [6, 1000])
+def test_curves_that_are_printed_in_grey_differ_by_their_markers(points):
+    steps = list(range(points))
+    figure = curve_figure({name: (steps, [float(k)] * points) for k, name in enumerate("abcdefgh")}, "c")
+    outlines = re.findall(r'<path id="m\w+" d="([^"]+)" style="stroke: #', svg(figure.source))
+    assert len(set(outlines)) == 8
