@@ -60,9 +60,14 @@ def find_ucf101(root: Path, split: str = "train") -> Found:
     Class = directory, ids in ASCII order of the directories, as in Latte's released UCF101 model.
 
     Not the order of classInd.txt (Hammering/HammerThrow and JumpingJack/JumpRope change places), and not the file
-    name (v_HandStandPushups_* lies in HandstandPushups/).
+    name (v_HandStandPushups_* lies in HandstandPushups/). Raises ValueError for split test where all videos are together.
     """
     base = next((root / name for name in ("UCF-101", split) if (root / name).is_dir()), root)
+    if split != "train" and split not in base.name.lower():
+        raise ValueError(
+            f"split={split}: {base} holds all of UCF101, its official split is a list: "
+            f"source.list_file=ucfTrainTestlist/{split}list01.txt, without source.split"
+        )
     # A folder of videos is a class, and so is an empty one; ucfTrainTestlist/ is not.
     files = {}
     for folder in sorted(folder_entries(base)[0]) if base.is_dir() else ():

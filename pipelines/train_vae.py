@@ -1,6 +1,6 @@
 """Stage one: train OD-VAE (paper 3, 4.1), or fine-tune a video VAE of diffusers (docs/finetune.md).
 
-    python -m pipelines.train_vae --config configs/stage1/odvae.yaml source.root=/data/videos model.init_from=/weights/sd-vae
+    python -m pipelines.train_vae --config configs/stage1/odvae.yaml source.root=/data/videos model.init_from=/weights/sd2_1
     python -m pipelines.train_vae --config configs/stage1/finetune.yaml source.root=/data/videos model.init_from=/weights/wan/vae
 
 The same command again resumes. The defaults are the paper's: variant 4, tail initialization, 25 x 256 x 256 clips,

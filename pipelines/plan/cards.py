@@ -11,7 +11,7 @@ from pipelines.plan.cost import Cost, Work
 
 torch = lazy("torch")
 
-# Fitted to one H200 (docs/results/gpu): with them most steps are within 20 % of their measured time, all within 25 %
+# Fitted to one H200 (docs/results/gpu): with them most steps are within 20 % of their measured time, all within 26 %
 SHARE = 0.5  # of a card's arithmetic that convolutions and products reach
 BANDWIDTH_SHARE = 0.7  # of the data sheet's bandwidth that a pass over a tensor reaches
 OPERATION_S = 5e-6  # of the host for each operation

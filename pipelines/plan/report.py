@@ -12,7 +12,7 @@ CONTEXT_GIB = 1.5  # of the CUDA context and the libraries' workspaces
 GAPS = 1.03  # of the allocator
 METHOD = (
     "Modelled, not measured: the program's own steps on a pretended GPU. Against one H200 (docs/results/gpu) the peaks\n"
-    "were within 6 % (most within 1 %) and the times within 25 %. A slower host makes short steps slower."
+    "were within 6 % (most within 1 %) and the times within 26 %. A slower host makes short steps slower."
 )
 
 

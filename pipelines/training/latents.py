@@ -169,7 +169,8 @@ def held_out_cache(config: Any, vae: Any, clips: Any) -> LatentCache | None:
             )
     if have["source"] == wanted["source"]:
         raise ValueError(
-            f"{place}: holds the training's own videos; cache others, e.g. with source.split=test"
+            f"{place}: holds the training's own videos; cache others, e.g. with source.split=test, or for ucf101 with "
+            "source.list_file=testlist01.txt"
         )
     if cache.index["class_names"] != clips.source.class_names:
         raise ValueError(f"{place}: has other classes than the training's source")

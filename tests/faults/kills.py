@@ -1,4 +1,4 @@
-"""SIGKILL training, caching and sampling at random moments, start them again until they finish, compare to the bit.
+"""SIGKILL training, caching and sampling at random moments, start them again until they finish, compare bit for bit.
 
     python tests/faults/kills.py --kills 50 --out kills.json
 
@@ -289,7 +289,7 @@ def write_result(file: Path, results: dict, seconds: int, args: argparse.Namespa
 
 `{command}`, {seconds} s on {hardware}, {head["date"]}, {software}, commit {known["git"]}.
 
-Each program was killed, started again with the same command until it ended, and its end compared to the bit with that of
+Each program was killed, started again with the same command until it ended, and its end compared bit for bit with that of
 a program which was never killed: weights, EMA, both optimizers, counters, metrics.jsonl and the exported folder; the
 files of the cache; every frame of the samples; every score, and the features kept. A kill is SIGKILL, or a signal that asks to
 stop, sent to all processes of a start, launchers and readers too. How the kills are drawn is in tests/faults/kills.py, each of them in

@@ -297,7 +297,7 @@ DIALECT = re.compile(
 
 def test_the_prose_is_in_the_words_of_the_field():
     """Words that a native reader stops at; CONTRIBUTING.md says what to write instead."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     found = [
         f"{identifier(path)}:{number}: {line.strip()[:80]}"
         for path in [*SOURCES, *pages]

@@ -46,6 +46,20 @@ def test_ucf101_classes_are_directories_in_ascii_order(ucf):
     assert [v.name for v in inner.videos] == [v.name for v in source.videos]
 
 
+def test_ucf101_has_a_test_split_only_where_it_has_a_folder_of_its_own(ucf):
+    for root in (ucf, ucf / "UCF-101"):
+        with pytest.raises(ValueError, match="source.list_file=ucfTrainTestlist/testlist01.txt"):
+            open_source("ucf101", root, split="test")
+    (ucf / "UCF-101" / "Hammering").rename(ucf / "moved")
+    for split in ("train", "test"):
+        (ucf / "parted" / split).mkdir(parents=True)
+    (ucf / "moved").rename(ucf / "parted" / "test" / "Hammering")
+    (ucf / "UCF-101" / "HammerThrow").rename(ucf / "parted" / "train" / "HammerThrow")
+    for root, split, name in (("parted", "test", "Hammering"), ("parted/test", "test", "Hammering")):
+        assert open_source("ucf101", ucf / root, split=split).class_names == [name]
+    assert open_source("ucf101", ucf / "parted").class_names == ["HammerThrow"]
+
+
 def test_ucf101_lists_choose_videos_and_their_labels_are_not_used(ucf, tmp_path):
     listing = tmp_path / "trainlist01.txt"
     lines = ["HandStandPushups/v_HandStandPushups_g02_c01.avi 37", "Hammering/v_Hammering_g01_c02.avi 35", ""]
