@@ -129,7 +129,7 @@ def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int
 
     window: about how many frames a VAE that cannot be streamed takes at once.
     """
-    shape, count, pieces = None, 0, []
+    shape, count = None, 0
     window = window_of(vae, window)
 
     # Check each frame as it passes, and count them: the length of an iterable is known at its end only.
@@ -142,10 +142,10 @@ def encode_video(vae: Any, video: np.ndarray | Iterable[np.ndarray], window: int
                 )
             shape, count = frame.shape, count + 1
             yield frame
+        if shape is None:
+            raise ValueError("a video without frames")
 
     pieces = [z[0].float().cpu() for z in encode_frames(vae, counted(), window)]
-    if shape is None:
-        raise ValueError("a video without frames")
     return VideoLatents(torch.cat(pieces, dim=1), count, *shape[:2], window)
 
 

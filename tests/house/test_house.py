@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "pipelines": set(ROOMS),
 }
 SOURCES = [p for room in (*ROOMS, "scripts") for p in sorted((ROOT / room).rglob("*.py"))]
+assert all(any((ROOT / room).rglob("*.py")) for room in (*ROOMS, "scripts", "data/core"))
+assert any((ROOT / "docs").rglob("*.md"))
 PROGRAMS = [
     "train_vae",
     "cache_latents",
@@ -155,6 +157,9 @@ CONFIGS = {
     "stage2": ("pipelines.train_latte", "TrainLatteConfig"),
     "sample": ("pipelines.sample", "SampleConfig"),
 }
+
+
+assert all(any((ROOT / "configs" / folder).glob("*.yaml")) for folder in CONFIGS)
 
 
 @pytest.mark.parametrize(

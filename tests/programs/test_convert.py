@@ -314,10 +314,16 @@ def test_odd_numbers_in_an_open_sora_plan_config_are_one_line(field, tmp_path):
 
     good = config_to_upstream(ODVAE.preset("osp_v1_2", block_out_channels=WIDTHS, layers_per_block=1))
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
-    for value in ("a", None, 0, [4], {}):
-        (tmp_path / "config.json").write_text(json.dumps({**good, field: value}))
-        with pytest.raises(ValueError):  # noqa: PT011  # whatever fails first
+
+    def refusal(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as refused:  # noqa: PT011  # compared below
             convert("open-sora-plan", tmp_path, tmp_path / "out")
+        return str(refused.value)
+
+    of_the_weights = refusal(good)  # the config is right, the weights are not
+    for value in ("a", None, 0, [4], {}):
+        assert refusal({**good, field: value}) != of_the_weights
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):

@@ -1,5 +1,6 @@
 """The discriminator of stage one: when it begins, what its numbers are, and that its memory is known at the start."""
 
+import copy
 import re
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import pipelines.training.trainer
+from data.clip import to_float
 from pipelines import train_vae
 from pipelines.train_vae import TrainVAEConfig
 from pipelines.training.config import load
@@ -196,3 +198,51 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def test_steps_are_those_of_a_plain_loop_with_the_settings_of_the_run(trainer):
+    limits = (
+        "loss.type=l2",
+        "loss.kl_weight=100",
+        "adam_betas=[0.5,0.7]",
+        "warmup_steps=4",
+        "learning_rate=1e-3",
+    )
+    ours = trainer("loss.gan_weight=0", "micro_batch=4", "global_batch=4", "ema_decay=0.9", *limits)
+
+    def flat(model):  # attention key biases have a gradient of rounding noise only
+        return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if ".k." not in n])
+
+    plain = copy.deepcopy(ours.vae)
+    begin, adam = flat(plain), torch.optim.Adam(plain.parameters(), lr=1e-3, betas=(0.5, 0.7))
+    for step in range(3):
+        video = torch.randint(0, 256, (4, 9, 16, 16, 3), dtype=torch.uint8)
+        batch = {"video": video, "number": torch.arange(4 * step, 4 * step + 4)}
+        # The loss and the update, written out.
+        x = to_float(video)
+        mean, logvar = plain.encode(x).latent_dist.parameters.chunk(2, dim=1)
+        xhat = plain.decode(mean + (0.5 * logvar).exp() * ours.latent_noise(x, batch["number"])).sample
+        nll = (x - xhat).square().sum() / (4 * 9)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / 4
+        adam.zero_grad()
+        (nll + 100 * kl).backward()
+        adam.param_groups[0]["lr"] = 1e-3 * (step + 1) / 4
+        adam.step()
+        # The same by the trainer, and its average.
+        average = flat(ours.ema.module)
+        ours.train_step(iter([batch]))
+        torch.testing.assert_close(
+            flat(ours.ema.module), 0.9 * average + 0.1 * flat(ours.vae), atol=1e-7, rtol=1e-5
+        )
+    assert (flat(ours.vae) - flat(plain)).norm() < 0.02 * (flat(plain) - begin).norm()
+
+
+def test_the_weight_of_the_perceptual_loss_is_that_of_the_settings(trainer):
+    ours = trainer("loss.gan_weight=0")
+    x = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    noise, found = ours.latent_noise(x, [0]), {}
+    ours.perceptual = lambda a, b: torch.ones(len(a))
+    for weight in (0.25, 1.0):
+        ours.config.loss.perceptual_weight = weight
+        found[weight] = ours.vae_loss(x, noise)[2]["loss/nll"].item()
+    assert found[1.0] - found[0.25] == pytest.approx(0.75 * 3 * 16 * 16, rel=1e-3)

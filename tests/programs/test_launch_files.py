@@ -15,6 +15,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
+assert FILES, "configs/accelerate holds no launch files"
 SLURM = ROOT / "scripts/slurm_stage2.sbatch"
 
 
@@ -33,7 +34,9 @@ def test_deepspeed_files_have_the_stage_of_their_name_and_are_found_from_any_fol
 ):
     from pipelines.training.distributed import _find_deepspeed_config
 
-    for file in (f for f in FILES if f.stem.startswith(f"zero{stage}")):
+    files = [file for file in FILES if file.stem.startswith(f"zero{stage}")]
+    assert files
+    for file in files:
         folder = tmp_path / file.stem
         folder.mkdir()
         monkeypatch.chdir(folder)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 from data.clip import ClipSpec
 from data.latents import LatentCache
 from data.video import probe
+from denoiser.diffusion import GaussianDiffusion
 from pipelines import cache_latents, train_latte
-from pipelines.train_latte import TrainLatteConfig
+from pipelines.train_latte import LatteTrainer, TrainLatteConfig
+from pipelines.training import distributed
 from pipelines.training.checkpoints import Checkpoints
 from pipelines.training.config import load
 from pipelines.training.latents import real_clips
@@ -260,6 +263,36 @@ def test_real_clips_stand_in_the_order_of_the_generated_ones():
     assert len(real_clips(clips, 20)[0]) == 20
 
 
+def test_the_average_follows_the_raw_weights_in_every_step(stage_two):
+    run = stage_two(
+        "run", "steps=3", "save_every=1", "keep_checkpoints=9", "ema_decay=0.9", "learning_rate=1e-3"
+    )
+    for step in (2, 3):
+        before, after, raw = (
+            weights(run, step - 1, "latte_ema"),
+            weights(run, step, "latte_ema"),
+            weights(run, step),
+        )
+        assert not equal(before, after)
+        for key, value in raw.items():
+            torch.testing.assert_close(after[key], 0.9 * before[key] + 0.1 * value, atol=1e-7, rtol=1e-5)
+
+
+def test_each_update_has_the_optimizer_rate_decay_and_limit_of_the_settings(stage_two, monkeypatch):
+    seen, update = [], LatteTrainer.update
+
+    def spied(self, module, optimizer, largest, name):
+        group = optimizer.param_groups[0]
+        seen.append((type(optimizer.optimizer).__name__, group["weight_decay"], group["lr"], largest))
+        return update(self, module, optimizer, largest, name)
+
+    monkeypatch.setattr(LatteTrainer, "update", spied)
+    limits = ("clip_start=2", "grad_clip=0.5", "weight_decay=0.03")
+    stage_two("run", "steps=4", "learning_rate=1e-3", "warmup_steps=2", *limits)
+    expected = ((5e-4, 0.0), (1e-3, 0.0), (1e-3, 0.5), (1e-3, 0.5))
+    assert seen == [("AdamW", 0.03, rate, largest) for rate, largest in expected]
+
+
 # ---- held-out loss ---------------------------------------------------------------------------------------
 
 HELD = ("source.val_fraction=0.25", "val.every=2", "val.num_videos=2", "steps=4", "save_every=4")
@@ -295,6 +328,34 @@ def test_the_held_out_loss_is_the_training_loss_at_fixed_timesteps_and_noise(sta
     ]
     assert first[0] == pytest.approx(1.0, abs=0.3)
     assert first[0] == pytest.approx(first[1], rel=1e-3)  # the statistics of the cache are its own seed's
+
+
+def test_each_held_out_clip_is_noised_at_one_timestep_of_every_quarter():
+    diffusion, seen = GaussianDiffusion(), []
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        config=SimpleNamespace(micro_batch=3, precision=None),
+        diffusion=diffusion,
+        vae=SimpleNamespace(normalize=lambda z: 2 * z),
+        latte=SimpleNamespace(config=SimpleNamespace(num_classes=None)),
+    )
+
+    def model(x, t):
+        seen.extend(zip(x, t.tolist(), strict=True))
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+    held = {"mean": torch.randn(2, 4, 3, 2, 2), "logvar": torch.randn(2, 4, 3, 2, 2), "label": torch.zeros(2)}
+    loss, squares = LatteTrainer.held_out_loss(trainer, model, held), []
+    assert sorted(t for _, t in seen) == [(2 * k + 1) * 1000 // 16 for k in range(8)]
+    for n, (x, t) in enumerate(seen):
+        clip, quarter = divmod(n, 4)
+        assert t * 4 // 1000 == quarter
+        (generator,) = distributed.generators(0, [n])
+        posterior, noise = (torch.randn(4, 3, 2, 2, generator=generator) for _ in range(2))
+        x0 = 2 * (held["mean"][clip] + (0.5 * held["logvar"][clip]).exp() * posterior)
+        torch.testing.assert_close(x, diffusion.q_sample(x0[None], noise[None], torch.tensor([t]))[0])
+        squares.append(noise.square().mean().item())
+    assert loss == pytest.approx(sum(squares) / 8, rel=1e-5)
 
 
 def test_another_cache_validates_and_wrong_ones_are_refused(

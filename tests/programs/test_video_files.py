@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -461,3 +462,40 @@ def test_what_cannot_be_done_is_one_clear_line_and_leaves_nothing(od_folder, tmp
         run(decode, next(od_folder.glob("*.safetensors")), tmp_path / "out.mp4", *flags)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "other", "z.safetensors"])
     assert (tmp_path / "there.mp4").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("program", [reconstruct, encode])
+@pytest.mark.parametrize("out", ["in", "in/out", "in/deep/../out"])
+def test_a_result_folder_inside_the_input_is_refused_and_nothing_is_written(
+    program, out, od_folder, tmp_path
+):
+    film(tmp_path / "in" / "a.mp4", frames=2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"lies in .*choose a folder of its own"):
+        run(program, tmp_path / "in", tmp_path / out, "--vae-path", od_folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("stream", "5 of 9 frames decoded: these are the latents of another VAE"),
+        ("4n", r"\d+ latent frames, \d+ needed for 9 frames"),
+    ],
+)
+def test_latents_that_hold_fewer_frames_than_they_say_are_refused(kind, message):
+    name, config = VAES[kind]
+    vae, pixels = build_vae(name, **config), np.zeros((9, 16, 16, 3), np.uint8)
+    video = encode_video(vae, pixels, 4)
+    with pytest.raises(ValueError, match=message):
+        decode_video(vae, replace(video, latents=video.latents[:, :-1]))
+
+
+def test_what_is_no_video_is_refused_before_anything_is_encoded():
+    vae = build_vae("odvae", **OD)
+    good = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="a video without frames"):
+        encode_video(vae, [])
+    for bad in (good.astype(np.float32), np.zeros((16, 24, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"frame 1: .*all frames are uint8"):
+            encode_video(vae, [good, bad])

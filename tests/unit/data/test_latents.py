@@ -58,3 +58,20 @@ def test_a_row_that_changes_after_the_check_is_named(written, column):
     path.write_bytes(content[: start + size])
     with pytest.raises(ValueError, match="row 1 has changed"):
         cache.stored(1)
+
+
+def test_every_pass_and_every_seed_has_an_order_of_its_own(written):
+    cache, _ = written
+
+    def orders(seed):
+        stream = LatentStream(cache, seed=seed)
+        videos = [int(stream[n]["video"]) for n in range(20)]
+        return [tuple(videos[5 * e : 5 * e + 5]) for e in range(4)]
+
+    first = orders(1)
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in first)
+    assert len(set(first)) >= 3
+    assert first == orders(1) != orders(2)
+    stream = LatentStream(cache, seed=1)
+    jumps = [17, 3, 12, 4, 19, 0]
+    assert [int(stream[n]["video"]) for n in jumps] == [first[n // 5][n % 5] for n in jumps]

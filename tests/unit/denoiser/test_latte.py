@@ -283,3 +283,16 @@ def test_a_latte_with_labels_is_exported_as_one_graph():
     with torch.no_grad():
         graph = torch.export.export(model, inputs, {"return_dict": False}).module()
         assert torch.allclose(graph(*inputs, return_dict=False)[0], model(*inputs).sample, atol=1e-5)
+
+
+def test_weights_begin_as_those_of_dit():
+    model = Latte(**{**TINY, "hidden_size": 256}, num_classes=101)
+    embedders = model.t_embedder.mlp[0], model.t_embedder.mlp[2], model.y_embedder.embedding_table
+    for embedder in embedders:
+        assert embedder.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, module in model.named_modules():
+        linear = isinstance(module, torch.nn.Linear) and not name.startswith("t_embedder")
+        if linear and module.weight.abs().max() > 0:
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5
+            assert 0.95 * bound < module.weight.abs().max() <= bound * 1.0001, name
+            assert module.bias.abs().max() == 0, name

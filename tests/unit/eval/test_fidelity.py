@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.fidelity import load_lpips, lpips_distance, pair_videos, psnr, ssim
+from eval.fidelity import load_lpips, lpips_distance, measure_pair, pair_videos, psnr, read_pair, ssim
 
 
 def videos(T=3, H=40, W=52, noise=20):
@@ -100,3 +100,16 @@ def test_rows_of_two_array_files_are_pairs(tmp_path):
         np.save(tmp_path / name, np.zeros((3, 2, 12, 12, 3), np.uint8))
     pairs = pair_videos(str(tmp_path / "real.npy"), str(tmp_path / "fake.npy"))
     assert [(r.row, f.row) for r, f in pairs] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_long_video_is_measured_in_blocks_as_in_one(tmp_path, monkeypatch):
+    real, fake = videos(T=7)
+    fake[-2:] = real[-2:]  # frames of very different error, so that their weights matter
+    for name, pixels in (("real", real), ("fake", fake)):
+        np.save(tmp_path / f"{name}.npy", pixels[None])
+    (pair,) = pair_videos(str(tmp_path / "real.npy"), str(tmp_path / "fake.npy"))
+    monkeypatch.setattr("eval.videos.BLOCK_BYTES", 3 * 3 * 40 * 52)
+    assert [len(a) for a, _ in read_pair(pair, None, None)] == [3, 3, 1]
+    assert [len(a) for a, _ in read_pair(pair, 5, None)] == [3, 2]
+    found = {metric.name: value for metric, value in measure_pair(read_pair(pair, None, None)).items()}
+    assert found == pytest.approx({"PSNR": psnr(real, fake), "SSIM": ssim(real, fake)}, abs=1e-9)

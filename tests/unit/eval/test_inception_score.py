@@ -1,9 +1,14 @@
 """Laws of the Inception Score."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from eval import inception_score as program
 from eval.measures import inception_score, inception_score_from_logits
+from eval.protocol import INCEPTION_PROTOCOLS
 
 
 def test_one_video_of_each_class_scores_the_number_of_classes():
@@ -43,3 +48,20 @@ def test_splits_are_contiguous_and_cover_all_rows():
 def test_what_is_no_table_of_distributions_is_refused(p, splits, message):
     with pytest.raises(ValueError, match=message):
         inception_score(p, splits)
+
+
+@pytest.mark.parametrize("name", ["tgan2", "stylegan-v"])
+def test_the_program_splits_by_name_or_shuffled_as_stylegan_v(name, capsys):
+    rng = np.random.default_rng(0)
+    by_name = rng.standard_normal((20, 101))
+    by_name[np.arange(20), np.arange(20) // 2] += 8  # a split of neighbours holds one class
+    places = rng.permutation(20)
+    judged = SimpleNamespace(features=by_name[places], groups=np.arange(20), places=places, summary={})
+    protocol = replace(INCEPTION_PROTOCOLS[name], num_videos=20, splits=10, size=(8, 8))
+    extractor = SimpleNamespace(provenance=SimpleNamespace(metric_name=lambda metric: metric))
+    program.report(judged, protocol, extractor, None, SimpleNamespace(out=None))
+    order = np.arange(20)
+    if name == "stylegan-v":
+        np.random.RandomState(42).shuffle(order)
+    expected = inception_score_from_logits(by_name[order], 10)[0]
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(expected, abs=1e-4)

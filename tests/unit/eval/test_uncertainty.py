@@ -6,6 +6,7 @@ import scipy.linalg
 
 from eval.fvd import distances
 from eval.measures import (
+    RESAMPLES,
     _counts,
     _frechet,
     _frechets,
@@ -147,3 +148,24 @@ def test_the_floor_is_the_score_of_real_against_real_at_the_same_number():
     assert (half["num_videos"], half["same_num_videos"]) == (60, False)
     assert half["values"]["FVD"] > floor["values"]["FVD"]  # the bias grows as N falls
     assert same_distribution_floor(real[:3], 3, distances) is None
+
+
+def test_the_interval_of_an_inception_score_is_the_spread_of_its_resamples():
+    logits = 3 * np.random.default_rng(3).standard_normal((60, 10))
+    groups = np.arange(60) // 2
+    values = []
+    for row in _counts(groups, RESAMPLES, np.random.default_rng(5)).astype(int):
+        drawn = np.concatenate([logits[[n] * count] for n, count in enumerate(row)])
+        values.append(inception_score_from_logits(drawn, 3)[0])
+    found = inception_interval(logits, groups, 2.0, splits=3, seed=5)
+    assert found["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+
+
+def test_each_side_is_drawn_by_its_own_videos():
+    a, b = sets(40, 4, 1)
+    one, two = np.arange(40), np.arange(40) // 8
+    rng = np.random.default_rng(3)
+    w, v = _counts(one, RESAMPLES, rng), _counts(two, RESAMPLES, rng)
+    expected = _frechets(a, b, 1, w, v).std(ddof=1), _kernel(a, b, w, v).std(ddof=1)
+    assert frechet_interval(a, b, one, two, 0.0, seed=3)["std"] == pytest.approx(expected[0])
+    assert kernel_interval(a, b, one, two, 0.0, seed=3)["std"] == pytest.approx(expected[1])

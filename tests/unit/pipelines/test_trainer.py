@@ -112,3 +112,16 @@ def test_the_optimizer_of_an_older_checkpoint_is_taken_over_and_leaves_steps_out
     assert all(torch.equal(a, b) for a, b in zip(before, state(model, optimizer), strict=True))
     step(trainer, model, optimizer)
     assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_the_rate_rises_linearly_in_the_warm_up_and_is_constant_afterwards(build):
+    trainer, _, optimizer = build()
+    trainer.config.learning_rate, trainer.config.warmup_steps = 0.4, 4
+    seen = []
+    for trainer.step in range(6):
+        trainer.set_learning_rate(optimizer)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    trainer.step, trainer.config.warmup_steps = 0, 0
+    trainer.set_learning_rate(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.4

@@ -57,6 +57,13 @@ def test_average_init_is_the_image_vae_on_one_frame(image_vae):
     model, x = tiny(), clip(1)
     report = inflate(model, image_vae.state_dict(), method="average")
     assert report["average"] == 47
+    # One frame stands at every tap, so any split of a kernel over time passes below: it must be an equal one.
+    spread = [value for value in model.state_dict().values() if value.ndim == 5 and value.shape[2] == 3]
+    assert len(spread) == 47
+    for value in spread:
+        assert torch.equal(value[:, :, 0], value[:, :, 1])
+        assert torch.equal(value[:, :, 1], value[:, :, 2])
+        assert value.abs().max() > 0
     torch.testing.assert_close(moments(model, x), image_encode(image_vae, x), atol=1e-12, rtol=1e-11)
 
 

@@ -96,3 +96,13 @@ def test_lpips_of_a_large_clip_is_computed_in_parts_and_again_in_backward(monkey
         found.append((distance.detach(), xhat.grad))
     assert seen == [5, 2, 2, 1, 1, 2, 2]  # in backward the last part comes first
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_discriminator_begins_as_pix2pix():
+    for module in PatchDiscriminator3D(base=32).modules():
+        if isinstance(module, nn.Conv3d):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        elif isinstance(module, nn.BatchNorm3d):
+            assert module.weight.mean().item() == pytest.approx(1.0, abs=0.02)
+            assert 0 < module.weight.std().item() < 0.04
+            assert module.bias.abs().max() == 0

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unit.vae import reference
 from tests.unit.vae.tiny import LiveBytes, clip, moments, tiny
-from vae.interface import VideoGaussian
+from vae.interface import Autoencode, VideoGaussian
 from vae.odvae import ODVAE
 from vae.variants import LAYOUTS, PRESETS
 
@@ -306,12 +306,26 @@ def test_posterior_sums_kl_over_time_and_samples_with_a_generator():
     assert torch.equal(*draws)
     assert not torch.equal(draws[0], posterior.mode())
     assert VideoGaussian(100 + parameters).logvar.max() == 20
+    assert VideoGaussian(parameters - 100).logvar.min() == -30
+    torch.testing.assert_close(posterior.std, (0.5 * logvar).exp())
+    torch.testing.assert_close(posterior.var, logvar.exp())
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(draws[0], mean + (0.5 * logvar).exp() * noise)
     many = VideoGaussian(
         torch.cat((torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1)), 1).expand(1, 2, 50, 50, 50)
     )
     assert abs(many.sample().std().item() - 1) < 0.01
     with pytest.raises(ValueError, match="2C channels"):
         VideoGaussian(torch.zeros(1, 3, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_a_training_forward_decodes_mean_plus_std_times_noise():
+    model, x = tiny(dtype=torch.float32), clip(5, dtype=torch.float32)
+    mean, logvar = model.encode(x).latent_dist.parameters.chunk(2, dim=1)
+    noise = torch.randn_like(mean)
+    decoded = model.decode(mean + (0.5 * logvar).exp() * noise).sample
+    torch.testing.assert_close(Autoencode(model)(x, noise)[0], decoded)
 
 
 @torch.no_grad()
