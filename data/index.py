@@ -201,22 +201,30 @@ def _scan_and_store(
     committed = time.monotonic()
     stamps = {paths[n]: (n, _stamp(paths[n])) for n in todo}  # before the scan: a file may change meanwhile
     bar = Progress(len(stamps), "scan", "video")
+    rows: list[tuple] = []
+
+    # Together and at once: a transaction that is open while a long film is decoded would shut other programs out.
+    def keep() -> None:
+        store.executemany(_STORE, rows)
+        store.commit()
+        rows.clear()
+
     try:
         records = scan_all(list(stamps), min(workers, len(stamps)), timeout_s)
         for record in records if known_good else plausible(records):
             n, stamp = stamps[record.path]
             if record.final:
                 key = os.fsencode(record.path)
-                store.execute(_STORE, (key, *stamp, *_values(record), reader_name()))
+                rows.append((key, *stamp, *_values(record), reader_name()))
             now = time.monotonic()
             if now - committed > _COMMIT_EVERY_S:
-                store.commit()
+                keep()
                 committed = now
             bar.update()
             yield n, record
     finally:
         bar.close()
-        store.commit()
+        keep()
 
 
 def _stamp(path: str) -> tuple[int, int, int]:

@@ -43,6 +43,22 @@ def default_device(rank: int = 0) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def device_of(name: str | None, rank: int = 0) -> torch.device:
+    """Choose the device that --device names; "" or None: a GPU if there is one. "cuda" is the rank's own GPU.
+
+    Raises ValueError for a device that is not here.
+    """
+    if not name or (name == "cuda" and torch.cuda.is_available()):
+        return default_device(rank)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: {reason}; cpu, cuda, or cuda:N of a GPU that is here") from None
+    return device
+
+
 def i3d_extractor(weights=None, device=None, eps: float = EPS_TATS, resize: str = "squash") -> Extractor:
     """Make the extractor of I3D, 400 logits (FVD, KVD). weights: as `load_i3d`; eps, resize: as `I3D`, `to_i3d_input`.
 

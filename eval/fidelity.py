@@ -304,10 +304,12 @@ def main(argv: list[str] | None = None) -> int | None:
         raise ValueError(f"--num-frames {args.num_frames}: at least 1")
     if not args.no_lpips:
         require_weights("alexnet", args.weights)
+    if args.out:
+        claim_file(args.out, is_json_object)
+    device = features.device_of(args.device)
 
     # Pairs and judge, then each pair frame by frame; means over a video, then over videos.
     pairs = pair_videos(args.real, args.fake)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, provenance = (None, None) if args.no_lpips else load_lpips(args.weights, device)
     measured = []
     with Progress(len(pairs), "pairs", "pair") as bar:
@@ -322,8 +324,6 @@ def report(
     values: dict[FrameMetric, list[float]], pairs: list[tuple], provenance, device, args: argparse.Namespace
 ) -> None:
     """Print the means and append the records."""
-    if args.out:
-        claim_file(args.out, is_json_object)
     made = records.environment(records.device_name(device)) if args.out else {}
     # What was compared: how each side is stored, and a digest of its files.
     storage, digests = {}, {}

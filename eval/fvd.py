@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int | None:
         size = ranks.from_main(lambda: protocol.size or selections["fake"].first_shape())
         protocol = replace(protocol, size=tuple(size))
         # Features: the same network over exactly num_videos clips of each side, more real ones for the floor.
-        device = args.device or feature_networks.default_device(ranks.rank)
+        device = feature_networks.device_of(args.device, ranks.rank)
         extractor = feature_networks.i3d_extractor(args.weights, device, protocol.eps, protocol.resize)
         judged = {}
         for side, selection in selections.items():
@@ -132,7 +132,9 @@ def score(real, fake, protocol: Protocol) -> dict[str, dict]:
         "FVD": measures.frechet_interval(*sides, values["FVD"], protocol.ddof, protocol.seed),
         "KVD": measures.kernel_interval(*sides, values["KVD"], protocol.seed),
     }
-    floor = measures.same_distribution_floor(real.features, num, lambda a, b: distances(a, b, protocol.ddof))
+    floor = measures.same_distribution_floor(
+        real.features, num, lambda a, b: distances(a, b, protocol.ddof), real.groups
+    )
     scores = {}
     for metric, value in values.items():
         scores[metric] = {"value": value, "interval": intervals[metric], "floor": None}

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int | None:
         selection = selection_of(args.fake, first, first.interval, options)
         size = tuple(ranks.from_main(lambda: first.size or selection.first_shape()))
         # Logits of C3D over exactly num_videos clips.
-        extractor = features.c3d_extractor(args.weights, args.device or features.default_device(ranks.rank))
+        extractor = features.c3d_extractor(args.weights, features.device_of(args.device, ranks.rank))
         judged = extraction.judge_folder(selection, first.num_videos, size, extractor, options, text="fake")
         # A score under each protocol; printed, and appended to the record.
         if ranks.main:

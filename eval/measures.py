@@ -330,16 +330,26 @@ def inception_interval(logits, groups, value: float, splits: int = 1, seed: int 
 
 
 def same_distribution_floor(
-    real: np.ndarray, num: int, distances: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    real: np.ndarray,
+    num: int,
+    distances: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    groups: np.ndarray | None = None,
 ) -> dict | None:
     """Score real clips against other real clips: what a perfect generator would get.
 
     real: (N, D) features in the seeded order, the first `num` of them judged. With 2 num of them the floor is the
     first half against the second at the same N; with fewer, two halves of what is there, at an N of their own,
-    where the bias is larger. None with fewer than 4 clips.
+    where the bias is larger. None with fewer than 4 clips. groups: (N,) the video of each clip; where one video has
+    clips in both parts, the videos are parted instead, for clips of one video are not independent.
     """
     half = num if len(real) >= 2 * num else len(real) // 2
+    first, second = real[:half], real[half : 2 * half]
+    if groups is not None and np.isin(groups[:half], groups[half : 2 * half]).any():
+        videos = groups[np.sort(np.unique(groups, return_index=True)[1])]  # in the seeded order
+        of_first = np.isin(groups, videos[: len(videos) // 2])
+        half = min(half, of_first.sum(), (~of_first).sum())
+        first, second = real[of_first][:half], real[~of_first][:half]
     if half < 2:
         return None
-    values = distances(real[:half], real[half : 2 * half])
-    return {"values": values, "num_videos": half, "same_num_videos": half == num}
+    values = distances(first, second)
+    return {"values": values, "num_videos": int(half), "same_num_videos": bool(half == num)}

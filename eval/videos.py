@@ -7,7 +7,6 @@ its centre by the arithmetic of data.clip, and rounded to uint8. An alpha channe
 
 import hashlib
 import math
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from data.clip import ClipSpec, crop_resize_uint8
 from data.core.files import sha256_of
 from data.core.lazy import lazy
 from data.decoder import BadVideo, reading
-from data.finding import list_frames, list_videos, natural_key
+from data.finding import list_frames, list_videos, natural_key, walk
 from data.video import Frames, probe, read_frames
 
 av = lazy("av")
@@ -147,11 +146,10 @@ def find_videos(root: str | Path) -> list[Video]:
         return _array_videos(root, root.name) if root.suffix in ARRAY_SUFFIXES else [Video(root.name, root)]
     # Video files and folders of frames, then the array files beside them.
     found = [Video(path.relative_to(root).as_posix(), path) for path in list_videos(root)]
-    for folder, _, files in os.walk(root):
+    for below, files in walk(root):
         for name in files:
-            path = Path(folder, name)
-            if path.suffix in ARRAY_SUFFIXES and not name.startswith("."):
-                found += _array_videos(path, path.relative_to(root).as_posix())
+            if Path(name).suffix in ARRAY_SUFFIXES:
+                found += _array_videos(root / below / name, f"{below}{name}")
     if not found:
         raise ValueError(
             f"{root}: no videos here (video files, folders of .png/.jpg frames, .npy or .npz arrays)"

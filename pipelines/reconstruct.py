@@ -36,8 +36,8 @@ from eval.weights import score_name, weights_line
 from pipelines import video_files
 from pipelines.beside import Beside, Waits
 from pipelines.media import comparison
-from pipelines.training.config import parse
-from pipelines.training.folder import refuse_in_data, summary, versions
+from pipelines.training.config import at_least, parse
+from pipelines.training.folder import flatten_yaml, refuse_in_data, summary, versions
 from pipelines.training.log import box, command
 from pipelines.training.settings import SourceConfig, VAEConfig
 
@@ -74,8 +74,7 @@ class ReconstructConfig:
     workers: int = option(4, "processes that read clips ahead; 0: read in turn", free=True)
 
     def __post_init__(self):
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers}: 0 or more processes")
+        at_least(self, 0, "num_videos", "pictures", "workers")
 
 
 def score_frames(
@@ -215,7 +214,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     else:
         spec = config.clip
         openers.check_clip(vae, config.clip)
-    with accelerator.main_process_first():
+    with distributed.main_process_first(accelerator):
         clips = openers.open_clips(config.source, spec, config.seed, config.held_out)
     count = min(config.num_videos or len(clips), len(clips))
     if config.rfvd and count < 2:
@@ -227,6 +226,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             claim_folder(out, "reconstruct", lambda folder: is_summary(folder / "summary.json"))
+            refuse_other(out, openers.weights_digest(vae), config)
 
     # Each process takes its share. Pixel scores and pictures are made beside the device's work.
     records: list[dict[str, Any]] = []
@@ -274,9 +274,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     log.info("%s", waits)
 
     # All records together, in the order of the videos, whoever made them
-    if accelerator.num_processes > 1:
-        records = accelerate.utils.gather_object(records)
-        judged_features = accelerate.utils.gather_object(judged_features)
+    records = distributed.gathered(accelerator, records)
+    judged_features = distributed.gathered(accelerator, judged_features)
     records.sort(key=lambda record: record["index"])
     judged_features.sort(key=lambda pair: pair[0])
 
@@ -313,10 +312,36 @@ def is_summary(file: Path) -> bool:
         return False
 
 
+def refuse_other(out: Path, digest: str, config: ReconstructConfig) -> None:
+    """ValueError when the folder holds a measurement of other weights (their digest) or with other settings."""
+    if not is_summary(out / "summary.json"):
+        return
+    before, differing = read_json(out / "summary.json"), []
+    if before["weights_sha256"] != digest:
+        differing.append(f"weights: {before['weights_sha256'][:12]} -> {digest[:12]}")
+    # Not where things lie, nor what changes no number.
+    old, free = (
+        flatten_yaml(before["settings"]),
+        ("out", "pictures", "workers", "vae.path", "source.index_dir"),
+    )
+    for key, value in flatten_yaml(json.loads(json.dumps(asdict(config)))).items():
+        if key not in free and old.get(key, value) != value:
+            differing.append(f"{key}: {old[key]!r} -> {value!r}")
+    if differing:
+        raise ValueError(
+            f"out={out} holds another measurement ({'; '.join(differing[:4])}); choose another out="
+        )
+
+
 def prepare(config: ReconstructConfig, vae: Any) -> None:
     """Tiling and padding as asked for; refuses what the VAE does not have and frames too small for LPIPS."""
     if config.lpips:
         fidelity.check_lpips_size(config.clip.size, config.clip.size)
+    if config.stream and config.whole and (config.clip.fps or config.clip.interval != 1):
+        raise ValueError(
+            f"stream=true takes every frame of a video: leave out clip.fps={config.clip.fps:g} and "
+            f"clip.interval={config.clip.interval}, or add whole=false"
+        )
     if config.rfvd and config.stream and config.whole:
         raise ValueError("rfvd=true compares clips of one length: with stream=true also whole=false")
     if config.rfvd and config.clip.num_frames < MIN_FRAMES:

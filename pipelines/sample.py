@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.clip import to_uint8
 from data.core.cli import run
 from data.core.files import read_json, remove_leftovers, sha256_of, write_json
@@ -31,6 +33,7 @@ from pipelines.training.settings import Precision, check_groups
 
 torch = lazy("torch")
 latte = lazy("denoiser.latte")
+sampling = lazy("denoiser.sampling")
 distributed = lazy("pipelines.training.distributed")
 openers = lazy("pipelines.training.open")
 plan = lazy("pipelines.plan.report")
@@ -69,6 +72,8 @@ class SampleConfig:
         for name in ("num_videos", "batch", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.fps > 0:
+            raise ValueError(f"fps={self.fps}: must be above 0")
         check_groups(self.tiling_frames, "tiling_frames")
 
     @property
@@ -102,7 +107,8 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
         for key, value in decisive.items():
             if old.get(key) != value:
                 differing.append(f"{key}: {old.get(key)!r} -> {value!r}")
-        if differing:
+        # A folder without a video has nothing to lose.
+        if differing and any((config.folder / str(name)).is_file() for name in listed):
             raise ValueError(
                 f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="
             )
@@ -148,12 +154,33 @@ def load_pipeline(config: SampleConfig, device: Any) -> Any:
     return pipe
 
 
+def classes_of(config: SampleConfig, pipe: Any) -> list[int | str]:
+    """The classes to take in turn: those asked for, else all; none for an unconditional model.
+
+    A number that is the name of a class means that class. Raises ValueError for what the model cannot generate.
+    """
+    names = list(pipe.config.class_names)
+    classes: list[int | str] = []
+    for label in config.labels:
+        is_id = label not in names and label.lstrip("-").isdigit()
+        classes.append(int(label) if is_id else label)
+    pipe.labels(classes or None, 1)
+    if config.guidance_scale != 1 and pipe.transformer.null_label is None:
+        raise ValueError(
+            f"guidance_scale={config.guidance_scale:g}: this model has no null class, use guidance_scale=1"
+        )
+    return classes or list(range(pipe.transformer.config.num_classes or 0))
+
+
 def sample(config: SampleConfig) -> Path:
     """Generate what is missing; returns the folder."""
     # The pipeline on this process's device.
     accelerator = distributed.make_accelerator()
     pipe = load_pipeline(config, accelerator.device)
     openers.tile_time(pipe.vae, config.tiling_frames, "tiling_frames")
+    # What a wrong setting can spoil is checked before anything is written.
+    sampling.make_scheduler(config.sampler, config.num_steps)
+    classes = classes_of(config, pipe)
     # Record which weights make these videos.
     if accelerator.is_main_process:
         made_by = {
@@ -175,11 +202,9 @@ def sample(config: SampleConfig) -> Path:
         file = config.folder / file_name(index)
         if not (file.is_file() and file.stat().st_size > 0):
             missing.append(index)
+    missing = distributed.same_everywhere(accelerator, missing)  # one of them may have begun already
     mine = missing[rank::world]
     log.info("%s: %d of %d videos to generate", config.folder, len(missing), config.num_videos)
-    # The classes to take in turn: those asked for, else all; none for an unconditional model.
-    classes: list[int | str] = [int(n) if n.lstrip("-").isdigit() else n for n in config.labels]
-    classes = classes or list(range(pipe.transformer.config.num_classes or 0))
     # A batch is denoised and decoded here while the one before is written beside it.
     waits = Waits()
     with (
@@ -213,7 +238,8 @@ def sample(config: SampleConfig) -> Path:
         content = json.loads((config.folder / "manifest.json").read_text())
         complete = all((config.folder / name).is_file() for name in content["files"])
         frames = range(pipe.vae.pixel_frames(pipe.transformer.config.num_frames))
-        first = [read_frames(config.folder / file_name(i), frames) for i in range(min(16, config.num_videos))]
+        names = map(file_name, range(min(16, config.num_videos)))
+        first = [np.asarray(read_frames(config.folder / name, frames)) for name in names]
         # The preview is written again only if it is still the one that this program wrote.
         preview = config.folder.with_name(config.folder.name + "-preview.mp4")
         shown = sha256_of(preview) if preview.is_file() else None

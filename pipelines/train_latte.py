@@ -169,6 +169,10 @@ class TrainLatteConfig:
         at_least(self, 0, "samples.every", "val.every", "source.val_fraction", "cache.num_videos")
         at_least(self, 0, "workers", "weight_decay")
         # Rules that a lower bound does not say, and settings that contradict one another
+        if self.samples.every and not 2 <= self.samples.steps <= 1000:
+            raise ValueError(
+                f"samples.steps={self.samples.steps}: from 2 to 1000; samples.every=0 draws none"
+            )
         if self.ema_decay >= 1 or self.source.val_fraction >= 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}, source.val_fraction={self.source.val_fraction}: both below 1"
@@ -337,15 +341,15 @@ class LatteTrainer(Trainer):
         for _ in run.steps():
             self.train_step(run.batches)
             run.end_step()
-            # What is due after this step: log entry, held-out loss, samples, checkpoint.
+            # What is due after this step: log entry, held-out loss, checkpoint, samples.
             if run.due(self.config.log_every):
                 run.log()
             if run.due(val_every):
                 self.validate(run, held_out)
-            if run.due(self.config.samples.every):
-                self.show_samples(run, sample)
             if run.due(self.config.save_every) or run.stopping:
                 run.save()
+            if run.due(self.config.samples.every):
+                self.show_samples(run, sample)
         # The result: averaged denoiser and VAE as one pipeline.
         run.export("pipeline", export)
 
@@ -449,6 +453,11 @@ def train(config: TrainLatteConfig) -> Path:
     # The denoiser.
     torch.manual_seed(config.seed)
     latte = start.build_latte(config, vae, len(class_names) or None)
+    if config.samples.every and config.samples.guidance_scale != 1 and latte.null_label is None:
+        raise ValueError(
+            f"samples.guidance_scale={config.samples.guidance_scale:g}: guidance needs classes and "
+            "denoiser.label_dropout above 0; samples.guidance_scale=1 draws without it"
+        )
     if config.denoiser.init_from and run_folder.needs_initial_weights(config):
         start.take_latte_weights(latte, config.denoiser.init_from, class_names, vae)
     trainer = LatteTrainer(config, accelerator, latte, vae, encode)

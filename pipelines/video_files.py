@@ -27,6 +27,7 @@ from pipelines.training.log import box, command
 
 torch = lazy("torch")
 clips = lazy("vae.clips")
+features = lazy("eval.features")
 openers = lazy("pipelines.training.open")
 safetensors = lazy("safetensors")
 safetensors_torch = lazy("safetensors.torch")
@@ -61,9 +62,9 @@ def open_vae(args: argparse.Namespace) -> tuple[Any, str]:
             "with --device cuda:N and a folder of videos of its own"
         )
     vae = vaes.load_vae(args.vae_path or args.vae).requires_grad_(False)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = features.device_of(args.device)
     digest = openers.weights_digest(vae)  # of the weights as they are stored
-    return (vae.bfloat16() if args.bf16 else vae).to(torch.device(device)), digest
+    return (vae.bfloat16() if args.bf16 else vae).to(device), digest
 
 
 def pairs(

@@ -65,10 +65,10 @@ def public(value: Any) -> Any:
     return Path(value).name if value.startswith("/") and "\n" not in value else _PATH.sub("", value)
 
 
-def read_scores(paths: Sequence[Path], digest: str) -> list[Score]:
+def read_scores(paths: Sequence[Path], digest: str, denoiser: str = "") -> list[Score]:
     """Scores of the judges' JSONL files and of pipelines.reconstruct's summary.json.
 
-    digest: of the exported VAE; a summary of another VAE is refused with a ValueError.
+    digest, denoiser: of the exported VAE and denoiser; what names another one is refused with a ValueError.
     """
     found = []
     for path in paths:
@@ -89,6 +89,14 @@ def read_scores(paths: Sequence[Path], digest: str) -> list[Score]:
             made = f"{settings['source']['name']}, {summary['videos']} videos, {frames} frames of "
             made += f"{settings['clip']['size']} pixels, on uint8 in memory"
         for record in records:
+            # Generated videos, whose manifest tells the denoiser
+            settings = ((record.get("fake") or {}).get("manifest") or {}).get("settings") or {}
+            made_by = settings.get("weights_sha256", denoiser)
+            if denoiser and made_by != denoiser:
+                raise ValueError(
+                    f"--records {path}: its {record['metric']} is of videos of another denoiser (weights "
+                    f"{str(made_by)[:12]}, exported {denoiser[:12]}); give the records of this one in a file of their own"
+                )
             row = row_of(record)
             interval = f" (95 %: {row['95 % interval']})" if row["95 % interval"] else ""
             how = f"{row['protocol']}, N = {row['N']}, weights {row['weights']}, {row['device']}"

@@ -335,7 +335,7 @@ def chosen(videos: int, classes: int) -> list[int]:
 
 def example(path: Path, caption: str, fps: float) -> Figure:
     """One video as a tile. Raises ValueError when it cannot be read."""
-    frames = read_frames(path, range(min(FRAMES, probe(path).num_frames)))
+    frames = np.asarray(read_frames(path, range(min(FRAMES, probe(path).num_frames))))
     return clip_figure(thinned(frames), caption, fps, PIXELS, "example")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
@@ -114,7 +115,8 @@ def write_videos(found: dict[str, Path], folder: Path) -> None:
             shutil.copyfile(path, folder / name)
         else:
             info = probe(path)
-            write_mp4(folder / name, read_frames(path, range(info.num_frames)), info.fps or 8)
+            frames = np.asarray(read_frames(path, range(info.num_frames)))
+            write_mp4(folder / name, frames, info.fps or 8)
 
 
 def write_records(paths: Sequence[Path], folder: Path) -> None:
@@ -144,7 +146,8 @@ def export(
     if trained:
         file = folder / "export.json"
         step = int(read_json(file, "step")["step"]) if file.is_file() else trained.step
-    scores = read_scores(records, weights_digest(model if kind == "vae" else model.vae))
+    denoiser = "" if kind == "vae" else weights_digest(model.transformer)
+    scores = read_scores(records, weights_digest(model if kind == "vae" else model.vae), denoiser)
     scores += training_score(trained)
     name = repo or out.resolve().name
     card = Card(kind, model, name, licence, repo, trained, step, scores, list(found))

@@ -232,8 +232,8 @@ def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
 def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, Any]) -> bool:
     """Let `write` fill a folder and put it in the place of `target` as a whole; False if that was done before.
 
-    info: {"step": ..., ...}, stored as export.json. A folder that this step has filled already stays as it is: another
-    program may have added to it (cache_latents stores statistics).
+    info: {"step": ..., "checkpoint": ..., ...}, stored as export.json. A folder that this step, of this checkpoint (older
+    exports do not name it), has filled already stays as it is: another program may have added to it.
     """
     # Done before, by this very step, and still whole?
     record = target / "export.json"
@@ -243,7 +243,8 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
         except ValueError as error:
             log.warning("%s: made again", error)
         else:
-            if done["step"] == info["step"] and _is_whole(target, done.get("files")):
+            same = done["step"] == info["step"] and done.get("checkpoint") in (None, info.get("checkpoint"))
+            if same and _is_whole(target, done.get("files")):
                 return False
 
     def write_all(temporary: Path) -> None:

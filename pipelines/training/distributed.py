@@ -121,6 +121,17 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     torch.distributed.destroy_process_group(group)
 
 
+def gathered(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """The items of all processes, on each of them. They wait for the slowest however long it takes."""
+    if accelerator.num_processes == 1:
+        return items
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    tables: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(tables, items, group=group)
+    torch.distributed.destroy_process_group(group)
+    return [item for table in tables for item in table]
+
+
 def _find_deepspeed_config() -> None:
     """A relative deepspeed_config_file counts from the repository, so that a launch works from any folder."""
     name = "ACCELERATE_DEEPSPEED_CONFIG_FILE"

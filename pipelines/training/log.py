@@ -238,11 +238,19 @@ def end_of_stage_one(config: Any, vae: Path) -> None:
     # A cache stores mirrored clips instead of drawing them.
     still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
     flips = ["cache.flips=true"] * config.clip.flip
+    # Of what the training held out, where it did.
+    share, held_out = config.source.val_fraction, []
+    if share > 0:
+        held_out = [f"source.val_fraction={share:g}", "held_out=true"]
+        usual = dataclasses.replace(config.source, val_fraction=type(config)().source.val_fraction)
+        same_but = same | {"config": dataclasses.replace(config, source=usual)}
+    else:
+        same_but = same
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
         "page": command("run_report", run),
-        "measure": command("reconstruct", *where, **same),
+        "measure": command("reconstruct", *where, *held_out, **same_but),
         "next": command("cache_latents", *where, *flips, **same | {"config": still}),
     }
     box(f"finished: {config.steps} steps", rows)

@@ -293,6 +293,9 @@ class TrainingRun:
     def export(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write(folder)` fill run_dir / name with the EMA model while the run folder is still locked."""
         info = self.trainer.progress() | {"steps": self.config.steps}
+        # The checkpoint that the weights belong to: a step that is trained again is another one.
+        seal = self.checkpoints.path(self.trainer.step) / "COMPLETE"
+        info |= {"checkpoint": seal.read_text()} if self.main and seal.is_file() else {}
         if self.main and export_folder(self.folder / name, write, info):
             log.info("EMA weights: %s", self.folder / name)
         self.accelerator.wait_for_everyone()

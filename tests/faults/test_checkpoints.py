@@ -286,3 +286,13 @@ def test_a_changed_run_begins_before_its_skipped_updates_or_else_right_before_th
     assert checkpoints.latest(healthy=True) == 4  # right before the row, but better than a new start
     checkpoints.save(2, lambda folder: (folder / "weights").write_text(""), {"skipped_in_row": 0}, ALONE)
     assert checkpoints.latest(healthy=True) == 2
+
+
+def test_a_step_that_was_trained_again_is_exported_again(tmp_path):
+    target = tmp_path / "vae"
+    assert export_folder(target, fill("one"), {"step": 4, "checkpoint": "a"})
+    assert not export_folder(target, fill("two"), {"step": 4, "checkpoint": "a"})
+    assert export_folder(target, fill("two"), {"step": 4, "checkpoint": "b"})
+    assert [p.name for p in target.iterdir() if p.suffix != ".json"] == ["two"]
+    assert export_folder(target, fill("old"), {"step": 5})
+    assert not export_folder(target, fill("new"), {"step": 5, "checkpoint": "c"})  # older exports name none

@@ -138,7 +138,7 @@ def test_a_folder_against_itself_scores_zero(folders, capsys):
     ("more", "message"),
     [
         (("--num-videos", "9"), r"4 clips, 9 needed.*--num-videos 4"),
-        (("--num-videos", "2", "--real-interval", "3"), r"shorter than 25 frames"),
+        (("--num-videos", "2", "--real-interval", "3"), r"/real: 0 clips, 2 needed .*shorter than 25 frames"),
         (("--num-videos", "1"), "at least 2"),
     ],
 )
@@ -232,7 +232,7 @@ def test_longer_samples_are_judged_in_part_and_that_is_said(tmp_path, folders, c
 
 
 def test_samples_of_several_sizes_are_judged_at_one_and_that_is_said(tmp_path, folders, capsys):
-    for n, side in enumerate((24, 32)):
+    for n, side in enumerate((32, 24)):
         np.save(tmp_path / f"{n}.npy", video(n, 9, side))
     arguments = fvd_arguments(folders, "--num-videos", "2")
     arguments[3] = str(tmp_path)
@@ -241,6 +241,7 @@ def test_samples_of_several_sizes_are_judged_at_one_and_that_is_said(tmp_path, f
     assert "differ in size" in (printed := capsys.readouterr().out)
     assert "24x24" in printed
     assert "32x32" in printed
+    assert "all judged at 32x32" in printed
 
 
 def test_the_cache_inside_the_videos_is_refused(folders):
@@ -319,3 +320,32 @@ def test_what_is_no_record_is_refused_with_its_line(tmp_path, text, message):
         report_main([str(tmp_path / "s.jsonl")])
     with pytest.raises(ValueError, match="give --format"):
         report_main([str(tmp_path / "s.jsonl"), "--out", "report.pdf"])
+
+
+@pytest.mark.parametrize("side", ["real", "fake"])
+def test_the_interval_of_each_side_is_its_own(side, folders, tmp_path):
+    from eval.features import i3d_extractor
+
+    out = tmp_path / "scores.jsonl"
+    more = ("--num-videos", "4", "--position", "start", "--floor", "half", "--out", str(out))
+    arguments = fvd_arguments(folders, *more, f"--{side}-interval", "2")
+    if side == "fake":  # the longer videos take the interval
+        arguments[1], arguments[3] = arguments[3], arguments[1]
+    fvd_main(arguments)
+    record = json.loads(out.read_text().splitlines()[0])
+    long, short = [video(n, 20)[:17:2] for n in range(4)], [video(100 + n, 9) for n in range(4)]
+    sides = (long, short) if side == "real" else (short, long)
+    values = fvd_of_clips(*sides, i3d_extractor("random:0", "cpu"))
+    assert record["value"] == pytest.approx(values[record["metric"]], rel=1e-4)
+    assert record["label"] == ("fvd4_9f_step2" if side == "real" else "fvd4_9f_fakestep2")
+
+
+@pytest.mark.parametrize("judge", [fvd_main, is_main, fidelity_main])
+def test_no_record_is_added_to_a_file_of_the_users_own(judge, folders, tmp_path):
+    notes, fake = tmp_path / "notes.txt", str(folders / "fake")
+    notes.write_text("my notes\n")
+    words = ["--no-lpips"] if judge is fidelity_main else ["--weights", "random:0"]
+    words += [] if judge is is_main else ["--real", fake]
+    with pytest.raises(ValueError, match=r"notes\.txt: holds something else and would be lost"):
+        judge([*words, "--fake", fake, "--out", str(notes)])
+    assert notes.read_text() == "my notes\n"

@@ -7,6 +7,7 @@ import pytest
 from data.encode import write_ffv1
 from data.video import read_frames
 from pipelines import reconstruct, table
+from vae import load_vae
 
 
 @pytest.fixture
@@ -41,7 +42,6 @@ def test_records_and_summary_agree_with_the_videos_themselves(
 
     from data.clip import to_float, to_uint8
     from eval.fidelity import psnr
-    from vae import load_vae
 
     caplog.set_level("INFO")
     rows, summary = measure("clips", "clip.position=start")
@@ -109,7 +109,6 @@ def test_rfvd_is_the_fvd_of_the_same_clips_before_and_after(measure, own_vae, vi
     from data.clip import to_float, to_uint8
     from eval.features import extract_features, i3d_extractor
     from eval.measures import frechet_distance
-    from vae import load_vae
 
     words = ("clip.position=start", "rfvd=true", "i3d_weights=random:0")
     summary = measure("judged", *words)[1]
@@ -174,3 +173,30 @@ def test_only_what_changes_no_setting_of_the_process_is_judged_beside_it_and_wor
     ahead, _ = measure("ahead", *judged, "workers=2")
     assert seen == {"PSNR": {False}, "SSIM": {False}, "LPIPS": {True}}
     assert ahead == measure("in_turn", *judged, "workers=0")[0]
+
+
+def test_another_measurement_is_not_overwritten(measure, own_vae, tmp_path):
+    rows, _ = measure("out")
+    assert measure("out", "pictures=1", "workers=0")[0] == rows  # the same again, as told before
+    for other in ("clip.size=24", "num_videos=2", "clip.num_frames=5"):
+        with pytest.raises(ValueError, match=r"out=.* holds another measurement \(.*choose another out="):
+            measure("out", other)
+    vae = load_vae("odvae", own_vae)
+    vae.decoder.conv_out.conv.bias.data.add_(1)
+    vae.save_pretrained(tmp_path / "trained further")
+    with pytest.raises(ValueError, match="holds another measurement .weights: "):
+        measure("out", f"vae.path={tmp_path / 'trained further'}")
+    assert [json.loads(line) for line in (tmp_path / "out" / "videos.jsonl").read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("stream=true", "clip.fps=4"), "stream=true takes every frame"),
+        (("stream=true", "clip.interval=2"), "stream=true takes every frame"),
+        (("num_videos=-1",), "num_videos"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(measure, more, message):
+    with pytest.raises(ValueError, match=message):
+        measure("out", *more)

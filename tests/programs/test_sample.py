@@ -6,7 +6,7 @@ import torch
 
 from data.video import read_frames
 from denoiser import Latte
-from pipelines.sample import main
+from pipelines.sample import SampleConfig, classes_of, main
 from pipelines.video_pipeline import LatentVideoPipeline
 
 
@@ -189,3 +189,58 @@ def test_a_run_says_how_long_it_waited(sample, caplog):
     with caplog.at_level("INFO"):
         sample("run", "num_videos=2")
     assert any("waiting" in line for line in caplog.messages)
+
+
+def test_the_classes_take_turns_by_the_number_of_the_video(sample):
+    turns = sample("turns", "num_videos=4")
+    alone = {label: sample(label, "num_videos=4", f"labels=[{label}]") for label in "abc"}
+    for name, label in zip(sorted(turns), "abca", strict=True):
+        assert close({name: turns[name]}, {name: alone[label][name]})
+        other = alone["c" if label == "a" else "a"]
+        assert not close({name: turns[name]}, {name: other[name]})
+
+
+def test_a_class_whose_name_is_a_number_is_meant_by_it(pipeline):
+    pipe = LatentVideoPipeline.from_pretrained(pipeline)
+    pipe.register_to_config(class_names=["1", "2", "7"])
+    assert classes_of(SampleConfig(labels=["1", "7"]), pipe) == ["1", "7"]
+    assert pipe.labels(["1", "7"], 2).tolist() == [0, 2]
+    assert classes_of(SampleConfig(labels=["0"]), pipe) == [0]  # no name: an id
+    assert classes_of(SampleConfig(), pipe) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["sampler=ddim num_steps=3", "labels=[z]", "num_steps=2000", "sampler=nosuch", "fps=0"]
+)
+def test_a_wrong_setting_is_refused_before_anything_is_written(sample, wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"."):
+        sample("run", "num_videos=1", *wrong.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_video_takes_other_settings(sample, tmp_path):
+    sample("run", "num_videos=1")
+    (tmp_path / "run" / "000000.mkv").unlink()
+    assert len(sample("run", "num_videos=1", "seed=3")) == 1
+
+
+def test_samples_of_other_weights_are_not_mixed_in(sample, pipeline, tmp_path):
+    first = sample("run", "num_videos=1")
+    latte = Latte.from_pretrained(pipeline / "transformer")
+    latte.final_layer.linear.bias.data.add_(1)
+    latte.save_pretrained(tmp_path / "other")
+    other = f"transformer={tmp_path / 'other'}"
+    with pytest.raises(ValueError, match=r"holds other samples \(weights_sha256: "):
+        sample("run", "num_videos=2", other)
+    assert not close(sample("changed", "num_videos=1", other), first)
+    pipe = LatentVideoPipeline.from_pretrained(pipeline)
+    pipe.vae.decoder.conv_out.conv.bias.data.add_(1)
+    pipe.save_pretrained(pipeline)
+    with pytest.raises(ValueError, match=r"holds other samples \(vae_sha256: "):
+        sample("run", "num_videos=2")
+
+
+def test_a_preview_of_videos_that_do_not_fit_at_once(sample, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.video._AT_ONCE", 1)
+    sample("run", "num_videos=2")
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]

@@ -575,3 +575,12 @@ def test_every_continuous_vae_of_the_paper_feeds_stage_two_and_sampling(
     pipeline = f"pipeline={tmp_path / 'run' / 'pipeline'}"
     sample.main([pipeline, "num_videos=1", "num_steps=2", f"precision={precision}"])
     assert (tmp_path / "run" / "samples" / "000000.mkv").stat().st_size > 0
+
+
+def test_samples_that_cannot_be_drawn_are_refused_at_the_start(stage_two, tmp_path):
+    for steps in (0, 1, 1001):
+        with pytest.raises(ValueError, match=f"samples.steps={steps}: from 2 to 1000"):
+            stage_two("run", f"samples.steps={steps}", "samples.every=2")
+    with pytest.raises(ValueError, match=r"samples.guidance_scale=7: guidance needs classes"):
+        stage_two("run", "samples.guidance_scale=7", "denoiser.label_dropout=0", "samples.every=2")
+    assert not (tmp_path / "run" / "checkpoints").exists()

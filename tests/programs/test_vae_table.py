@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -146,3 +147,26 @@ def test_bad_words_are_refused_and_nothing_is_written(folders, videos, tmp_path,
     with pytest.raises(ValueError, match=message):
         main(words({"wan": folders["wan"]}, videos, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_whose_weights_changed_is_measured_again(folders, videos, tmp_path):
+    folder, seen = shutil.copytree(folders["wan"], tmp_path / "wan"), []
+    for _ in range(2):
+        main(words({"wan": folder}, videos, tmp_path / "out"))
+        seen.append(next(csv.DictReader((tmp_path / "out" / "vaes.csv").open()))["PSNR, dB"])
+        vae = load_vae(folder)
+        vae.decoder.conv_out.bias.data.add_(0.5)
+        vae.save_pretrained(folder)
+    assert seen[0] != seen[1]
+
+
+def test_the_table_fills_no_folder_of_the_users_own_and_none_of_videos(folders, videos, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    one = {"wan": folders["wan"]}
+    with pytest.raises(ValueError, match="not empty and not made by table vaes"):
+        main(words(one, videos, tmp_path / "mine"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match=r"--out=.* lies inside the data"):
+        main(words(one, videos, videos / "out"))
+    assert not (videos / "out").exists()

@@ -1,5 +1,6 @@
 """The kept scans: only what changed is scanned again, a killed scan goes on, a strange file is set aside."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -9,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data import index as index_module
 from data.index import build_index, scan_paths
@@ -126,3 +128,42 @@ def test_a_killed_scan_goes_on_where_it_was(tmp_path, scene, encode, asked):
     scans = scan_paths(sorted(map(str, first.parent.iterdir())), cache)
     assert asked == [[f"{n}.avi" for n in range(40, 50)]]
     assert list(scans.num_frames) == [2] * 50
+
+
+def test_another_program_may_write_while_a_long_film_is_scanned(tmp_path, scene, encode, monkeypatch):
+    paths = [encode(tmp_path / "data" / f"{n}.avi", scene[:5], "mpeg4") for n in range(3)]
+    cache, free = tmp_path / "x.sqlite", []
+
+    def scan_all(names, workers, timeout_s):
+        for name in names:  # asked between two files
+            with sqlite3.connect(cache, timeout=0.05) as store:
+                store.execute("BEGIN IMMEDIATE")
+            store.close()
+            free.append(name)
+            yield scan_file(name)
+
+    monkeypatch.setattr(index_module, "scan_all", scan_all)
+    assert len(build_index(paths, cache).good) == len(free) == 3
+    assert build_index(paths, cache).good == [scan_file(path) for path in paths]
+
+
+def test_same_size_and_folders_of_frames_count_as_changed(tmp_path, scene, encode, asked):
+    video, folder = encode(tmp_path / "data" / "a.avi", scene[:5], "mpeg4"), tmp_path / "data" / "frames"
+    folder.mkdir()
+    for n in range(3):
+        Image.fromarray(scene[n]).save(folder / f"{n}.png")
+    cache, paths = tmp_path / "x.sqlite", [video, folder]
+    assert not build_index(paths, cache).damaged
+    later = time.time_ns() + 10**12
+
+    def overwrite(path):
+        path.write_bytes(bytes(path.stat().st_size))
+        os.utime(path, ns=(later, later))
+
+    overwrite(video)
+    assert [Path(r.path).name for r in build_index(paths, cache).damaged] == ["a.avi"]
+    Image.fromarray(scene[3]).save(folder / "3.png")
+    assert [r.num_frames for r in build_index(paths, cache).good] == [4]
+    overwrite(folder / "1.png")
+    assert [Path(r.path).name for r in build_index(paths, cache).damaged] == ["a.avi", "frames"]
+    assert [names for names in asked if names][1:] == [["a.avi"], ["frames"], ["frames"]]

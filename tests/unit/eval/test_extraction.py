@@ -233,3 +233,23 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="workers=-1"):
         RunOptions(workers=-1)
     assert [RunOptions().batch_of(frames) for frames in (9, 16, 81, 256)] == [14, 8, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["weights", "size", "batch_size", "frames"])
+def test_features_of_other_weights_sizes_batches_or_frames_are_not_the_cached_ones(
+    what, folder, extractor, tmp_path
+):
+    def run(network, frames=9, size=SIZE, batch=2):
+        options = RunOptions(batch, workers=0, cache=tmp_path / "cache")
+        return judge_folder(Selection(folder, frames, position="start"), 10, size, network, options)
+
+    run(extractor)
+    assert Moments.calls == 10
+    other = replace(extractor, provenance=Provenance("moments", "other.pt", "ab" * 32, True))
+    run(
+        other if what == "weights" else extractor,
+        10 if what == "frames" else 9,
+        (12, 12) if what == "size" else SIZE,
+        5 if what == "batch_size" else 2,
+    )
+    assert Moments.calls == 20

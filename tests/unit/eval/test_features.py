@@ -1,9 +1,10 @@
 """A judging network runs in exact float32 whatever surrounds it."""
 
 import numpy as np
+import pytest
 import torch
 
-from eval.features import Extractor, extract_features
+from eval.features import Extractor, device_of, extract_features
 
 
 def test_a_judge_runs_in_exact_float32_whatever_surrounds_it():
@@ -29,3 +30,10 @@ def test_a_judge_runs_in_exact_float32_whatever_surrounds_it():
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == [(False, "highest", False, True)] * 2
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:97", "cpu:x"])
+def test_a_device_that_is_not_here_is_one_line(name):
+    with pytest.raises(ValueError, match=f"--device {name}: .*cpu, cuda, or cuda:N"):
+        device_of(name)
+    assert device_of("cpu") == torch.device("cpu")

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from data.encode import write_ffv1
+from eval.extraction import RunOptions
+from eval.options import selection_of
+from eval.protocol import Protocol
 from eval.selection import Selection, list_folder
 
 
@@ -172,3 +175,22 @@ def test_a_manifest_that_is_no_json_is_refused(folder):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         list_folder(folder)
+
+
+def test_frames_of_a_clip_are_an_interval_apart_and_every_window_fits(folder):
+    drawn = Selection(folder, 5, interval=3).take(6)  # a clip covers 13 frames: 0.npy has 12
+    windows = Selection(folder, 5, interval=3, sampling="clips").take(21)  # 1 + 2 + ... + 6
+    for clip in drawn + windows:
+        assert np.diff(clip.indices).tolist() == [3, 3, 3, 3]
+        assert clip.indices[-1] < clip.total
+    assert {c.indices[-1] for c in windows if c.video.name == "6.npy"} == set(range(12, 18))
+    for sampling, most in (("videos", 6), ("clips", 21)):
+        with pytest.raises(ValueError, match=f"{most} clips, {most + 1} needed .*1 shorter than 13"):
+            Selection(folder, 5, interval=3, sampling=sampling).take(most + 1)
+
+
+def test_the_knobs_of_a_protocol_reach_the_choice_of_clips(folder):
+    protocol = Protocol(num_frames=9, clips_per_video=3, seed=5)
+    found = selection_of(str(folder), protocol, 1, RunOptions(workers=0)).take(20)
+    assert found == Selection(folder, 9, clips_per_video=3, seed=5).take(20)
+    assert found != Selection(folder, 9, clips_per_video=3, seed=0).take(20)

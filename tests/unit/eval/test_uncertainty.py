@@ -1,10 +1,12 @@
 """Intervals cover what they should, are seeded, respect videos; the floor is what equal distributions score."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.linalg
 
-from eval.fvd import distances
+from eval.fvd import distances, score
 from eval.measures import (
     RESAMPLES,
     _counts,
@@ -19,6 +21,7 @@ from eval.measures import (
     kernel_interval,
     same_distribution_floor,
 )
+from eval.protocol import Protocol
 
 
 def sets(n: int, dim: int, seed: int, shift: float = 0.5):
@@ -169,3 +172,36 @@ def test_each_side_is_drawn_by_its_own_videos():
     expected = _frechets(a, b, 1, w, v).std(ddof=1), _kernel(a, b, w, v).std(ddof=1)
     assert frechet_interval(a, b, one, two, 0.0, seed=3)["std"] == pytest.approx(expected[0])
     assert kernel_interval(a, b, one, two, 0.0, seed=3)["std"] == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize(("clips", "num"), [(2, 20), (4, 40), (2, 30)])
+def test_no_video_stands_on_both_sides_of_the_floor(clips, num):
+    """Clips of one video are alike, so they would make the floor too low."""
+    videos = np.random.default_rng(6).standard_normal((20, 6))
+    groups = np.tile(np.arange(20), clips)  # a clip of each video first, as they are drawn
+    real = videos[groups] + 1e-3 * np.random.default_rng(7).standard_normal((20 * clips, 6))
+    seen = []
+
+    def noted(a, b):
+        seen.append((a, b))
+        return distances(a, b)
+
+    floor = same_distribution_floor(real, num, noted, groups)
+    sides = [{int(np.abs(videos - clip).sum(1).argmin()) for clip in side} for side in seen[0]]
+    assert not sides[0] & sides[1]
+    half = 10 * clips if len(real) < 2 * num else min(num, 10 * clips)
+    assert (floor["num_videos"], floor["same_num_videos"]) == (half, half == num)
+    assert floor["values"]["FVD"] > 100 * same_distribution_floor(real, num, distances)["values"]["FVD"] > 0
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_a_score_is_made_with_the_ddof_and_the_seed_of_its_protocol(ddof):
+    (a, b), groups = sets(20, 4, 1), np.arange(20)
+    real = SimpleNamespace(features=a, groups=groups)  # the second half is for the floor
+    fake = SimpleNamespace(features=b[:10], groups=groups[:10])
+    found = score(real, fake, Protocol(num_videos=10, ddof=ddof, seed=3))
+    sides, values = (a[:10], b[:10], groups[:10], groups[:10]), distances(a[:10], b[:10], ddof)
+    assert {metric: one["value"] for metric, one in found.items()} == values
+    assert found["FVD"]["interval"] == frechet_interval(*sides, values["FVD"], ddof, 3)
+    assert found["KVD"]["interval"] == kernel_interval(*sides, values["KVD"], 3)
+    assert found["FVD"]["floor"]["value"] == distances(a[:10], a[10:], ddof)["FVD"]

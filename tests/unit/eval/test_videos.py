@@ -6,7 +6,16 @@ from PIL import Image
 
 from data.clip import ClipSpec, crop_resize_uint8
 from data.encode import write_ffv1
-from eval.videos import _load_array, find_videos, fit, read_clip, read_video, shape_of, storage_of
+from eval.videos import (
+    _load_array,
+    content_digest,
+    find_videos,
+    fit,
+    read_clip,
+    read_video,
+    shape_of,
+    storage_of,
+)
 
 
 def frames(seed: int, T=9, H=16, W=16) -> np.ndarray:
@@ -118,3 +127,18 @@ def test_video_ten_comes_after_video_two(tmp_path):
     for n in (10, 2, 1):
         np.save(tmp_path / f"{n}.npy", frames(n))
     assert [video.name for video in find_videos(tmp_path)] == ["1.npy", "2.npy", "10.npy"]
+
+
+def test_arrays_are_found_where_videos_are_and_not_in_hidden_folders(mixed, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    np.save(elsewhere / "linked.npy", frames(7))
+    (mixed / "z").symlink_to(elsewhere)
+    (mixed / ".hidden").mkdir()
+    np.save(mixed / ".hidden" / "old.npy", frames(8))
+    assert [video.name for video in find_videos(mixed)][-1] == "z/linked.npy"
+    assert len(find_videos(mixed)) == 8
+
+
+def test_rows_and_arrays_of_one_file_have_digests_of_their_own(mixed):
+    digests = [content_digest(video) for video in find_videos(mixed)]
+    assert len(set(digests)) == len(digests) == 7

@@ -309,3 +309,24 @@ def test_a_refused_pickle_is_told_in_our_words(tmp_path):
         with pytest.raises(ValueError, match="damaged, or holds Python objects") as caught:
             read(tmp_path / "old.ckpt")
         assert "weights_only" not in str(caught.value)
+
+
+def test_c3d_is_read_from_its_release_with_the_mean_clip_beside_it(tmp_path, monkeypatch):
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1a, self.fc8 = torch.nn.Conv3d(3, 2, 3), torch.nn.Linear(4, 5)
+            self.register_buffer("mean", torch.zeros(3, 16, 112, 112))
+
+    monkeypatch.setattr("eval.c3d.C3D", Small)
+    rng = np.random.default_rng(0)
+    state = {k: rng.random(tuple(v.shape), np.float32) for k, v in Small().named_parameters()}
+    names = {k: k.replace(".weight", "/W").replace(".bias", "/b") for k in state}
+    np.savez(tmp_path / "conv3d_deepnetA_ucf.npz", **{names[k]: v for k, v in state.items()})
+    with pytest.raises(ValueError, match=r"C3D weights are missing.*mean2\.npz"):
+        weights.load_c3d(tmp_path)
+    mean = rng.random((3, 16, 128, 171), np.float32)
+    np.savez(tmp_path / "mean2.npz", mean=mean)
+    loaded = weights.load_c3d(tmp_path)[0].state_dict()
+    for name, value in (state | {"mean": mean[:, :, 8:120, 8:120]}).items():
+        assert np.array_equal(loaded[name].numpy(), value), name
