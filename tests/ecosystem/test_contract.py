@@ -27,6 +27,8 @@ def test_a_vae_makes_the_same_videos_saved_loaded_and_exported(name, tmp_path):
     try:
         vae = build_vae(name, **CONFIGS.get(name, {})).eval()
     except ValueError as error:  # a class that the installed diffusers does not have
+        if "has no such class" not in str(error):
+            raise
         pytest.skip(f"not run: {error}")
     if not vae.has_scaling_rule:
         vae.set_latent_statistics([0.1] * vae.latent_channels, [0.9] * vae.latent_channels)

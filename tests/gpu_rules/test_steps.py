@@ -57,11 +57,13 @@ def test_stage_one_in_every_phase(precision, schedule, checkpointing):
         f"precision={precision}",
         f"loss.gan_schedule={schedule}",
         f"gradient_checkpointing={checkpointing}",
+        "steps=100",
     ]
     found = programs.stage_one(
         VAETrainer, load(TrainVAEConfig, None, [*STAGE1, *settings, "loss.perceptual_weight=0"])
     )
-    assert len(found.tasks) == (3 if schedule == "alternate" else 2)
+    shares = [0.1, 0.45, 0.45] if schedule == "alternate" else [0.1, 0.9]
+    assert [task.times for task in found.tasks] == pytest.approx(shares)
     assert found.syncs == []
 
 

@@ -210,6 +210,17 @@ def test_latents_are_scaled_as_the_pipelines_of_diffusers_scale_them(pair, name)
     torch.testing.assert_close(ours.denormalize(ours.normalize(z)), z)
 
 
+def test_a_shift_comes_before_the_scale_and_statistics_by_frame_cover_no_longer_clip(pair, tmp_path):
+    cls, config, *_ = SMALL["cogvideox"]
+    shifted = {**config, "shift_factor": 0.5, "scaling_factor": 2.0}
+    getattr(diffusers, cls)(**shifted).save_pretrained(tmp_path)
+    z, ours = torch.randn(1, 4, 2, 3, 3), load_vae(tmp_path)
+    torch.testing.assert_close(ours.normalize(z), (z - 0.5) * 2)
+    torch.testing.assert_close(ours.denormalize(ours.normalize(z)), z)
+    with pytest.raises(ValueError, match=r"4 latent frames: .* has statistics of 3 frames"):
+        pair("cosmos")[1].normalize(torch.zeros(1, 4, 4, 2, 2))
+
+
 def test_classes_without_a_rule_take_measured_statistics_and_keep_them(pair, tmp_path):
     for name in ("kvae", "vidtok"):
         _, ours, _ = pair(name)

@@ -1,16 +1,19 @@
 """What the planner predicts against what was measured: on this CPU, and frozen from a real card."""
 
 import gc
+import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from pipelines.plan import programs
 from pipelines.plan.cards import CARDS, find_card, seconds
-from pipelines.plan.cost import GIB, INT32, Costs
-from pipelines.plan.programs import stage_one, stage_two
+from pipelines.plan.cost import GIB, INT32, Cost, Costs, Work
+from pipelines.plan.programs import Simulation, Task, stage_one, stage_two
 from pipelines.plan.report import plan_text
 from pipelines.plan.tasks import ROWS
 from pipelines.train_latte import LatteTrainer
@@ -93,3 +96,47 @@ def test_a_step_that_is_too_large_comes_with_what_makes_it_fit():
 def test_an_unknown_card_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="card=voodoo: known are h100"):
         find_card("voodoo")
+
+
+def test_a_step_of_five_micro_batches_is_counted_from_steps_of_one_and_two():
+    class Trainer:
+        def __init__(self):
+            self.config = SimpleNamespace(global_batch=10, micro_batch=2)
+            self.accelerator, self.step = SimpleNamespace(), 7
+
+        def train_step(self, batches):
+            total = torch.zeros(4, 4)
+            for _ in range(self.accelerator.gradient_accumulation_steps):
+                total = total + next(batches) @ next(batches)
+            total.exp()
+            self.step += 1
+
+    trainer, batches = Trainer(), itertools.repeat(torch.ones(4, 4))
+    with Costs("cpu") as costs:
+        found = programs._train_step(trainer, costs, batches)
+        assert trainer.step == 7
+        trainer.accelerator.gradient_accumulation_steps = 5
+        real = programs._measure(costs, lambda: trainer.train_step(batches))
+    assert (found.works, found.operations) == (real.works, real.operations)
+
+
+@pytest.mark.parametrize(
+    ("work", "tf32", "each"),
+    [
+        (Work("mm", "half", 312 * 10**12, 0, 1), False, 2.0),  # half of the A100's rate is reached
+        (Work("conv", "conv32", 156 * 10**12, 0, 1), False, 2.0),
+        (Work("mm", "matmul32", 195 * 10**11, 0, 1), False, 2.0),
+        (Work("mm", "matmul32", 156 * 10**12, 0, 1), True, 2.0),
+        (Work("add", "fp32", 195 * 10**11, 0, 1), True, 2.0),
+        (Work("add", "fp32", 0, 204 * 10**10, 1), False, 1 / 0.7),
+        (Work("add", "fp32", 0, 0, 1000), False, 0.002),
+    ],
+)
+def test_work_is_bound_by_arithmetic_memory_launches_or_the_host(work, tf32, each):
+    card, cost = CARDS["a100"], Cost(operations=1)
+    cost.works[work] = 3
+    assert seconds(cost, card, tf32) == pytest.approx(3 * each)
+    unit = Simulation("step", [Task("a", cost, 0.25), Task("b", cost, 2.0)])
+    assert unit.seconds(card, tf32) == pytest.approx(2.25 * 3 * each)
+    cost.operations = 10**7
+    assert seconds(cost, card, tf32) == pytest.approx(50)

@@ -82,3 +82,10 @@ def test_what_cannot_be_measured_is_refused():
     for setting, message in (("repeats=0", "repeats=0"), ("num_frames=6", "T=6: ODVAE needs .*, e.g. 5")):
         with pytest.raises(ValueError, match=message):
             measure(load(BenchmarkConfig, None, [*SMALL, setting]), 4)
+
+
+def test_no_row_is_added_to_a_file_of_the_users_own(tmp_path):
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    with pytest.raises(ValueError, match="holds something else"):
+        main(["vae", *SMALL, "variants=[4]", f"out={tmp_path / 'notes.txt'}"])
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"

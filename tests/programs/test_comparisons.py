@@ -35,6 +35,7 @@ def test_every_kind_is_measured_against_another_way_that_gives_the_same(kind, tm
             assert run["ratio"]["p10"] <= run["ratio"]["median"] <= run["ratio"]["p90"]
             assert run.get("difference", 0) < 1e-4
     assert all(len(row["runs"]) > 1 for row in rows if kind not in ("train", "sample"))
+    assert any("difference" in run for row in rows for run in row["runs"].values()) == (kind != "cache")
 
 
 def test_ways_take_turns_and_the_ratio_is_that_of_each_round(monkeypatch):

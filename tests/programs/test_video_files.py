@@ -499,3 +499,22 @@ def test_what_is_no_video_is_refused_before_anything_is_encoded():
     for bad in (good.astype(np.float32), np.zeros((16, 24, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"frame 1: .*all frames are uint8"):
             encode_video(vae, [good, bad])
+
+
+@pytest.mark.parametrize("program", [reconstruct, encode])
+def test_results_of_another_vae_and_files_of_the_user_are_not_mixed_with_ours(program, od_folder, tmp_path):
+    film(tmp_path / "in" / "a.mp4", frames=2)
+    words = (tmp_path / "in", tmp_path / "out", "--vae-path")
+    assert run(program, *words, od_folder) == 0
+    torch.manual_seed(1)
+    build_vae("odvae", **OD).save_pretrained(tmp_path / "other")
+    film(tmp_path / "in" / "b.mp4", frames=2)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="out: made with other settings"):
+        run(program, *words, tmp_path / "other")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="mine: not empty and not made by"):
+        run(program, tmp_path / "in", tmp_path / "mine", "--vae-path", od_folder)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]

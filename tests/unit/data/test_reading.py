@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import by_decord
+from data import by_decord, scan
 from data import video as video_module
 from data.clip import ClipSpec, crop_resize_uint8
 from data.decoder import BadVideo
@@ -426,3 +426,18 @@ def test_frames_come_from_decord_where_it_agreed_and_from_pyav_where_it_then_fai
     for length in (COUNT, COUNT - 1):  # fails on the way; is another file than the one compared
         Reader.length = length
         assert [number_of(frame) for frame in np.asarray(frames)] == [100, 40, 100]
+
+
+def test_an_entry_after_which_one_frame_differs_is_not_used(tmp_path):
+    path = write(tmp_path / "v.mp4", bf=3, g=24)
+    with av.open(str(path)) as container:
+        seen = [(f.pts, scan._digest(f), f.key_frame) for f in container.decode(video=0)]
+    ticks, digests, is_key = map(list, zip(*seen, strict=True))
+    keys = [n for n, key in enumerate(is_key) if key]
+    whole = scan._entries(path, ticks, digests, keys)
+    assert len(whole) > 3
+    other = whole[1] + 3
+    digests[other] ^= 1  # decoding from frame 0 showed something else there
+    left = scan._entries(path, ticks, digests, keys)
+    assert whole[1] not in left
+    assert [n for n in left if n > other] == whole[2:]

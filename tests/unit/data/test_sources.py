@@ -81,6 +81,13 @@ def test_held_out_videos_share_no_group_with_the_rest_and_never_move(ucf):
     groups = [{(v.name.split("/")[0], v.name.split("_")[2]) for v in part} for part in parts]
     assert not groups[0] & groups[1]
     assert [len(g) for g in groups] == [8, 4]
+    # frozen: a run that a later version resumes must not train on what it held out
+    assert sorted(groups[1]) == [
+        ("HammerThrow", "g01"),
+        ("HandstandPushups", "g02"),
+        ("HandstandPushups", "g03"),
+        ("HandstandPushups", "g04"),
+    ]
     assert len(parts[0]) + len(parts[1]) == 24
     again = open_source("ucf101", ucf / "UCF-101", val_fraction=0.3, held_out=True, seed=9).videos
     assert [v.name for v in again] == [v.name for v in parts[1]]
@@ -192,3 +199,12 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path, scene, encode, caplog)
         with pytest.raises(ValueError, match=message) as error:
             open_source(*arguments, **options)
         assert "\n" not in str(error.value)
+
+
+def test_the_list_of_damaged_files_keeps_those_of_the_other_split(tmp_path, scene, encode):
+    for split in ("train", "val"):
+        encode(tmp_path / "data" / split / "a" / "good.avi", scene[:3], "mpeg4")
+        (tmp_path / "data" / split / "a" / f"bad_{split}.avi").write_bytes(b"RIFF")
+        open_source("kinetics400", tmp_path / "data", split=split, index_dir=tmp_path / "index")
+    rows = (tmp_path / "index" / "kinetics400-quarantine.tsv").read_text().splitlines()[1:]
+    assert [r.split("\t")[0].rpartition("/")[2] for r in rows] == ["bad_train.avi", "bad_val.avi"]

@@ -87,6 +87,8 @@ def test_short_side_resize_keeps_the_centre_of_a_wide_clip():
     assert to_i3d_input(clip, "short")[..., 8:-8].min() > 0.9  # only the white middle is seen
     assert to_i3d_input(clip, "squash").min() == -1.0
     assert to_i3d_input(clip, "short").shape == (3, 9, 224, 224)
+    tall = to_i3d_input(clip.transpose(1, 2), "short")
+    torch.testing.assert_close(tall, to_i3d_input(clip, "short").transpose(2, 3), atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()

@@ -25,6 +25,12 @@ def test_the_published_protocols_have_their_published_knobs():
     assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
     splits = {name: (p.splits, p.shuffle_seed) for name, p in INCEPTION_PROTOCOLS.items()}
     assert splits == {"tgan2": (1, None), "stylegan-v": (10, 42)}
+    for p in PROTOCOLS.values():
+        others = p.position, p.clips_per_video, p.real_interval, p.fake_interval, p.size, p.seed
+        assert others == ("random", 1, 1, 1, None, 0)
+    for p in INCEPTION_PROTOCOLS.values():
+        others = p.num_videos, p.sampling, p.position, p.clips_per_video, p.interval, p.size, p.seed
+        assert others == (2048, "videos", "start", 1, 1, None, 0)
 
 
 @pytest.mark.parametrize("score", ["fvd2048_16f", "fvd256_81f", "fvd64_9f_step3", "fvd64_9f_step3_fakestep2"])

@@ -76,6 +76,8 @@ def test_a_rectangle_is_covered_without_distortion_and_cropped_at_its_centre():
     assert np.abs(wide[0, :, 1:-1, 0] - (np.arange(1, 19) * 12 + 3.0)).max() <= 1
     tall = fit(ramp, 20, 10)  # the middle half of the columns
     assert np.abs(tall[0, :, :, 0] - (np.arange(10) * 12 + 63.0)).max() <= 1
+    middle = fit(ramp.swapaxes(1, 2), 10, 20)  # the middle half of the rows
+    assert np.abs(middle[0, :, :, 0] - (np.arange(10) * 12 + 63.0)[:, None]).max() <= 1
 
 
 def test_large_frames_are_read_in_blocks_with_the_same_pixels(tmp_path, monkeypatch):

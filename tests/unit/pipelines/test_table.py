@@ -1,10 +1,12 @@
 """Tables as data: every shipped table in every preset."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from pipelines.plan import hours
 from pipelines.plan.hours import BEGIN, END, page_table
 from pipelines.results.records import config_of, wanted
 from pipelines.results.tables import TABLES, load_table, names, paper_numbers, presets, read
@@ -182,3 +184,21 @@ def test_every_long_command_of_the_paper_has_modelled_hours():
     assert all(cost["hours"] > 0 and cost["disk_gb"] > 0 for cost in costs.values())
     page = (ROOT / "docs" / "reproduce.md").read_text()
     assert page.split(BEGIN)[1].split(END)[0] == page_table()
+
+
+def test_hours_and_disk_of_a_command_are_its_units_times_what_one_takes(places, monkeypatch):
+    unit = SimpleNamespace(resident={"weights": 3 * 10**9}, seconds=lambda card, tf32: 2.0)
+    vae = SimpleNamespace(latent_channels=4, spatial_compression_ratio=8, latent_frames=lambda T: 21)
+    monkeypatch.setattr(hours, "simulate", lambda program, config: unit)
+    monkeypatch.setattr(hours.programs, "sample", lambda config, trained: unit)
+    monkeypatch.setattr(hours, "imagined_vae", lambda settings: vae)
+    commands, found = load_table("table2", "paper", places, ["SD-VAE"], "ucf101").commands, {}
+    for name, command in commands.items():
+        if cost := hours.cost_of(command, [commands[n] for n in command.after], {}):
+            found[name.removesuffix("-sd2_1-ucf101")] = cost["hours"], cost["disk_gb"]
+    clips = 13_320 * 4 * 2  # videos, crops, mirrored or not
+    assert found == {
+        "cache": pytest.approx((clips * 2 / 3600, clips * 2 * 4 * 21 * 32 * 32 * 2 / 1e9)),
+        "latte": pytest.approx((200_000 * 2 / 3600, 3 * 3)),
+        "samples": pytest.approx((2048 * 2 / 3600, 2048 * 81 * 256**2 * 3 / 2 / 1e9)),
+    }

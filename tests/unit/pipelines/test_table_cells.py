@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -243,3 +244,49 @@ def test_a_table_renders_without_a_single_run(desk, places):
     assert page.count("<img") == len(table.curves)
     assert "no weights: sd2_1" in page
     assert f"{places.data}/stage1: put the videos of stage1 here" in page
+
+
+def test_marks_leave_rows_out_and_equal_prints_share_them(desk, places):
+    steps = {}
+    for row, value in zip("abcd", (9.0, 3.001, 3.002, 2.0), strict=True):
+        steps[row] = [reconstruction(places, row)]
+        write_summary(steps[row][0], value)
+    paper = {"a": {"PSNR": 9.0}, "b": {"PSNR": 8.0}, "c": {"PSNR": 7.0}}
+    table = table_of(steps, "abcd", paper=paper)
+    table.rows[0] = replace(table.rows[0], marked=False)
+    cells = cells_of(desk, table)
+    assert [cells[r, "PSNR"].mark for r in "abcd"] == ["", "best", "best", "second"]
+    assert [cells[r, "PSNR"].paper_mark for r in "abc"] == ["", "best", "second"]
+
+
+def test_a_random_feature_score_is_neither_best_nor_second(desk, places):
+    steps, random = {}, "random-feature FVD (I3D, seed 0)"
+    for row, metric, value in (("a", "FVD", 5.0), ("b", random, 1.0), ("c", "FVD", 7.0)):
+        folder = places.runs / row
+        folder.mkdir(parents=True)
+        words = ("--weights", "random:0") if metric == random else ()
+        step = judged(folder)
+        steps[row] = [replace(step, name=row, arguments=(*step.arguments, *words))]
+        lines = [score(name, value) for name in (metric, metric.replace("FVD", "KVD"))]
+        (folder / "scores.jsonl").write_text("\n".join(lines))
+    cells = cells_of(desk, table_of(steps, "abc", better="down", key="FVD", column="FVD"))
+    assert [cells[r, "FVD"].mark for r in "abc"] == ["best", "", "second"]
+
+
+def test_a_column_scales_what_the_record_has(desk, places):
+    step = reconstruction(places, "r")
+    write_summary(step, 2_500_000.0)
+    table = table_of({"a": [step]}, rows=["a"])
+    table.columns[0] = replace(table.columns[0], scale=1e-6)
+    assert cells_of(desk, table)["a", "PSNR"].text == "2.50"
+
+
+def test_a_table_does_not_fill_a_folder_of_the_users_own(desk, places):
+    mine = Path(places.out) / "t" / "t.md"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my notes")
+    table = table_of({"a": [reconstruction(places, "r")]}, rows=["a"])
+    with pytest.raises(ValueError, match="not empty and not made by table"):
+        render(desk, table)
+    assert [p.name for p in mine.parent.iterdir()] == ["t.md"]
+    assert mine.read_text() == "my notes"
