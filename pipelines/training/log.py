@@ -231,26 +231,23 @@ def command(program: str, *settings: str, config: Any = None, keys: Sequence[str
 def end_of_stage_one(config: Any, vae: Path) -> None:
     """Say where the weights of a TrainVAEConfig's run are, and how to go on with them."""
     # How the next program finds the weights: a VAE of diffusers also needs its name.
-    run, same = config.run_dir, {"config": config, "keys": ("source.", "clip.")}
+    run = config.run_dir
     where = [f"vae.path={vae}"]
     if config.model.init is Init.weights and (adapted := vae_registry.adapted_class(config.model.init_from)):
         where.insert(0, f"vae.name={vae_registry.name_of(adapted.__name__)}")
+    # The same videos: measured are those that the training held out, where it did; cached are all of them.
+    share = config.source.val_fraction
+    held_out = [f"source.val_fraction={share:g}", "held_out=true"] if share > 0 else []
+    source = dataclasses.replace(config.source, val_fraction=type(config)().source.val_fraction)
+    same = {"config": dataclasses.replace(config, source=source), "keys": ("source.", "clip.")}
     # A cache stores mirrored clips instead of drawing them.
-    still = dataclasses.replace(config, clip=dataclasses.replace(config.clip, flip=False))
+    still = dataclasses.replace(same["config"], clip=dataclasses.replace(config.clip, flip=False))
     flips = ["cache.flips=true"] * config.clip.flip
-    # Of what the training held out, where it did.
-    share, held_out = config.source.val_fraction, []
-    if share > 0:
-        held_out = [f"source.val_fraction={share:g}", "held_out=true"]
-        usual = dataclasses.replace(config.source, val_fraction=type(config)().source.val_fraction)
-        same_but = same | {"config": dataclasses.replace(config, source=usual)}
-    else:
-        same_but = same
     rows = {
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
         "page": command("run_report", run),
-        "measure": command("reconstruct", *where, *held_out, **same_but),
+        "measure": command("reconstruct", *where, *held_out, **same),
         "next": command("cache_latents", *where, *flips, **same | {"config": still}),
     }
     box(f"finished: {config.steps} steps", rows)

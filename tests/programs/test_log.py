@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -13,6 +14,7 @@ from packaging.version import Version
 
 from data.core.option import option
 from pipelines.training import log as run_log
+from pipelines.training.config import load
 from pipelines.training.log import command, speed_line, step_line
 from pipelines.training.trackers import tracker_names
 
@@ -209,3 +211,20 @@ def test_none_writes_no_tensorboard_and_loses_nothing(tmp_path, caplog):
     log.scalars(1, {"loss": 1.0})
     log.close()
     assert (log.lost, [p.name for p in tmp_path.iterdir()]) == ({}, ["metrics.jsonl"])
+
+
+@pytest.mark.parametrize(("share", "told"), [("0.01", "0.01"), ("0.05", "0.05"), ("0", "")])
+def test_the_command_that_measures_a_run_takes_what_it_held_out(share, told, caplog):
+    from pipelines.reconstruct import config_from
+    from pipelines.train_vae import TrainVAEConfig
+
+    caplog.set_level("INFO")
+    settings = ["source.root=/v", f"source.val_fraction={share}", "clip.num_frames=9"]
+    run_log.end_of_stage_one(load(TrainVAEConfig, None, settings), Path("run/vae"))
+    lines = {
+        line.split()[0]: line.split()[4:] for line in caplog.messages[-1].splitlines() if "pipelines." in line
+    }
+    config, _ = config_from(lines["measure"])
+    assert (config.source.root, config.clip.num_frames, config.vae.path) == ("/v", 9, "run/vae")
+    assert (config.held_out, config.source.val_fraction) == (bool(told), float(told or 0))
+    assert not any("val_fraction" in word for word in lines["next"])
