@@ -62,8 +62,9 @@ def find_ucf101(root: Path, split: str = "train") -> Found:
     Not the order of classInd.txt (Hammering/HammerThrow and JumpingJack/JumpRope change places), and not the file
     name (v_HandStandPushups_* lies in HandstandPushups/). Raises ValueError for split test where all videos are together.
     """
-    base = next((root / name for name in ("UCF-101", split) if (root / name).is_dir()), root)
-    if split != "train" and split not in base.name.lower():
+    names = ("UCF-101", split) if split == "train" else (split, "UCF-101")
+    base = next((root / name for name in names if (root / name).is_dir()), root)
+    if split != "train" and not re.search(rf"(?<![a-z]){split}(?![a-z])", base.name.lower()):
         raise ValueError(
             f"split={split}: {base} holds all of UCF101, its official split is a list: "
             f"source.list_file=ucfTrainTestlist/{split}list01.txt, without source.split"

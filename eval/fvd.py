@@ -167,7 +167,7 @@ def floor_text(floor: dict | None) -> str:
     """Say a floor in words: its value, its N, and whether that is the N of the number beside it."""
     if floor is None:
         return "not run (fewer than 4 real clips)"
-    at = "the same N" if floor["same_num_videos"] else "two halves, so a larger bias than at the number's N"
+    at = "the same N" if floor["same_num_videos"] else "fewer clips than the number's, so a larger bias"
     return f"{floor['value']:.4f} at N = {floor['num_videos']} ({at})"
 
 

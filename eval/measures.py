@@ -345,8 +345,10 @@ def same_distribution_floor(
     half = num if len(real) >= 2 * num else len(real) // 2
     first, second = real[:half], real[half : 2 * half]
     if groups is not None and np.isin(groups[:half], groups[half : 2 * half]).any():
-        videos = groups[np.sort(np.unique(groups, return_index=True)[1])]  # in the seeded order
-        of_first = np.isin(groups, videos[: len(videos) // 2])
+        # In the seeded order, as many videos as have half of the clips
+        videos, firsts, counts = np.unique(groups, return_index=True, return_counts=True)
+        order = np.argsort(firsts)
+        of_first = np.isin(groups, videos[order][np.cumsum(counts[order]) <= len(groups) / 2])
         half = min(half, of_first.sum(), (~of_first).sum())
         first, second = real[of_first][:half], real[~of_first][:half]
     if half < 2:

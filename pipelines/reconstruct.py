@@ -1,7 +1,7 @@
 """Encode and decode a source with a VAE and measure the loss: PSNR, SSIM, LPIPS in memory (paper, Table 1).
 
     python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /videos --num-frames 25
-    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films --stream
+    python -m pipelines.reconstruct --vae odvae --vae-path runs/odvae/vae --data /films --stream out=runs/films
     python -m pipelines.reconstruct in.mp4 out.mp4 --vae-path runs/odvae/vae        # or .mkv, or two folders
 
 IN OUT writes the video itself: its own size, rate, length and sound; `in.mp4 out.mp4 --help` has its options. Posterior means, no codec in between, rounded to uint8. --stream takes whole videos of any length in constant memory.
@@ -36,7 +36,7 @@ from eval.weights import score_name, weights_line
 from pipelines import video_files
 from pipelines.beside import Beside, Waits
 from pipelines.media import comparison
-from pipelines.training.config import at_least, parse
+from pipelines.training.config import at_least, free_keys, parse
 from pipelines.training.folder import flatten_yaml, refuse_in_data, summary, versions
 from pipelines.training.log import box, command
 from pipelines.training.settings import SourceConfig, VAEConfig
@@ -312,6 +312,10 @@ def is_summary(file: Path) -> bool:
         return False
 
 
+def _flat(config: ReconstructConfig) -> dict[str, Any]:
+    return flatten_yaml(json.loads(json.dumps(asdict(config))))
+
+
 def refuse_other(out: Path, digest: str, config: ReconstructConfig) -> None:
     """ValueError when the folder holds a measurement of other weights (their digest) or with other settings."""
     if not is_summary(out / "summary.json"):
@@ -319,13 +323,15 @@ def refuse_other(out: Path, digest: str, config: ReconstructConfig) -> None:
     before, differing = read_json(out / "summary.json"), []
     if before["weights_sha256"] != digest:
         differing.append(f"weights: {before['weights_sha256'][:12]} -> {digest[:12]}")
-    # Not where things lie, nor what changes no number.
-    old, free = (
-        flatten_yaml(before["settings"]),
-        ("out", "pictures", "workers", "vae.path", "source.index_dir"),
-    )
-    for key, value in flatten_yaml(json.loads(json.dumps(asdict(config)))).items():
-        if key not in free and old.get(key, value) != value:
+    # What an older summary lacks was at its default then.
+    old = _flat(ReconstructConfig()) | flatten_yaml(before["settings"])
+    if "tiling_frames" in old:  # its name in older summaries
+        old["vae.tiling_frames"] = old.pop("tiling_frames")
+    # Not where things lie, nor what changes no number; of a plain folder its place is what it is.
+    free = {key for key in free_keys(config) if not key.endswith("root")}
+    free |= {"out", "pictures", "vae.path", "lpips_weights", "i3d_weights"}
+    for key, value in _flat(config).items():
+        if key not in free and key in old and old[key] != value:
             differing.append(f"{key}: {old[key]!r} -> {value!r}")
     if differing:
         raise ValueError(

@@ -107,8 +107,7 @@ def begin_manifest(config: SampleConfig, made_by: dict[str, Any]) -> None:
         for key, value in decisive.items():
             if old.get(key) != value:
                 differing.append(f"{key}: {old.get(key)!r} -> {value!r}")
-        # A folder without a video has nothing to lose.
-        if differing and any((config.folder / str(name)).is_file() for name in listed):
+        if differing:
             raise ValueError(
                 f"out={config.folder} holds other samples ({'; '.join(differing[:4])}); choose another out="
             )
@@ -189,6 +188,9 @@ def sample(config: SampleConfig) -> Path:
             "normalization": openers.normalization(pipe.vae),
             "class_names": list(pipe.config.class_names),
         }
+        # A number that is a class name was an id in earlier versions: their folders are not continued.
+        if any(label in pipe.config.class_names and label.lstrip("-").isdigit() for label in config.labels):
+            made_by["labels_are_names"] = True
         begin_manifest(config, made_by)
     accelerator.wait_for_everyone()
     pipe.vae = openers.for_inference(pipe.vae, accelerator.device, config.precision)

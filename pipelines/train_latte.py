@@ -98,8 +98,8 @@ class ValConfig:
     num_videos: int = option(16, "held-out clips of a validation, each at four timesteps", free=True)
     latents: str = option(
         "",
-        "cache of held-out clips, e.g. of source.split=test; empty: those that source.val_fraction holds out, "
-        "encoded at the start",
+        "cache of held-out clips, e.g. of source.split=test, of ucf101 of source.list_file=testlist01.txt; empty: "
+        "those that source.val_fraction holds out, encoded at the start",
         free=True,
     )
 
@@ -337,6 +337,11 @@ class LatteTrainer(Trainer):
         val_every = self.config.val.every if validated else 0
         if self.step == 0 and val_every:
             self.validate(run, held_out)
+        # A start that was killed between a checkpoint and its samples left them to this one.
+        preview = run.folder / "media" / f"samples_{self.step:08d}.mp4"
+        lost = self.step > 0 and run.due(self.config.samples.every) and not preview.is_file()
+        if distributed.same_everywhere(self.accelerator, lost):
+            self.show_samples(run, sample)
         # One iteration is one optimizer step; run.steps() ends at config.steps or on a signal.
         for _ in run.steps():
             self.train_step(run.batches)

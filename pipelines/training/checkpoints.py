@@ -229,11 +229,14 @@ def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
         ) from error
 
 
-def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, Any]) -> bool:
+def export_folder(
+    target: Path, write: Callable[[Path], None], info: dict[str, Any], older: bool = True
+) -> bool:
     """Let `write` fill a folder and put it in the place of `target` as a whole; False if that was done before.
 
-    info: {"step": ..., "checkpoint": ..., ...}, stored as export.json. A folder that this step, of this checkpoint (older
-    exports do not name it), has filled already stays as it is: another program may have added to it.
+    info: {"step": ..., "checkpoint": ..., ...}, stored as export.json. A folder that this step, of this checkpoint, has
+    filled already stays as it is: another program may have added to it. older: whether an export of before, which does
+    not name its checkpoint, counts as this one's.
     """
     # Done before, by this very step, and still whole?
     record = target / "export.json"
@@ -243,7 +246,10 @@ def export_folder(target: Path, write: Callable[[Path], None], info: dict[str, A
         except ValueError as error:
             log.warning("%s: made again", error)
         else:
-            same = done["step"] == info["step"] and done.get("checkpoint") in (None, info.get("checkpoint"))
+            made = done.get("checkpoint")
+            same = done["step"] == info["step"] and (
+                older if made is None else made == info.get("checkpoint")
+            )
             if same and _is_whole(target, done.get("files")):
                 return False
 

@@ -247,7 +247,7 @@ def end_of_stage_one(config: Any, vae: Path) -> None:
         "EMA weights": str(vae),
         "curves": f"tensorboard --logdir {shlex.quote(run)}",
         "page": command("run_report", run),
-        "measure": command("reconstruct", *where, *held_out, **same),
+        "measure": command("reconstruct", *where, *held_out, f"out={run}/reconstruct-{config.steps}", **same),
         "next": command("cache_latents", *where, *flips, **same | {"config": still}),
     }
     box(f"finished: {config.steps} steps", rows)

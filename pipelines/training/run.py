@@ -296,7 +296,8 @@ class TrainingRun:
         # The checkpoint that the weights belong to: a step that is trained again is another one.
         seal = self.checkpoints.path(self.trainer.step) / "COMPLETE"
         info |= {"checkpoint": seal.read_text()} if self.main and seal.is_file() else {}
-        if self.main and export_folder(self.folder / name, write, info):
+        trained = self.trainer.step > self.began_at
+        if self.main and export_folder(self.folder / name, write, info, older=not trained):
             log.info("EMA weights: %s", self.folder / name)
         self.accelerator.wait_for_everyone()
 

@@ -296,3 +296,4 @@ def test_a_step_that_was_trained_again_is_exported_again(tmp_path):
     assert [p.name for p in target.iterdir() if p.suffix != ".json"] == ["two"]
     assert export_folder(target, fill("old"), {"step": 5})
     assert not export_folder(target, fill("new"), {"step": 5, "checkpoint": "c"})  # older exports name none
+    assert export_folder(target, fill("new"), {"step": 5, "checkpoint": "c"}, older=False)

@@ -178,6 +178,12 @@ def test_only_what_changes_no_setting_of_the_process_is_judged_beside_it_and_wor
 def test_another_measurement_is_not_overwritten(measure, own_vae, tmp_path):
     rows, _ = measure("out")
     assert measure("out", "pictures=1", "workers=0")[0] == rows  # the same again, as told before
+    measure("out", "source.reader=decord", "source.max_failed_share=0.5")  # change no number
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    del summary["settings"]["held_out"], summary["settings"]["rfvd"]  # as an older one
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=r"held_out: False -> True"):
+        measure("out", "held_out=true", "source.val_fraction=0.3")
     for other in ("clip.size=24", "num_videos=2", "clip.num_frames=5"):
         with pytest.raises(ValueError, match=r"out=.* holds another measurement \(.*choose another out="):
             measure("out", other)

@@ -218,12 +218,6 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(sample, wrong, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_a_video_takes_other_settings(sample, tmp_path):
-    sample("run", "num_videos=1")
-    (tmp_path / "run" / "000000.mkv").unlink()
-    assert len(sample("run", "num_videos=1", "seed=3")) == 1
-
-
 def test_samples_of_other_weights_are_not_mixed_in(sample, pipeline, tmp_path):
     first = sample("run", "num_videos=1")
     latte = Latte.from_pretrained(pipeline / "transformer")

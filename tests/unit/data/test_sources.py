@@ -50,6 +50,9 @@ def test_ucf101_has_a_test_split_only_where_it_has_a_folder_of_its_own(ucf):
     for root in (ucf, ucf / "UCF-101"):
         with pytest.raises(ValueError, match="source.list_file=ucfTrainTestlist/testlist01.txt"):
             open_source("ucf101", root, split="test")
+    (ucf / "latest").symlink_to(ucf / "UCF-101")
+    with pytest.raises(ValueError, match="holds all of UCF101"):
+        open_source("ucf101", ucf / "latest", split="test")
     (ucf / "UCF-101" / "Hammering").rename(ucf / "moved")
     for split in ("train", "test"):
         (ucf / "parted" / split).mkdir(parents=True)
