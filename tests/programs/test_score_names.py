@@ -13,7 +13,7 @@ from eval.weights import Provenance, score_name
 from pipelines import demo_scores, reconstruct
 from pipelines.export import main as export
 from pipelines.reconstruct import scores_of
-from pipelines.results.card import Card
+from pipelines.results.card import Card, read_scores
 from pipelines.results.card import render as render_card
 from pipelines.results.records import Command, find
 from pipelines.results.runs import read_run
@@ -146,3 +146,24 @@ def test_the_demo_s_rule_tells_shapes_from_blobs():
     assert reached(617.75, 331.47, 301.69) > 2 * FVD_WAY
     assert reached(612.35, 436.52, 311.8) > 1.4 * FVD_WAY
     assert reached(2482.29, 2243.03, 1204.9) < 0.5 * FVD_WAY
+
+
+def test_a_card_takes_no_scores_of_another_denoiser(tmp_path):
+    file = tmp_path / "scores.jsonl"
+    for digest in ("a" * 64, "b" * 64):
+        manifest = {"sha256": "0", "settings": {"weights_sha256": digest}}
+        record = {
+            "metric": "FVD",
+            "value": 1.0,
+            "protocol": {},
+            "fake": {"manifest": manifest, "storage": "lossless"},
+        }
+        with file.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        if digest[0] == "a":
+            assert [score.metric for score in read_scores([file], "vae", "a" * 64)] == ["FVD"]
+    with pytest.raises(
+        ValueError,
+        match=r"its FVD is of videos of another denoiser .weights bbbbbbbbbbbb, exported aaaaaaaaaaaa",
+    ):
+        read_scores([file], "vae", "a" * 64)
