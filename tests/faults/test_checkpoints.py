@@ -170,7 +170,7 @@ def test_an_export_that_a_kill_prevented_is_made_by_the_next_start_though_no_ste
     settings = [*VAE, f"run_dir={tmp_path}", "val_every=9", "save_every=2"]
     main([*settings, "steps=2"])
     with monkeypatch.context() as patch:  # killed after the last checkpoint, before the export
-        patch.setattr(loop, "export_folder", lambda *_: False)
+        patch.setattr(loop, "export_folder", lambda *_, **__: False)
         main([*settings, "steps=4"])
     read = json.loads((tmp_path / "vae" / "export.json").read_text())
     assert (read["step"], read["samples_seen"], read["num_frames"]) == (2, 8, 9)
@@ -245,7 +245,7 @@ def test_an_export_is_made_while_the_run_is_still_locked(tmp_path, monkeypatch):
     from pipelines.training import run as loop
     from tests.programs.conftest import VAE
 
-    def probe(*_):
+    def probe(*_, **__):
         with pytest.raises(Timeout), FileLock(tmp_path / ".lock").acquire(timeout=0):
             pass
         return False
