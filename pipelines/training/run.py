@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data.core.files import read_json, write_json
+from data.core.files import write_json
 from data.loader import StepBatches, make_loader
 from data.progress import Progress
 from eval.records import git_commit
@@ -293,13 +293,7 @@ class TrainingRun:
     def export(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write(folder)` fill run_dir / name with the EMA model while the run folder is still locked."""
         info = self.trainer.progress() | {"steps": self.config.steps}
-        # The averaged weights of its checkpoint: a step that is trained again may have others.
-        manifest = self.checkpoints.path(self.trainer.step) / "manifest.json"
-        if self.main and manifest.is_file():
-            files = read_json(manifest, "files")["files"]
-            info["checkpoint"] = [
-                files[file] for file in sorted(files) if "_ema/" in file and file.endswith(".safetensors")
-            ]
+        # An export of this very step is an old one if this start trained the step again.
         trained = self.trainer.step > self.began_at
         if self.main and export_folder(self.folder / name, write, info, older=not trained):
             log.info("EMA weights: %s", self.folder / name)
