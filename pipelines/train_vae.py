@@ -498,8 +498,8 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Compute the frame metrics of posterior means on rounded uint8 frames of `count` clips, and a picture of four.
 
-    lpips: from `load_lpips`, for LPIPS too. Scores are named val/psnr, and so on. The picture is uint8 (T, rows, columns, 3): original | reconstruction |
-    error x 4.
+    lpips: from `load_lpips`, for LPIPS too. Scores are named val/psnr, and so on. The picture is uint8 (T, rows, columns,
+    3): original | reconstruction | error x 4.
     """
     metrics = fidelity.measures(lpips)
     was_training, scores, rows = vae.training, [], []

@@ -230,13 +230,12 @@ def writing(temporary: Path, target: Path, usual: int = 0) -> Iterator[None]:
 
 
 def export_folder(
-    target: Path, write: Callable[[Path], None], info: dict[str, Any], older: bool = True
+    target: Path, write: Callable[[Path], None], info: dict[str, Any], trained: bool = False
 ) -> bool:
     """Let `write` fill a folder and put it in the place of `target` as a whole; False if that was done before.
 
-    info: {"step": ..., "checkpoint": ..., ...}, stored as export.json. A folder that this step, of this checkpoint, has
-    filled already stays as it is: another program may have added to it. older: whether an export of before, which does
-    not name its checkpoint, counts as this one's.
+    info: {"step": ..., ...}, stored as export.json. A folder that this step has filled already stays as it is, for another
+    program may have added to it, unless `trained`: this start made the step, so what is there is older.
     """
     # Done before, by this very step, and still whole?
     record = target / "export.json"
@@ -246,11 +245,7 @@ def export_folder(
         except ValueError as error:
             log.warning("%s: made again", error)
         else:
-            made = done.get("checkpoint")
-            same = done["step"] == info["step"] and (
-                older if made is None else made == info.get("checkpoint")
-            )
-            if same and _is_whole(target, done.get("files")):
+            if not trained and done["step"] == info["step"] and _is_whole(target, done.get("files")):
                 return False
 
     def write_all(temporary: Path) -> None:

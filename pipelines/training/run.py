@@ -295,7 +295,7 @@ class TrainingRun:
         info = self.trainer.progress() | {"steps": self.config.steps}
         # An export of this very step is an old one if this start trained the step again.
         trained = self.trainer.step > self.began_at
-        if self.main and export_folder(self.folder / name, write, info, older=not trained):
+        if self.main and export_folder(self.folder / name, write, info, trained):
             log.info("EMA weights: %s", self.folder / name)
         self.accelerator.wait_for_everyone()
 
