@@ -15,10 +15,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> No
 
 class LatentCache:
     """Random access to a complete cache. `cache[k]` is row k: mean, logvar (C, t, h, w) float32, label, video, draw;
-    `cache.stored(k)` the same in the dtype of the file.
+    `cache.batch(rows)` several of them, stacked, in the dtype of the file.
 
     expect: a fingerprint the cache must have. Each shard's sha256 is checked when it is first read, and every row against
     what it was then, so one that is damaged, or changes meanwhile, is named instead of trained on. A shard that has not
@@ -150,8 +151,8 @@ class LatentCache:
         for shard in range(len(self.ends)):
             try:
                 record = self._check(shard, again=True)
-                rows = [self._shard(shard).row(row) for row in range(record["rows"])]
-                entries = np.array([row["video"] * self.draws + row["draw"] for row in rows])
+                ids = self._open[shard].ids
+                entries = ids["video"] * self.draws + ids["draw"]
                 entries = np.append(entries, [f["entry"] for f in record["failed"]]).astype(np.int64)
             except ValueError as error:
                 yield str(error)
@@ -203,19 +204,42 @@ class LatentCache:
         return self.__dict__ | {"_open": {}}
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        return {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in self.stored(k).items()}
+        batch = self.batch([k])
+        moments = {name: batch[name][0].float() for name in MOMENTS}
+        return moments | {name: int(batch[name]) for name in IDS}
 
-    def stored(self, k: int) -> dict[str, Any]:
-        """Row k, moments in the dtype in which they are stored. IndexError beyond the end, ValueError for a damaged row."""
+    def batch(self, rows: Sequence[int], each: Callable = map) -> dict[str, torch.Tensor]:
+        """Read rows, each straight into its place: mean, logvar (n, C, t, h, w) as stored; label, video, draw (n,) int64.
+
+        each: a `map` that reads the rows, for example that of a pool of threads. IndexError beyond the end, ValueError for a
+        damaged row, or one of another shape than the first.
+        """
+        found = [self._find(k) for k in rows]
+        dtype, shape = found[0][0].layout
+        batch = {name: torch.empty(len(found), *shape, dtype=dtype) for name in MOMENTS}
+        # The same memory as bytes, one row of them for each row of the cache.
+        bytes_of = [batch[name].view(len(found), -1).view(torch.uint8).numpy() for name in MOMENTS]
+
+        def read(n: int) -> None:
+            shard, row = found[n]
+            try:
+                if shard.layout != (dtype, shape):
+                    raise OSError(f"row {row} is {shard.layout}, another one {(dtype, shape)}")
+                shard.read(row, [column[n] for column in bytes_of])
+            except OSError as error:
+                number = int(np.searchsorted(self.ends, rows[n], side="right"))
+                raise ValueError(f"latent shard {shard.path}: {error}; {_way_out(self.folder, number)}") from error
+
+        for _ in each(read, range(len(found))):
+            pass
+        return batch | {name: torch.tensor([int(shard.ids[name][row]) for shard, row in found]) for name in IDS}
+
+    def _find(self, k: int) -> tuple[_Shard, int]:
+        """The shard that holds row k, and its place in it."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k}: the cache has {len(self)}")
         shard = int(np.searchsorted(self.ends, k, side="right"))
-        row = k - (int(self.ends[shard - 1]) if shard else 0)
-        try:
-            return self._shard(shard).row(row)
-        except OSError as error:
-            path = shard_file(self.folder, shard)
-            raise ValueError(f"latent shard {path}: {error}; {_way_out(self.folder, shard)}") from error
+        return self._shard(shard), k - (int(self.ends[shard - 1]) if shard else 0)
 
 
 MOMENTS, IDS = ("mean", "logvar"), ("label", "video", "draw")
@@ -224,12 +248,13 @@ MOMENTS, IDS = ("mean", "logvar"), ("label", "video", "draw")
 class _Shard:
     """Rows of a safetensors file, read one at a time: a mapped file that is cut short would end the process.
 
-    Raises ValueError if the file is not the one of its record or no shard; `row` OSError if a row has changed since.
+    layout: dtype and shape of a row of each moment. Raises ValueError if the file is not the one of its record or no
+    shard; `read` OSError if a row has changed since.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], again: bool):
         """again: read it through even if a note of an earlier check fits."""
-        self.path, self.ids = path, {}
+        self.path = path
         found = path.stat()
         now = f"words {found.st_size} {found.st_mtime_ns} {record['sha256']}"
         place = hashlib.sha256(bytes(path.resolve())).hexdigest()
@@ -238,44 +263,43 @@ class _Shard:
         if sums is None and sha256_of(path) != record["sha256"]:
             raise ValueError(" is damaged (sha256)")
         try:
-            self.columns = self._columns(sums)
+            self._take(record["rows"], sums)
         except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f": no shard of latents ({type(error).__name__}: {str(error)[:60]})") from error
         if sums is None:
-            sums = {name: column[-1] for name, column in self.columns.items()}
             with contextlib.suppress(OSError):  # then each process looks for itself
-                write_atomic(note, json.dumps({"of": now, "sums": sums}))
+                write_atomic(note, json.dumps({"of": now, "sums": dict(zip(MOMENTS, self.sums, strict=True))}))
 
-    def _columns(self, sums: dict[str, list[int]] | None) -> dict[str, tuple]:
-        """{name of a moment: (dtype, shape of a row, place of the first, bytes of one, checksums)}; reads the ids."""
-        columns = {}
+    def _take(self, rows: int, sums: dict[str, list[int]] | None) -> None:
+        """Set layout, ids, and for each moment the place of its first row and the checksums of all (sums: known ones)."""
+        self.ids, self.starts, self.sums = {}, [], []
         with open(self.path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length) if length < 1 << 20 else b"")
+            self.layout = TYPES[header["mean"]["dtype"]], tuple(header["mean"]["shape"][1:])
+            self.size = self.layout[0].itemsize * math.prod(self.layout[1])
             for name in (*MOMENTS, *IDS):
-                dtype, shape = TYPES[header[name]["dtype"]], header[name]["shape"]
                 start, end = (8 + length + place for place in header[name]["data_offsets"])
-                size = (end - start) // shape[0] if shape[0] else 0
+                found = TYPES[header[name]["dtype"]], tuple(header[name]["shape"][1:])
+                wanted, size = (self.layout, self.size) if name in MOMENTS else ((torch.int64, ()), 8)
+                if found != wanted or end - start != rows * size:
+                    raise ValueError(f"{name}: {found} in {end - start} bytes")
                 file.seek(start)
                 if name in IDS:
-                    self.ids[name] = np.frombuffer(file.read(end - start), np.int64).tolist()
+                    self.ids[name] = np.frombuffer(file.read(end - start), np.int64)
                 else:
-                    known = sums[name] if sums else [_sum(file.read(size)) for _ in range(shape[0])]
-                    columns[name] = dtype, shape[1:], start, size, known
-        return columns
+                    self.starts.append(start)
+                    self.sums.append(sums[name] if sums else [_sum(file.read(size)) for _ in range(rows)])
 
-    def row(self, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = {name: values[row] for name, values in self.ids.items()}
+    def read(self, row: int, into: Sequence[np.ndarray]) -> None:
+        """Fill the bytes of a row's moments."""
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            for name, (dtype, shape, start, size, sums) in self.columns.items():
-                data = np.empty(size, np.uint8)
-                if os.preadv(handle, [data], start + row * size) != size or _sum(data) != sums[row]:
+            for data, start, sums in zip(into, self.starts, self.sums, strict=True):
+                if os.preadv(handle, [data], start + row * self.size) != self.size or _sum(data) != sums[row]:
                     raise OSError(f"row {row} has changed since the shard was checked")
-                found[name] = torch.from_numpy(data).view(dtype).view(shape)
         finally:
             os.close(handle)
-        return found
 
 
 def _sum(data: Any) -> int:
@@ -307,8 +331,12 @@ class LatentStream:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitem__(self, n: int) -> dict[str, Any]:
+    def batch(self, numbers: Sequence[int], each: Callable = map) -> dict[str, torch.Tensor]:
+        """Samples of these numbers, stacked (LatentCache.batch); number (n,) int64."""
+        return self.cache.batch([self._row(n) for n in numbers], each) | {"number": torch.tensor(numbers)}
+
+    def _row(self, n: int) -> int:
         epoch, position = divmod(n, len(self.cache))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.cache)))
-        return self.cache.stored(int(self._order[1][position])) | {"number": n}
+        return int(self._order[1][position])

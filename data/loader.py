@@ -64,23 +64,29 @@ def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) ->
     """
     if workers < 0:
         raise ValueError(f"workers={workers}: 0 or more processes")
-    if not workers:
-        return (_collate(list(map(dataset.__getitem__, numbers))) for numbers in batches)
-    made = _by_processes if hasattr(dataset, "attempts") else _by_threads
-    return _in_background(made(dataset, iter(batches), workers))
+    if hasattr(dataset, "batch"):
+        made = _of_rows(dataset, batches, workers)
+    elif workers:
+        made = _by_processes(dataset, iter(batches), workers)
+    else:
+        made = (_collate(list(map(dataset.__getitem__, numbers))) for numbers in batches)
+    return _in_background(made) if workers else made
 
 
 def _collate(samples: list[dict]) -> dict:
-    batch = torch_data.default_collate(samples)
+    return _pinned(torch_data.default_collate(samples))
+
+
+def _pinned(batch: dict) -> dict:
     if not torch.cuda.is_available():
         return batch
     return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def _by_threads(dataset: Any, batches: Iterator[list[int]], workers: int) -> Iterator[dict]:
-    with ThreadPoolExecutor(workers) as pool:
+def _of_rows(dataset: Any, batches: Iterable[list[int]], workers: int) -> Iterator[dict]:
+    with ThreadPoolExecutor(workers) if workers else contextlib.nullcontext() as pool:
         for numbers in batches:
-            yield _collate(list(pool.map(dataset.__getitem__, numbers)))
+            yield _pinned(dataset.batch(numbers, pool.map if pool else map))
 
 
 def _by_processes(dataset: Any, batches: Iterator[list[int]], workers: int) -> Iterator[dict]:

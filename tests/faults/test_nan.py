@@ -18,17 +18,14 @@ def poisoned(vae_settings, latte_settings, own_vae, tmp_path, monkeypatch):
     def go(stage, steps, value, *more):
         from data.latents import LatentCache, LatentStream
 
-        def poison(cls, key):
-            original = cls.__getitem__
+        original = LatentStream.batch
 
-            def get(self, n):
-                sample = original(self, n)
+        def poisoned_batch(self, numbers, *each):
+            batch = original(self, numbers, *each)
+            for row, n in enumerate(numbers):
                 if n // 4 in steps:  # the global batch is 4
-                    sample[key] = sample[key].clone()
-                    sample[key].view(-1)[0] = value
-                return sample
-
-            monkeypatch.setattr(cls, "__getitem__", get)
+                    batch["mean"][row].view(-1)[0] = value
+            return batch
 
         run = tmp_path / "run"
         if stage is train_vae:
@@ -46,7 +43,7 @@ def poisoned(vae_settings, latte_settings, own_vae, tmp_path, monkeypatch):
             settings = [*latte_settings, f"vae.path={own_vae}", f"cache.dir={tmp_path / 'cache'}"]
             cache_latents.main(settings)
             assert len(LatentCache(tmp_path / "cache")) == 16
-            poison(LatentStream, "mean")
+            monkeypatch.setattr(LatentStream, "batch", poisoned_batch)
         return program(stage.main, *settings, f"run_dir={run}", *more), run
 
     return go

@@ -44,20 +44,20 @@ def test_batches_hold_the_written_bits_in_the_dtype_of_the_file(written, workers
 def test_a_row_that_changes_after_the_check_is_named(written, column):
     cache, _ = written
     assert list(cache.verify()) == []
-    _, _, start, size, _ = cache._open[0].columns[column]
-    path = cache._open[0].path
+    shard = cache._open[0]
+    path, start, size = shard.path, shard.starts[column == "logvar"], shard.size
     for place in (start + size, start + 2 * size - 1):  # the first and the last byte of row 1
         content = bytearray(path.read_bytes())
         content[place] ^= 1
         path.write_bytes(content)
-        cache.stored(0)
+        cache.batch([0])
         with pytest.raises(ValueError, match="row 1 has changed since the shard was checked; delete"):
-            cache.stored(1)
+            cache.batch([0, 1])
         content[place] ^= 1
         path.write_bytes(content)
     path.write_bytes(content[: start + size])
     with pytest.raises(ValueError, match="row 1 has changed"):
-        cache.stored(1)
+        cache.batch([1])
 
 
 def test_every_pass_and_every_seed_has_an_order_of_its_own(written):
@@ -65,7 +65,7 @@ def test_every_pass_and_every_seed_has_an_order_of_its_own(written):
 
     def orders(seed):
         stream = LatentStream(cache, seed=seed)
-        videos = [int(stream[n]["video"]) for n in range(20)]
+        videos = stream.batch(range(20))["video"].tolist()
         return [tuple(videos[5 * e : 5 * e + 5]) for e in range(4)]
 
     first = orders(1)
@@ -74,4 +74,48 @@ def test_every_pass_and_every_seed_has_an_order_of_its_own(written):
     assert first == orders(1) != orders(2)
     stream = LatentStream(cache, seed=1)
     jumps = [17, 3, 12, 4, 19, 0]
-    assert [int(stream[n]["video"]) for n in jumps] == [first[n // 5][n % 5] for n in jumps]
+    assert stream.batch(jumps)["video"].tolist() == [first[n // 5][n % 5] for n in jumps]
+
+
+@pytest.mark.parametrize("change", ["more_rows", "long_ids", "float_ids", "other_dtype", "other_shape"])
+def test_a_shard_whose_columns_do_not_fit_its_record_is_named(written, change):
+    cache, rows = written
+    shard = {name: column[:3] for name, column in rows.items()}
+    other = torch.float16
+    shard |= {
+        "more_rows": {"logvar": rows["logvar"][:4]},
+        "long_ids": {"video": rows["video"]},
+        "float_ids": {"draw": torch.zeros(3)},
+        "other_dtype": {"logvar": shard["logvar"].to(other)},
+        "other_shape": {"logvar": shard["logvar"].flatten(1)},
+    }[change]
+    LatentCacheWriter(cache.folder, cache.fingerprint, 5, shard_size=3).write(0, shard, [])
+    with pytest.raises(ValueError, match="latents-00000.safetensors: no shard of latents"):
+        cache.batch([0])
+    assert "no shard of latents" in next(cache.verify())
+
+
+def test_rows_of_two_sizes_do_not_make_a_batch(written):
+    cache, rows = written
+    shard = {name: column[3:] for name, column in rows.items()}
+    shard |= {name: shard[name].flatten(1) for name in ("mean", "logvar")}
+    LatentCacheWriter(cache.folder, cache.fingerprint, 5, shard_size=3).write(1, shard, [])
+    assert cache.batch([3, 4])["mean"].shape == (2, 27)
+    with pytest.raises(ValueError, match=r"latents-00001.*row 0 is \(.*, another one"):
+        cache.batch([0, 3])
+    with pytest.raises(IndexError, match="row 5: the cache has 5"):
+        cache.batch([0, 5])
+
+
+def test_threads_fill_the_rows_of_a_batch(written):
+    cache, rows = written
+    taken = []
+
+    def each(read, numbers):
+        taken.extend(numbers)
+        return map(read, reversed(numbers))
+
+    batch = LatentStream(cache, seed=2).batch([7, 5, 9], each)
+    assert taken == [0, 1, 2]
+    assert batch["number"].tolist() == [7, 5, 9]
+    assert torch.equal(batch["logvar"], rows["logvar"][batch["video"]])
