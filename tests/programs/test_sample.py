@@ -1,4 +1,9 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +13,8 @@ from data.video import read_frames
 from denoiser import Latte
 from pipelines.sample import SampleConfig, classes_of, main
 from pipelines.video_pipeline import LatentVideoPipeline
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -207,6 +214,44 @@ def test_a_class_whose_name_is_a_number_is_meant_by_it(pipeline):
     assert pipe.labels(["1", "7"], 2).tolist() == [0, 2]
     assert classes_of(SampleConfig(labels=["0"]), pipe) == [0]  # no name: an id
     assert classes_of(SampleConfig(), pipe) == [0, 1, 2]
+
+
+def test_a_folder_from_when_a_number_was_an_id_is_not_continued(sample, pipeline, tmp_path):
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps(index | {"class_names": ["1", "2", "7"]}))
+    for label, refused in (("1", True), ("0", False)):
+        sample(label, "num_videos=1", f"labels=[{label}]")
+        manifest = tmp_path / label / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["settings"].pop("labels_are_names", None)
+        manifest.write_text(json.dumps(content))
+        if refused:
+            with pytest.raises(ValueError, match="labels_are_names: None -> True"):
+                sample(label, "num_videos=2", f"labels=[{label}]")
+        else:
+            assert len(sample(label, "num_videos=2", f"labels=[{label}]")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_make_what_is_missing_as_one_does(sample, pipeline, tmp_path):
+    one, two = sample("one", "num_videos=6"), tmp_path / "two"
+    shutil.copytree(tmp_path / "one", two)
+    for number in (0, 2, 3, 5):  # as a kill leaves them
+        (two / f"{number:06d}.mkv").unlink()
+    before = (two / "000001.mkv").stat().st_mtime_ns
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "pipelines.sample", f"pipeline={pipeline}", f"out={two}", "num_steps=4", "num_videos=7"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = videos(two)
+    assert len(found) == 7
+    assert close({name: found[name] for name in one}, one)
+    assert (two / "000001.mkv").stat().st_mtime_ns == before
+    assert json.loads((two / "manifest.json").read_text())["complete"]
 
 
 @pytest.mark.parametrize(
