@@ -2,7 +2,7 @@
 
     python -m pipelines.benchmark vae                    # CSpeed: encoder, 1 x 3 x 81 x 256 x 256
     python -m pipelines.benchmark vae num_frames=17 size=128 "block_out_channels=[32,64,128,128]" repeats=3
-    python -m pipelines.benchmark all --peer ~/Open-Sora-Plan,~/Latte out=speed.jsonl
+    python -m pipelines.benchmark all --peer ~/Open-Sora-Plan,~/Latte,~/content-debiased-fvd out=speed.jsonl
     python -m pipelines.benchmark vae --model card=h100  # modelled: milliseconds, bytes, kernels, layout copies
 
 A row of the first kind runs in a process of its own. `train`, `cache`, `sample`, `data`, `eval`, `all`, and `vae` with
@@ -65,7 +65,7 @@ class BenchmarkConfig:
 
 @dataclass
 class ComparisonConfig:
-    peer: str = option("", "checkouts of Open-Sora-Plan v1.2.0 and Latte, separated by a comma")
+    peer: str = option("", "checkouts of Open-Sora-Plan v1.2.0, Latte and cd-fvd, separated by commas")
     only: str = option("", "only cases whose name holds this")
     size: str = option("", "tiny|reduced|full; default full on a GPU, else reduced")
     rounds: int = option(5, "timed runs of each way; the median counts")

@@ -146,8 +146,60 @@ def _forward_flops(model: Any, x: Tensor, t: Tensor, y: Tensor) -> int:
     return counter.get_total_flops()
 
 
+STAGE_ONE = {"tiny": (32, 5, 16), "reduced": (32, 9, 64), "full": (128, 25, 256)}  # width, frames, side
+
+
 def train(s: Setup) -> Cases:
-    """A step of Latte on cached latents: forward, backward, clip, AdamW; each side by its own optimizer's settings."""
+    """A step of each stage: forward, backward, Adam or AdamW; each side by its own optimizer's settings."""
+    yield from _stage_one(s)
+    yield from _stage_two(s)
+
+
+def _stage_one(s: Setup) -> Cases:
+    """The VAE's own part of a step, posterior means for samples: L1 and KL; LPIPS and the GAN are the same on both sides."""
+    from vae import ODVAE
+
+    width, frames, side = STAGE_ONE[s.size]
+    torch.manual_seed(0)
+    released = ODVAE.preset("osp_v1_2", block_out_channels=(width, 2 * width, 4 * width, 4 * width))
+    own = ODVAE.preset("odvae", block_out_channels=released.config.block_out_channels)
+    own.load_state_dict(released.state_dict())
+    models: dict[str, Any] = {"odvae": own, "osp_v1_2": released}
+    if "Open-Sora-Plan" in s.peers:
+        models = {
+            "Open-Sora-Plan": peers.open_sora_plan(s.peers["Open-Sora-Plan"], copy.deepcopy(released)),
+            **models,
+        }
+    models = {name: model.to(s.device).train() for name, model in models.items()}
+    x = torch.rand(1, 3, frames, side, side, device=s.device) * 2 - 1
+
+    def loss_of(model: Any) -> Tensor:
+        with s.autocast():
+            encoded = model.encode(x)
+            posterior = encoded if hasattr(encoded, "mode") else encoded.latent_dist
+            decoded = model.decode(posterior.mode())
+            video = decoded if isinstance(decoded, Tensor) else decoded.sample
+        return (video.float() - x).abs().sum() + 1e-6 * posterior.kl().sum()
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model).backward()
+        optimizer.step()
+
+    def same() -> dict[str, float]:
+        with torch.no_grad():
+            losses = [float(loss_of(model)) for model in models.values()]
+        return {"osp_v1_2": abs(losses[-1] / losses[0] - 1)} if len(models) > 2 else {}
+
+    runs = {}
+    for name, model in models.items():
+        fused = name != "Open-Sora-Plan"
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, betas=(0.5, 0.9), fused=fused)
+        runs[name] = lambda model=model, optimizer=optimizer: step(model, optimizer)
+    yield Case(f"stage one training step, width {width}, {frames} x {side} x {side}", runs, same=same)
+
+
+def _stage_two(s: Setup) -> Cases:
     models, x, t, y = _lattes(s)
     target = torch.randn_like(x)
 
@@ -312,24 +364,55 @@ def data(s: Setup) -> Cases:
     yield Case(title, {"plain": plain, "ours": lambda: to_float(frames)}, bytes=5 * frames.nbytes, same=same)
 
 
+def _from_pixels(s: Setup, network: Any, fast: Any, frames: int) -> Case:
+    """Features of a clip of 128 x 128 in uint8, by cd-fvd's resizing and network and by ours."""
+    from eval.i3d import to_i3d_input
+
+    module = s.peers["cd-fvd"]
+    theirs = peers.cd_fvd(module, network).to(s.device)
+    pixels = np.random.default_rng(0).integers(0, 256, (frames, 128, 128, 3), dtype=np.uint8)
+
+    @torch.inference_mode()
+    def by_them() -> Tensor:
+        return theirs(module.preprocess_i3d(pixels[None]).to(s.device))
+
+    @torch.inference_mode()
+    def by_us() -> Tensor:
+        return fast(to_i3d_input(torch.from_numpy(pixels).to(s.device))[None])
+
+    def same() -> dict[str, float]:
+        wanted = by_them()
+        return {"ours": float((wanted - by_us()).abs().max() / wanted.abs().max())}
+
+    return Case(
+        f"I3D of a clip, {frames} x 128 x 128 in uint8", {"cd-fvd": by_them, "ours": by_us}, same=same
+    )
+
+
 def judge(s: Setup) -> Cases:
-    """I3D against the same network unfused; the interval of an FVD against every resample in full."""
+    """I3D against the same network unfused, or cd-fvd's; the interval of an FVD against every resample in full."""
     from eval import measures
     from eval.i3d import I3D
     from eval.i3d_fast import FastI3D
 
     torch.manual_seed(0)
     network = I3D().eval().to(s.device)
+    for weight in network.parameters():
+        if weight.ndim == 5:  # with torch's own the features vanish
+            torch.nn.init.kaiming_normal_(weight)
     fast = FastI3D(network)
     clip = torch.rand(1, 3, 9 if s.size == "tiny" else 16, 224, 224, device=s.device) * 2 - 1
 
     def same() -> dict[str, float]:
         with torch.inference_mode():
-            return {"ours": float((network(clip) - fast(clip)).abs().max())}
+            wanted = network(clip)
+            return {"ours": float((wanted - fast(clip)).abs().max() / wanted.abs().max())}
 
     runs = {"plain": lambda: network(clip), "ours": lambda: fast(clip)}
     runs = {name: torch.inference_mode()(run) for name, run in runs.items()}
     yield Case(f"I3D of a clip, {clip.shape[2]} x 224 x 224", runs, same=same)
+    if "cd-fvd" in s.peers:
+        yield _from_pixels(s, network, fast, clip.shape[2])
 
     N, dim = (150, 60) if s.size == "tiny" else (2048, 400)
     rng = np.random.default_rng(0)

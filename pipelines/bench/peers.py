@@ -2,6 +2,7 @@
 
     git clone --branch v1.2.0 https://github.com/PKU-YuanGroup/Open-Sora-Plan
     git clone https://github.com/Vchitect/Latte
+    git clone https://github.com/songweige/content-debiased-fvd
 
 A model's file is imported without the packages' __init__ files and without what it imports for other purposes
 (training, data): those names are empty stand-ins while it is imported.
@@ -35,6 +36,7 @@ class Peer:
 
 
 _OSP = "opensora.models.causalvideovae"
+_I3D = "cdfvd.third_party.i3d"
 PEERS = (
     Peer(
         "Open-Sora-Plan",
@@ -43,6 +45,7 @@ PEERS = (
         ("decord", "pytorch_lightning", "pytorchvideo", "torchvision", f"{_OSP}.eval", f"{_OSP}.utils"),
     ),
     Peer("Latte", "models.latte", ("models",), ("xformers",)),
+    Peer("cd-fvd", f"{_I3D}.utils", ("cdfvd", "cdfvd.third_party", _I3D), ("requests",)),
 )
 
 
@@ -167,3 +170,8 @@ def latte(module: ModuleType, ours: Any) -> Any:
         class_dropout_prob=c.class_dropout_prob,
     )
     return _load(model, ours.state_dict(), "Latte", ("pos_embed", "temp_embed"))
+
+
+def cd_fvd(module: ModuleType, ours: Any) -> Any:
+    """cd-fvd's I3D with the weights of ours."""
+    return _load(module.pytorch_i3d.InceptionI3d(400, in_channels=3), ours.state_dict(), "cd-fvd")

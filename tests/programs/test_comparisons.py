@@ -3,11 +3,13 @@
 import json
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from denoiser.latte import Latte
+from eval.i3d import I3D, to_i3d_input
 from pipelines.bench import cases, pairs
 from pipelines.bench.peers import load_peers
 from pipelines.benchmark import KINDS, main
@@ -140,16 +142,33 @@ class CausalVAEModule:
 
 @pytest.mark.parametrize("kind", ["train", "sample"])
 def test_a_peers_latte_has_our_weights_and_is_compared_with_ours(kind):
-    (case,) = cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": LatteModule()}))
+    case = list(cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": LatteModule()})))[-1]
     assert list(case.runs) == ["Latte", "ours"]
     assert case.same() == {"ours": pytest.approx(0, abs=1e-4)}
 
 
 def test_a_peers_vae_has_our_weights_and_takes_the_place_of_the_plain_network():
-    encode, decode = cases.vae(cases.Setup("tiny", CPU, {"Open-Sora-Plan": CausalVAEModule()}))
-    for case in (encode, decode):
+    setup = cases.Setup("tiny", CPU, {"Open-Sora-Plan": CausalVAEModule()})
+    encode, decode = cases.vae(setup)
+    step, _ = cases.train(setup)
+    for case in (encode, decode, step):
         assert list(case.runs) == ["Open-Sora-Plan", "odvae", "osp_v1_2"]
         assert case.same() == {"osp_v1_2": pytest.approx(0, abs=1e-4)}
+    step.runs["Open-Sora-Plan"]()  # a step changes the weights of one side alone
+    assert step.same()["osp_v1_2"] > 1e-5
+
+
+def test_a_peers_i3d_has_our_weights_and_is_compared_from_pixels_on():
+    def preprocess(pixels):
+        return to_i3d_input(torch.from_numpy(pixels[0]))[None]
+
+    inception = SimpleNamespace(InceptionI3d=lambda classes, in_channels: I3D())
+    module = SimpleNamespace(preprocess_i3d=preprocess, pytorch_i3d=inception)
+    _, case, _ = cases.judge(cases.Setup("tiny", CPU, {"cd-fvd": module}))
+    assert list(case.runs) == ["cd-fvd", "ours"]
+    assert 0 < case.same()["ours"] < 1e-5
+    module.preprocess_i3d = lambda pixels: -preprocess(pixels)
+    assert case.same()["ours"] > 1e-2
 
 
 def test_a_peers_latte_with_other_weights_than_ours_is_refused():
@@ -162,7 +181,7 @@ def test_a_peers_latte_with_other_weights_than_ours_is_refused():
     with pytest.raises(
         ValueError, match=r"Latte's .* other weights than ours: blocks\.0\.attn.*, second_head\.weight;"
     ):
-        next(cases.train(cases.Setup("tiny", CPU, {"Latte": Other()})))
+        list(cases.train(cases.Setup("tiny", CPU, {"Latte": Other()})))
 
 
 @pytest.mark.parametrize("kind", ["train", "sample"])
@@ -177,7 +196,7 @@ def test_both_lattes_run_in_the_precision_of_the_machines_own_speed(kind, dtype,
 
     monkeypatch.setattr(Latte, "forward", watched)
     module = LatteModule()
-    (case,) = cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": module}))
+    case = list(cases.KINDS[kind](cases.Setup("tiny", CPU, {"Latte": module})))[-1]
     for name, seen in (("Latte", module.made[0].bf16), ("ours", ours)):
         seen.clear()
         case.runs[name]()
