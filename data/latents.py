@@ -228,11 +228,15 @@ class LatentCache:
                 shard.read(row, [column[n] for column in bytes_of])
             except OSError as error:
                 number = int(np.searchsorted(self.ends, rows[n], side="right"))
-                raise ValueError(f"latent shard {shard.path}: {error}; {_way_out(self.folder, number)}") from error
+                raise ValueError(
+                    f"latent shard {shard.path}: {error}; {_way_out(self.folder, number)}"
+                ) from error
 
         for _ in each(read, range(len(found))):
             pass
-        return batch | {name: torch.tensor([int(shard.ids[name][row]) for shard, row in found]) for name in IDS}
+        return batch | {
+            name: torch.tensor([int(shard.ids[name][row]) for shard, row in found]) for name in IDS
+        }
 
     def _find(self, k: int) -> tuple[_Shard, int]:
         """The shard that holds row k, and its place in it."""
@@ -268,7 +272,9 @@ class _Shard:
             raise ValueError(f": no shard of latents ({type(error).__name__}: {str(error)[:60]})") from error
         if sums is None:
             with contextlib.suppress(OSError):  # then each process looks for itself
-                write_atomic(note, json.dumps({"of": now, "sums": dict(zip(MOMENTS, self.sums, strict=True))}))
+                write_atomic(
+                    note, json.dumps({"of": now, "sums": dict(zip(MOMENTS, self.sums, strict=True))})
+                )
 
     def _take(self, rows: int, sums: dict[str, list[int]] | None) -> None:
         """Set layout, ids, and for each moment the place of its first row and the checksums of all (sums: known ones)."""

@@ -6,7 +6,7 @@ same steps and agree bit for bit, and memory does not grow with the clip's lengt
 
 What makes it fast: kernels prepared once per model, the norm and SiLU written straight into the next convolution's
 window, the first frame's taps summed, upsampling as small convolutions on the small grid ("phases"), on a
-CPU convolutions with fewer products (vae/winograd.py), and on a GPU fused passes over the tensors (vae/ops.py).
+CPU convolutions with fewer products (data/core/winograd.py), and on a GPU fused passes over the tensors (vae/ops.py).
 tests/unit/vae hold it equal to the plain network.
 """
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae import ops, winograd
+from data.core import convolution, winograd
+from vae import ops
 from vae.layers import (
     FrameAttention,
     FrameConv2d,
@@ -149,8 +150,8 @@ def _convolve(layer: nn.Module, x: Tensor, kept: bool, biased: bool, what: str =
         return winograd.convolve_3x3(layer, x, what, derive, kt)
     stride, padding = layer.stride[2 - x.ndim :], layer.padding[2 - x.ndim :]
     if what or kept or _is_slow_im2col(x, weight):
-        weight = ops.prepared(layer, x, what, derive, stride, padding)
-    return ops.convolve(x, weight, bias, stride, padding)
+        weight = convolution.prepared(layer, x, what, derive, stride, padding)
+    return convolution.convolve(x, weight, bias, stride, padding)
 
 
 def _is_slow_im2col(x: Tensor, weight: Tensor) -> bool:
@@ -158,7 +159,7 @@ def _is_slow_im2col(x: Tensor, weight: Tensor) -> bool:
     if x.ndim != 5 or weight.shape[-1] == 1:  # pointwise, it is a plain product
         return False
     small = x.shape[0] == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
-    return small and ops.ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+    return small and convolution.ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _window(
@@ -172,7 +173,7 @@ def _window(
     # Else the norm writes straight to its place behind the earlier frames.
     B, C, T, H, W = x.shape
     dtype = x.dtype if past is None else past.dtype
-    dtype = ops.compute_dtype(x) if ops.fused(x) else dtype
+    dtype = convolution.compute_dtype(x) if ops.fused(x) else dtype
     window = ops.empty_channels_last(x, (B, C, T + keep, H, W), dtype)
     now = window[:, :, keep:]
     if before is None:
@@ -217,7 +218,7 @@ def write_norm_silu(layer: VideoGroupNorm, x: Tensor, out: Tensor, shift: Tensor
 
 
 def _fused_norm(layer: VideoGroupNorm, x: Tensor, shift: Tensor | None, silu: bool) -> Tensor:
-    out = ops.empty_channels_last(x, x.shape, ops.compute_dtype(x))
+    out = ops.empty_channels_last(x, x.shape, convolution.compute_dtype(x))
     ops.group_norm(layer, x, shift, layer.scope == "frame", silu, out)
     return out
 
@@ -348,7 +349,7 @@ def _enlarge(
     if winograd.suits(layer, x, kt, enlarge=True):
         return winograd.convolve_3x3(layer, x, what, derive, kt, frames, positions=3)
     met = (*x.shape[:3], x.shape[3] + 1, x.shape[4] + 1)
-    kernels = ops.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)), size=met)
+    kernels = convolution.prepared(layer, x, what, lambda w: _phases_for(x, derive(w)), size=met)
     return interleave(x, kernels, layer.bias, frames)
 
 
@@ -370,9 +371,9 @@ def interleave(
     n, O = frames_per_input, len(bias)  # noqa: E741
     one = isinstance(kernels, Tensor)
     kt = kernels.shape[2] if one else kernels[0].shape[2]
-    out = ops.empty_channels_last(x, (B, O, n * (T - kt + 1), 2 * h, 2 * w), ops.compute_dtype(x))
+    out = ops.empty_channels_last(x, (B, O, n * (T - kt + 1), 2 * h, 2 * w), convolution.compute_dtype(x))
     if one:
-        phases = ops.convolve(x, kernels, None, 1, (0, 1, 1)).chunk(
+        phases = convolution.convolve(x, kernels, None, 1, (0, 1, 1)).chunk(
             4, dim=1
         )  # (h + 1, w + 1), one phase takes (h, w)
         shift = bias.to(out.dtype).view(1, O, 1, 1, 1)
@@ -382,7 +383,7 @@ def interleave(
         if one:
             y = phases[k][..., a : a + h, b : b + w]
         else:
-            y = ops.convolve(x[..., a : a + h + 1, b : b + w + 1], kernels[k], repeated)
+            y = convolution.convolve(x[..., a : a + h + 1, b : b + w + 1], kernels[k], repeated)
         for i, part in enumerate(y.split(O, dim=1)):
             place = out[:, :, i::n, a::2, b::2]
             torch.add(part, shift, out=place) if one else place.copy_(part)

@@ -20,10 +20,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from data.core.convolution import channels_last, forget, making_a_graph
 from vae import fast
 from vae.interface import VideoGaussian, VideoVAE
 from vae.layers import CausalConv3d, FrameAttention, FrameConv2d, ResBlock, VideoGroupNorm, conv3x3
-from vae.ops import channels_last, forget, fused, latents_per_step, making_a_graph
+from vae.ops import fused, latents_per_step
 from vae.resample import TIME_DOWN, TIME_UP, Downsample, SpaceTimeUpsample, SpatialUpsample
 from vae.stream import StreamState, regroup
 from vae.tiling import over_groups, over_tiles

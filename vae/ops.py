@@ -1,36 +1,17 @@
-"""Operations of fast inference (vae/fast.py): prepared kernels, sizes of steps, and passes fused on a GPU.
+"""Operations of fast inference (vae/fast.py): sizes of steps, and passes fused on a GPU.
 
 Nothing here records gradients, and a graph (torch.compile, torch.export, torch.jit.trace) holds none of it.
 """
 
 import functools
 import warnings
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def making_a_graph() -> bool:
-    """Whether torch records the operations for a graph that shall run elsewhere."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in: autocast's dtype where it is on; it leaves float64 alone."""
-    kind = x.device.type
-    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if on else x.dtype
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x, or a copy, with a pixel's channels side by side."""
-    return x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+from data.core import convolution
 
 
 def empty_channels_last(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -41,10 +22,10 @@ def empty_channels_last(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def pad_right_bottom(x: Tensor) -> Tensor:
     """One row and column of zeros at the right and the bottom of each frame."""
-    if making_a_graph():
+    if convolution.making_a_graph():
         return F.pad(x, (0, 1, 0, 1))
     B, C, T, H, W = x.shape
-    out = empty_channels_last(x, (B, C, T, H + 1, W + 1), compute_dtype(x))
+    out = empty_channels_last(x, (B, C, T, H + 1, W + 1), convolution.compute_dtype(x))
     out[..., H, :], out[..., W] = 0, 0
     out[..., :H, :W] = x
     return out
@@ -62,86 +43,7 @@ def latents_per_step(x: Tensor, pixels: int) -> int:
     """
     if not x.is_cuda:
         return 1
-    return max(1, STEP_BYTES // (4 * x.shape[0] * pixels * compute_dtype(x).itemsize))
-
-
-# ---- prepared kernels ------------------------------------------------------------------------------------
-
-_PREPARED: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple]]" = weakref.WeakKeyDictionary()
-
-
-def prepared(
-    layer: nn.Module,
-    x: Tensor,
-    what: str = "",
-    derive: Callable[[Tensor], Any] = lambda weight: weight,
-    stride: Any = 1,
-    padding: Any = 0,
-    groups: int = 1,
-    size: tuple[int, ...] | None = None,
-) -> Any:
-    """derive(layer.weight), a kernel or a tuple of them, ready for `convolve` with x: cast and in the device's order.
-
-    size: of what the kernel meets, if not x. oneDNN's order depends on it, and a kernel in the order of another size
-    would be put into order in every call, up to 40 times slower (measured on AVX2). The last two of a name are kept: of
-    the first frame and of a later step, of one size and another, or direct and with groups (vae/winograd.py).
-
-    Kept beside the module (never in its state, copies or files) until the weight is another one or was changed in
-    place. A fused optimizer may change a weight without raising its version: `forget` drops all kernels when gradients are recorded.
-    """
-    weight, dtype = layer.weight, compute_dtype(x)
-    if making_a_graph():
-        return derive(weight)
-    size = None if x.is_cuda else tuple(size or x.shape)
-    if weight.is_inference():  # such a tensor does not count its changes
-        return _ready(derive(weight), x, dtype, stride, padding, groups, size)
-    kept, storage = _PREPARED.setdefault(layer, {}), weight.untyped_storage()
-    found, form = kept.get((what, dtype), ()), (weight._version, groups, size)
-    for source, made_of, kernels in found:
-        if source() is storage and made_of == form:
-            return kernels
-    kernels = _ready(derive(weight.detach()), x, dtype, stride, padding, groups, size)
-    last = [one for one in found[-1:] if one[0]() is storage and one[1][0] == weight._version]
-    kept[what, dtype] = (*last, (weakref.ref(storage), form, kernels))
-    return kernels
-
-
-def forget(model: nn.Module) -> None:
-    """Drop all that was prepared for a model: its weights are about to change."""
-    if making_a_graph():
-        return
-    for module in model.modules() if _PREPARED else ():
-        _PREPARED.pop(module, None)
-
-
-def _ready(
-    kernel: Any, x: Tensor, dtype: torch.dtype, stride: Any, padding: Any, groups: int, size: Any
-) -> Any:
-    if isinstance(kernel, tuple):
-        return tuple(_ready(one, x, dtype, stride, padding, groups, size) for one in kernel)
-    if x.is_cuda:
-        return channels_last(kernel.to(dtype))
-    if not ONEDNN or x.device.type != "cpu" or kernel.dtype != torch.float32 or dtype != torch.float32:
-        return kernel
-    dims = kernel.ndim - 2  # oneDNN's own order, which it would otherwise make again in every call
-    stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
-    reorder = (
-        torch._C._nn.mkldnn_reorder_conv3d_weight if dims == 3 else torch._C._nn.mkldnn_reorder_conv2d_weight
-    )
-    return reorder(kernel.to_mkldnn(), padding, stride, [1] * dims, groups, size)
-
-
-def convolve(
-    x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, groups: int = 1
-) -> Tensor:
-    """F.conv2d or F.conv3d, by the dimensions of the kernel, which may be a prepared one."""
-    dims = x.ndim - 2
-    if not kernel.is_mkldnn:
-        return (F.conv2d if dims == 2 else F.conv3d)(x, kernel, bias, stride, padding, 1, groups)
-    stride, padding = ([v] * dims if isinstance(v, int) else v[-dims:] for v in (stride, padding))
-    return torch.ops.mkldnn._convolution_pointwise(
-        channels_last(x), kernel, bias, padding, stride, [1] * dims, groups, "none", [], ""
-    )
+    return max(1, STEP_BYTES // (4 * x.shape[0] * pixels * convolution.compute_dtype(x).itemsize))
 
 
 # ---- passes fused on a GPU -------------------------------------------------------------------------------
@@ -236,7 +138,7 @@ def _triton() -> Any:
 
 def fused(x: Tensor) -> bool:
     """Whether the fused passes take x: on a GPU, in float32 or half precision, not while a graph is made."""
-    return x.is_cuda and x.dtype != torch.float64 and not making_a_graph()
+    return x.is_cuda and x.dtype != torch.float64 and not convolution.making_a_graph()
 
 
 def group_norm(
@@ -244,7 +146,15 @@ def group_norm(
 ) -> None:
     """out = GroupNorm of (x + shift), then SiLU if asked; see `plain_group_norm`."""
     torch.ops.omnilatte.group_norm(
-        channels_last(x), shift, norm.weight, norm.bias, norm.num_groups, norm.eps, by_frame, silu, out
+        convolution.channels_last(x),
+        shift,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        norm.eps,
+        by_frame,
+        silu,
+        out,
     )
 
 

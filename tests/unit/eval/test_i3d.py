@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.core import convolution, winograd
 from eval.features import extract_features, i3d_extractor
 from eval.i3d import head, max_pool_same, to_i3d_input
 from eval.i3d_fast import FastI3D, max_pool_separable
@@ -29,9 +30,16 @@ def test_max_pool_axis_by_axis_equals_the_cubic_window(shape, kernel, stride):
     assert torch.equal(max_pool_separable(x, kernel, stride), max_pool_same(x, kernel, stride))
 
 
-@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("T", [9, 12])
-def test_the_fast_network_equals_the_plain_one(T):
+def test_the_fast_network_equals_the_plain_one(T, threads, monkeypatch):
+    convolve, taken = winograd.convolve_3x3, []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(
+        winograd,
+        "convolve_3x3",
+        lambda conv, *rest, **more: taken.append(conv) or convolve(conv, *rest, **more),
+    )
     network, _ = load_i3d("random:1", eps=1e-3)
     for module in network.modules():  # batch norms that do something
         if isinstance(module, torch.nn.BatchNorm3d):
@@ -39,8 +47,12 @@ def test_the_fast_network_equals_the_plain_one(T):
             module.running_var.uniform_(0.5, 2)
             module.bias.data.normal_(0, 0.1)
     x = torch.stack([to_i3d_input(torch.from_numpy(clip)) for clip in clips(1, T)])
-    plain, fast = network(x), FastI3D(network)(x)
+    made = FastI3D(network)
+    with torch.inference_mode():
+        plain, fast = network(x), made(x)
     assert (plain - fast).abs().max() < 1e-5 * plain.abs().max()
+    if convolution.ONEDNN and winograd.X86:
+        assert len(taken) == (11 if threads == 1 else 0)  # of 19; with many threads the direct convolution
 
 
 def test_random_weights_are_a_function_of_the_seed_and_give_features_of_order_one(extractor):

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
+from data.core import convolution, winograd
+from data.core.convolution import convolve, prepared
 from tests.unit.vae import reference
 from tests.unit.vae.tiny import clip, moments, tiny
-from vae import ops, winograd
-from vae.ops import convolve, plain_group_norm, prepared
+from vae import ops
+from vae.ops import plain_group_norm
 
 
 def moments_after(change):
@@ -70,8 +72,8 @@ def test_prepared_kernels_notice_an_optimizer_that_leaves_no_trace():
 @torch.no_grad()
 def test_prepared_kernels_are_made_once_and_leave_no_trace_in_the_model(monkeypatch):
     model, x, made = tiny(dtype=torch.float32), clip(13, dtype=torch.float32), []
-    ready = ops._ready
-    monkeypatch.setattr(ops, "_ready", lambda *args: made.append(1) or ready(*args))
+    ready = convolution._ready
+    monkeypatch.setattr(convolution, "_ready", lambda *args: made.append(1) or ready(*args))
     keys, attributes = list(model.state_dict()), set(vars(model.encoder.conv_out.conv))
     moments(model, x)
     count = len(made)
@@ -81,9 +83,9 @@ def test_prepared_kernels_are_made_once_and_leave_no_trace_in_the_model(monkeypa
     assert list(model.state_dict()) == keys
     assert set(vars(model.encoder.conv_out.conv)) == attributes
     assert torch.equal(moments(pickle.loads(pickle.dumps(model)), x), moments(model, x))
-    held = len(ops._PREPARED)
+    held = len(convolution._PREPARED)
     del model
-    assert len(ops._PREPARED) < held
+    assert len(convolution._PREPARED) < held
 
 
 @torch.no_grad()
@@ -106,7 +108,7 @@ def test_every_kernel_is_in_the_order_of_the_size_that_it_meets(worth, monkeypat
     for limit in ("WORTH", "PIXELS", "LEAST"):
         monkeypatch.setattr(winograd, limit, min(worth, getattr(winograd, limit)))
     model, x, sizes, met = tiny(dtype=torch.float32), clip(13, dtype=torch.float32), {}, []
-    ready, convolve = ops._ready, ops.convolve
+    ready, convolve = convolution._ready, convolution.convolve
 
     def seen_ready(kernel, x, dtype, stride, padding, groups, size):
         made = ready(kernel, x, dtype, stride, padding, groups, size)
@@ -118,8 +120,8 @@ def test_every_kernel_is_in_the_order_of_the_size_that_it_meets(worth, monkeypat
             met.append((tuple(x.shape), tuple(sizes[id(kernel)][1])))
         return convolve(x, kernel, *args, **more)
 
-    monkeypatch.setattr(ops, "_ready", seen_ready)
-    monkeypatch.setattr(ops, "convolve", seen_convolve)
+    monkeypatch.setattr(convolution, "_ready", seen_ready)
+    monkeypatch.setattr(convolution, "convolve", seen_convolve)
     model.decode(moments(model, x).chunk(2, dim=1)[0])
     assert len(met) > 100
     assert all(x == size for x, size in met)

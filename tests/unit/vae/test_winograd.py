@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.core import convolution, winograd
 from tests.unit.vae import reference
 from tests.unit.vae.test_stream import assert_streams_equal_the_clip
 from tests.unit.vae.tiny import clip, moments, tiny
-from vae import fast, ops, winograd
+from vae import fast
 
-pytestmark = pytest.mark.skipif(not ops.ONEDNN, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not convolution.ONEDNN, reason="torch without oneDNN")
 
 
 @pytest.fixture
@@ -145,4 +146,4 @@ def test_its_kernels_follow_the_weights_and_no_more_than_two_sizes_are_kept():
         torch.testing.assert_close(
             fast._convolve(conv, x[..., :side], True, True), want, atol=1e-5, rtol=1e-5
         )
-        assert len(ops._PREPARED[conv]["", torch.float32]) == 2
+        assert len(convolution._PREPARED[conv]["", torch.float32]) == 2

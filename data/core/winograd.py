@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae import ops
+from data.core import convolution
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nothing was measured
 TAPS = {4: ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)), 3: ((1, 0, 0), (1, 1, 1), (0, 0, 1))}
@@ -37,11 +37,12 @@ def suits(layer: nn.Module, x: Tensor, kt: int, enlarge: bool = False) -> bool:
     before.
     """
     weight = layer.weight
-    if x.device.type != "cpu" or not (ops.ONEDNN and X86) or ops.making_a_graph():
+    if x.device.type != "cpu" or not (convolution.ONEDNN and X86) or convolution.making_a_graph():
         return False
     if weight.is_inference():  # its kernels cannot be kept
         return False
-    if {x.dtype, weight.dtype, ops.compute_dtype(x)} != {torch.float32} or weight.shape[-2:] != (3, 3):
+    dtypes = {x.dtype, weight.dtype, convolution.compute_dtype(x)}
+    if dtypes != {torch.float32} or weight.shape[-2:] != (3, 3):
         return False
     T, (H, W), (O, I) = x.shape[2] - kt + 1 if x.ndim == 5 else x.shape[0], x.shape[-2:], weight.shape[:2]  # noqa: E741
     if not enlarge and (H % 2 or W % 2 or layer.stride[-1] != 1 or layer.padding[-1] != 1):
@@ -77,7 +78,7 @@ def convolve_3x3(
     """
     if x.ndim == 4:  # its samples are frames
         return convolve_3x3(layer, x.unsqueeze(0).transpose(1, 2), what, derive, kt)[0].transpose(0, 1)
-    x, P, O = ops.channels_last(x), positions, len(layer.bias)  # noqa: E741
+    x, P, O = convolution.channels_last(x), positions, len(layer.bias)  # noqa: E741
     (B, C, T, H, W), step = x.shape, P - 2
     T, h, w = T - kt + 1, H // step, W // step
     out = x.new_empty(B, T, frames, h, 2, w, 2, O)
@@ -89,7 +90,9 @@ def convolve_3x3(
     inputs = x.new_empty(n + kt - 1, rows, w, P, P, C)
     sums = x.new_zeros(n + kt - 1, rows, W + 2, P, C)  # with a zero at either end of a row
     met = inputs.view(1, n + kt - 1, rows * w, P * P * C).permute(0, 3, 1, 2)
-    kernel = ops.prepared(layer, x, what, lambda weight: transform(derive(weight), P), 1, 0, P * P, met.shape)
+    kernel = convolution.prepared(
+        layer, x, what, lambda weight: transform(derive(weight), P), 1, 0, P * P, met.shape
+    )
     bands = [(min(t, T - n), min(a, h - rows)) for t in range(0, T, n) for a in range(0, h, rows)]
     for sample, result in zip(x.permute(0, 2, 3, 4, 1), out, strict=True):
         for t, a in bands:
@@ -98,7 +101,7 @@ def convolve_3x3(
             band = F.pad(band, (0, 0, 0, 0, *edges)) if any(edges) else band
             _differences(band, 1, sums[:, :, 1:-1].unbind(3))
             _differences(sums, 2, inputs.unbind(3))
-            m = ops.convolve(met, kernel, None, groups=P * P).permute(0, 2, 3, 1)
+            m = convolution.convolve(met, kernel, None, groups=P * P).permute(0, 2, 3, 1)
             m = m.view(n, rows, w, P, P, frames, O)
             m[:, :, :, 1, 1] += layer.bias  # it stands once in every output
             columns = m.unbind(3)
