@@ -283,12 +283,15 @@ class _Shard:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length) if length < 1 << 20 else b"")
             self.layout = TYPES[header["mean"]["dtype"]], tuple(header["mean"]["shape"][1:])
+            if not all(isinstance(n, int) and n > 0 for n in self.layout[1]):
+                raise ValueError(f"rows of shape {self.layout[1]}")
             self.size = self.layout[0].itemsize * math.prod(self.layout[1])
+            file_end = os.fstat(file.fileno()).st_size
             for name in (*MOMENTS, *IDS):
                 start, end = (8 + length + place for place in header[name]["data_offsets"])
                 found = TYPES[header[name]["dtype"]], tuple(header[name]["shape"][1:])
                 wanted, size = (self.layout, self.size) if name in MOMENTS else ((torch.int64, ()), 8)
-                if found != wanted or end - start != rows * size:
+                if found != wanted or end - start != rows * size or not 0 < start <= end <= file_end:
                     raise ValueError(f"{name}: {found} in {end - start} bytes")
                 file.seek(start)
                 if name in IDS:

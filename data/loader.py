@@ -59,6 +59,8 @@ class StepBatches:
 def make_loader(dataset: Any, batches: Iterable[list[int]], workers: int = 0) -> Iterator[dict]:
     """Yield the batches, read ahead. workers: processes that decode clips (of a latent cache: threads), 0 reads here.
 
+    dataset: has `batch(numbers)`, as a LatentStream, or `dataset[n]` and, for workers, `attempts(n)`, as a ClipDataset.
+
     The samples are the same for any number: every draw of a sample comes from its number. Clips come through pipes as
     uint8 (data/processes.py), so /dev/shm may be small; a decoder that dies or hangs costs one process.
     """

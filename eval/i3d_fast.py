@@ -106,8 +106,9 @@ class FastI3D(nn.Module):
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last_3d)
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Classify x (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400)."""
+        """Classify x (B, 3, T, 224, 224) float in [-1, 1], T >= 9. Returns logits (B, 400). Records no gradients."""
         check_input(x)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         # Stem: (B, 3, T, 224, 224) -> (B, 192, ceil(T / 2), 28, 28)

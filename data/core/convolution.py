@@ -66,6 +66,8 @@ def prepared(
             return kernels
     kernels = _ready(derive(weight.detach()), x, dtype, stride, padding, groups, size)
     last = [one for one in found[-1:] if one[0]() is storage and one[1][0] == weight._version]
+    for key in [key for key, entries in kept.items() if entries[-1][0]() is not storage]:
+        del kept[key]  # of weights that are gone: moved, or in another dtype
     kept[what, dtype] = (*last, (weakref.ref(storage), form, kernels))
     return kernels
 

@@ -48,7 +48,7 @@ class TrainingRun:
     One process group at a time trains in a run folder. Attributes: `batches`, the endless batches of this process;
     `metrics`, a MetricLog; `stopping`, whether a signal asked for a stop.
 
-    trainer: a Trainer. stream: endless samples, `stream[n]`. mode: "online" or "cached", for the speed record. info:
+    trainer: a Trainer. stream: endless samples, as make_loader takes them. mode: "online" or "cached", for the speed record. info:
     goes into the manifest of each checkpoint. weights: of the evaluation networks in use, for `open_run`.
     Raises ValueError if another process trains in the folder, if the settings are not those of the run, or if too many
     updates or videos fail; OSError if a checkpoint cannot be written; Stopped, after a signal, at the end of `with`.

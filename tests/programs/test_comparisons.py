@@ -88,6 +88,22 @@ def test_a_peers_model_is_imported_from_its_checkout_without_what_it_does_not_ne
         del sys.modules[name]
 
 
+def test_cd_fvd_is_imported_from_its_checkout_without_its_downloads(tmp_path):
+    package = tmp_path / "cdfvd/third_party/i3d"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parents[1]):
+        (folder / "__init__.py").write_text("raise RuntimeError('imports everything')")
+    (package / "pytorch_i3d.py").write_text("class InceptionI3d: pass")
+    (package / "utils.py").write_text("from . import pytorch_i3d\nimport requests\n\nget = requests.get")
+    before = set(sys.modules)
+    module = load_peers(str(tmp_path))["cd-fvd"]
+    assert module.pytorch_i3d.InceptionI3d
+    assert not hasattr(module.get, "status_code")
+    for name in set(sys.modules) - before:
+        assert name.startswith("cdfvd")
+        del sys.modules[name]
+
+
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"not a checkout of Open-Sora-Plan \(opensora/.*Latte"):
         main(["data", "size=tiny", f"peer={tmp_path}"])

@@ -1,10 +1,13 @@
 """Rows of the latent cache: the dtype of the file through the loader, the same values, and no row that has changed."""
 
+import json
+
 import pytest
 import torch
 
+from data.core.files import sha256_of
 from data.latent_writer import LatentCacheWriter
-from data.latents import LatentCache, LatentStream
+from data.latents import LatentCache, LatentStream, shard_file, sidecar_file
 from data.loader import make_loader
 
 
@@ -90,6 +93,29 @@ def test_a_shard_whose_columns_do_not_fit_its_record_is_named(written, change):
         "other_shape": {"logvar": shard["logvar"].flatten(1)},
     }[change]
     LatentCacheWriter(cache.folder, cache.fingerprint, 5, shard_size=3).write(0, shard, [])
+    with pytest.raises(ValueError, match="latents-00000.safetensors: no shard of latents"):
+        cache.batch([0])
+    assert "no shard of latents" in next(cache.verify())
+
+
+@pytest.mark.parametrize("cut", ["in_the_ids", "in_the_rows", "no_width"])
+def test_a_shard_that_is_shorter_than_it_says_is_named_although_its_sum_fits(written, cut):
+    cache, _ = written
+    path = shard_file(cache.folder, 0)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first, last = sorted(header[name]["data_offsets"][1] for name in ("mean", "draw"))
+    if cut == "no_width":
+        for name in ("mean", "logvar"):
+            header[name] |= {"shape": [3, 0], "data_offsets": [0, 0]}
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    else:
+        path.write_bytes(content[: 8 + length + {"in_the_ids": last, "in_the_rows": first}[cut] - 1])
+    record = json.loads(sidecar_file(cache.folder, 0).read_text())
+    record["sha256"] = sha256_of(path)
+    sidecar_file(cache.folder, 0).write_text(json.dumps(record))
     with pytest.raises(ValueError, match="latents-00000.safetensors: no shard of latents"):
         cache.batch([0])
     assert "no shard of latents" in next(cache.verify())

@@ -48,11 +48,18 @@ def test_the_fast_network_equals_the_plain_one(T, threads, monkeypatch):
             module.bias.data.normal_(0, 0.1)
     x = torch.stack([to_i3d_input(torch.from_numpy(clip)) for clip in clips(1, T)])
     made = FastI3D(network)
+    two = torch.cat([x, x.flip(3)])
     with torch.inference_mode():
-        plain, fast = network(x), made(x)
-    assert (plain - fast).abs().max() < 1e-5 * plain.abs().max()
+        plain, once = network(two), made(x)
+        taken.clear()
+        again, both = made(x), made(two)
+    assert torch.equal(once, again)
+    for fast in (again, both):
+        assert (plain[: len(fast)] - fast).abs().max() < 1e-5 * plain.abs().max()
     if convolution.ONEDNN and winograd.X86:
-        assert len(taken) == (11 if threads == 1 else 0)  # of 19; with many threads the direct convolution
+        assert len(taken) == (
+            22 if threads == 1 else 0
+        )  # 11 of 19, twice; with many threads the direct convolution
 
 
 def test_random_weights_are_a_function_of_the_seed_and_give_features_of_order_one(extractor):
