@@ -11,6 +11,7 @@ encoding of one explicit clip: entry k = draw k % D of video k // D, D = crops x
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -227,7 +228,7 @@ class LatentCache:
                     raise OSError(f"row {row} is {shard.layout}, another one {(dtype, shape)}")
                 shard.read(row, [column[n] for column in bytes_of])
             except OSError as error:
-                number = int(np.searchsorted(self.ends, rows[n], side="right"))
+                number = bisect.bisect_right(self.ends, rows[n])
                 raise ValueError(
                     f"latent shard {shard.path}: {error}; {_way_out(self.folder, number)}"
                 ) from error
@@ -242,7 +243,7 @@ class LatentCache:
         """The shard that holds row k, and its place in it."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k}: the cache has {len(self)}")
-        shard = int(np.searchsorted(self.ends, k, side="right"))
+        shard = bisect.bisect_right(self.ends, k)
         return self._shard(shard), k - (int(self.ends[shard - 1]) if shard else 0)
 
 
@@ -315,7 +316,8 @@ def _sum(data: Any) -> int:
     """A checksum at the speed of memory: the sum of the words, and of the bytes behind the last whole one."""
     data = np.frombuffer(data, np.uint8)
     whole = len(data) // 8 * 8
-    return int(data[:whole].view(np.uint64).sum(dtype=np.uint64)) + int(data[whole:].sum(dtype=np.uint64))
+    words = int(np.add.reduce(data[:whole].view(np.uint64)))
+    return words + int(data[whole:].sum(dtype=np.uint64)) if whole < len(data) else words
 
 
 def _noted(note: Path, now: str) -> dict[str, list[int]] | None:
