@@ -129,3 +129,27 @@ def test_an_older_python_is_named_and_nothing_is_made(tmp_path):
             done.stderr == f"error: Python >= 3.11 is needed, there is {said}; set PYTHON=/path/to/python\n"
         )
         assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "code", "said"), [(6, 2, "error: 6 GiB"), (8, 9, "warning: 8 GiB"), (10, 9, "")]
+)
+def test_setup_stops_only_where_the_environment_cannot_fit(tmp_path, free, code, said):
+    # 8 GiB hold it: the downloads may lie on another disk, so this is a warning and the set-up goes on
+    python = 'case "$1" in -c) exit 0;; -m) echo "made $3" >&2; exit 9;; esac\n'
+    df = f"echo Filesystem blocks used available; echo disk 0 0 {free * 1048576}\n"
+    for name, body in (("df", df), ("python", python)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}")
+        (tmp_path / name).chmod(0o755)
+    venv = tmp_path / "venv"
+    done = bash(
+        "setup.sh",
+        cwd=tmp_path,
+        PYTHON=str(tmp_path / "python"),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        OMNILATTE_VENV=str(venv),
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert ("OMNILATTE_VENV=FOLDER" in done.stderr) == (code == 2)
+    assert (f"made {venv}" in done.stderr) == (code == 9)
