@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Generator, Sequence
@@ -85,6 +86,12 @@ class ClipStream:
     def __getitem__(self, n: int) -> dict:
         """Make sample n in this process."""
         return made_here(self.attempts(n))
+
+
+def list_digest(clips: Any) -> str:
+    """sha256 over name and class of each video of a VideoClips or a mixture, in their order: what video number n is."""
+    lines = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 class VideoClips(ClipStream):

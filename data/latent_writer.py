@@ -105,8 +105,13 @@ class LatentCacheWriter:
         os.replace(temporary, path)
         write_json(sidecar, record)
 
-    def finish(self, extra: dict[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
-        """Seal a cache whose shards are all there: statistics per channel, counts, complete: true; names of its videos."""
+    def finish(
+        self, extra: dict[str, Any], names: Sequence[str] = (), max_failed_share: float = 1.0
+    ) -> dict[str, Any]:
+        """Seal a cache whose shards are all there: statistics per channel, counts, complete: true; names of its videos.
+
+        Raises ValueError if shards are missing, or if more than max_failed_share of the clips could not be read.
+        """
         if self.missing():
             raise ValueError(
                 f"cache {self.folder}: {len(self.missing())} of {self.num_shards} shards are missing"
@@ -123,6 +128,13 @@ class LatentCacheWriter:
         if not sum(rows):
             raise ValueError(
                 f"cache {self.folder}: every clip failed, first: {failed[0]['reason'] if failed else '?'}"
+            )
+        share = len(failed) / self.num_entries
+        if share > max_failed_share:
+            raise ValueError(
+                f"cache {self.folder}: {len(failed)} of {self.num_entries} clips ({share:.1%}) could not be read, first: "
+                f"{failed[0]['video']}: {failed[0]['reason']}; bring them back, and the same command tries them again, or allow "
+                f"more with source.max_failed_share={min(1.0, 2 * share):.2g}"
             )
         index |= {"complete": True, "failed": failed, "rows": rows}
         index |= {"statistics": latent_statistics(self.folder, self.num_shards), **extra}

@@ -195,7 +195,7 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
         )
     frozen = openers.for_inference(vae, accelerator.device, config.precision)
     # The shards of this process.
-    todo = distributed.same_everywhere(accelerator, shards_to_do(config, writer, clips) if main else None)
+    todo = distributed.gathered(accelerator, shards_to_do(config, writer, clips) if main else [])
     log.info("%s: %d videos x %d draws", folder, len(clips), latents.draws(config))
     log.info("%d of %d shards to encode", len(todo), writer.num_shards)
     again = [s for s in todo if writer.is_written(s)]
@@ -228,11 +228,12 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
                 beside.do(write, number, shard)
                 bar.update()
     log.info("%s", waits)
-    accelerator.wait_for_everyone()
+    distributed.wait_for_all(accelerator)
     # The main process closes the cache: index, statistics, and what could not be read.
     if main:
         names = list(map(clips.name, range(len(clips))))
-        index = writer.finish({"class_names": clips.source.class_names}, names)
+        most = config.source.max_failed_share
+        index = writer.finish({"class_names": clips.source.class_names}, names, most)
         if index["failed"]:
             log.warning(
                 "%d clips could not be read and are not in the cache; index.json lists them, the same command tries again",
@@ -240,7 +241,7 @@ def build_cache(config: TrainLatteConfig) -> "LatentCache":
             )
         statistics = index["statistics"]
         log.info("latent mean %s, std %s", _short(statistics["mean"]), _short(statistics["std"]))
-    accelerator.wait_for_everyone()
+    distributed.wait_for_all(accelerator)
     return latent_files.LatentCache(folder, expect=fingerprint)
 
 
@@ -248,8 +249,7 @@ def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoC
     """(VAE, clips, fingerprint, folder) of a cache."""
     vae = openers.open_vae(config.vae)
     openers.check_clip(vae, config.clip)
-    with distributed.main_process_first(accelerator):
-        clips = latents.cached_clips(config)
+    clips = distributed.open_everywhere(accelerator, lambda: latents.cached_clips(config))
     fingerprint = latents.cache_fingerprint(config, vae, clips)
     return vae, clips, fingerprint, latents.cache_folder(config, fingerprint)
 

@@ -214,8 +214,9 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     else:
         spec = config.clip
         openers.check_clip(vae, config.clip)
-    with distributed.main_process_first(accelerator):
-        clips = openers.open_clips(config.source, spec, config.seed, config.held_out)
+    clips = distributed.open_everywhere(
+        accelerator, lambda: openers.open_clips(config.source, spec, config.seed, config.held_out)
+    )
     count = min(config.num_videos or len(clips), len(clips))
     if config.rfvd and count < 2:
         raise ValueError(f"rfvd=true: FVD needs 2 clips or more, here is {count}; rfvd=false")

@@ -235,7 +235,7 @@ def sample(config: SampleConfig) -> Path:
             bar.update(len(batch))
     log.info("%s", waits)
     # The main process completes the manifest and makes a preview of the first videos.
-    accelerator.wait_for_everyone()
+    distributed.wait_for_all(accelerator)
     if accelerator.is_main_process:
         content = json.loads((config.folder / "manifest.json").read_text())
         complete = all((config.folder / name).is_file() for name in content["files"])

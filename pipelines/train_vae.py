@@ -544,11 +544,14 @@ def train(config: TrainVAEConfig) -> Path:
 
     # Data: an endless stream of training clips, and held-out clips that are always cut the same way.
     held_out: Any = []
-    with distributed.main_process_first(accelerator):
-        clips = openers.open_clips(config.source, config.clip, config.seed)
-        if config.source.val_fraction > 0:
-            still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
-            held_out = openers.open_clips(config.source, still, 0, held_out=True)
+    clips = distributed.open_everywhere(
+        accelerator, lambda: openers.open_clips(config.source, config.clip, config.seed)
+    )
+    if config.source.val_fraction > 0:
+        still = dataclasses.replace(config.clip, crop="center", flip=False, position="center")
+        held_out = distributed.open_everywhere(
+            accelerator, lambda: openers.open_clips(config.source, still, 0, held_out=True)
+        )
     counts = openers.video_counts(clips, held_out)
     log.info("%s", openers.counts_line(config, counts))
 

@@ -107,7 +107,7 @@ class Checkpoints:
     def _retire(self, newest: int, good: int | None) -> None:
         """Keep the newest, the `keep` - 1 undamaged ones before it, and `good`.
 
-        Those with a higher number are damaged, or were passed over as unhealthy: they stay for the user to look at.
+        Those with a higher number are damaged: they stay for the user to look at.
         """
         older = [s for s in self.steps() if s < newest]
         kept = [s for s in older if s not in self.damaged][1 - self.keep :]
@@ -125,6 +125,17 @@ class Checkpoints:
         remove_tree(grave)
         os.replace(self.path(step), grave)
         remove_tree(grave)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename each undamaged checkpoint after `step` to set_aside_step_XXXXXXXX, where no start looks for it."""
+        for later in self.steps():
+            if later > step and later not in self.damaged:
+                target, number = self.folder / f"set_aside_{self.path(later).name}", 1
+                while target.exists():
+                    target = target.with_name(f"set_aside_{number}_{self.path(later).name}")
+                    number += 1
+                os.replace(self.path(later), target)
+                log.info("passed over, it lies in %s: remove it when you have looked at it", target)
 
     def damage(self, step: int) -> str:
         """ "" when every file is as it was written, else what is wrong with the first that is not."""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from data.core.lazy import lazy
+from data.dataset import list_digest
 from pipelines.training.folder import ROOT
 from pipelines.training.settings import Precision
 from pipelines.training.trackers import tracker_names
@@ -22,6 +23,7 @@ deepspeed = lazy("deepspeed")
 deepspeed_utils = lazy("deepspeed.utils")
 
 PATIENCE = timedelta(hours=2)  # of processes that wait while the main one draws samples or saves
+ALWAYS = timedelta(days=30)  # of those that wait for a scan, or for another's share of a long job
 
 log = logging.getLogger(__name__)
 
@@ -111,24 +113,53 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    # The others wait in a group of their own, whose patience is longer.
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    if not accelerator.is_main_process:
-        torch.distributed.barrier(group)
-    yield
-    if accelerator.is_main_process:
-        torch.distributed.barrier(group)
+    with _patient_group() as group:
+        if not accelerator.is_main_process:
+            torch.distributed.barrier(group)
+        yield
+        if accelerator.is_main_process:
+            torch.distributed.barrier(group)
+
+
+@contextlib.contextmanager
+def _patient_group() -> Iterator[Any]:
+    """All processes, as a group of its own in which they wait as long as it takes."""
+    group = torch.distributed.new_group(backend="gloo", timeout=ALWAYS)
+    yield group
     torch.distributed.destroy_process_group(group)
+
+
+def open_everywhere(accelerator: Accelerator, open_videos: Callable[[], Any]) -> Any:
+    """Clips, opened on every process: first on the main one, which scans them for the others.
+
+    Raises ValueError on every process unless all see the same videos: sample n must be the same one everywhere.
+    """
+    with main_process_first(accelerator):
+        clips = open_videos()
+    if accelerator.num_processes == 1:
+        return clips
+    seen = gathered(accelerator, [(len(clips), list_digest(clips))])
+    for process, (count, digest) in enumerate(seen):
+        if digest != seen[0][1]:
+            raise ValueError(
+                f"process {process} sees {count} videos, the main one {seen[0][0]}, or others: they are still being copied, "
+                "or some could not be read on one machine; start again when they are all there"
+            )
+    return clips
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Wait for every process, however long its share of a job takes; `accelerator.wait_for_everyone` gives up after PATIENCE."""
+    gathered(accelerator, [])
 
 
 def gathered(accelerator: Accelerator, items: list[Any]) -> list[Any]:
     """The items of all processes, on each of them. They wait for the slowest however long it takes."""
     if accelerator.num_processes == 1:
         return items
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     tables: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(tables, items, group=group)
-    torch.distributed.destroy_process_group(group)
+    with _patient_group() as group:
+        torch.distributed.all_gather_object(tables, items, group=group)
     return [item for table in tables for item in table]
 
 

@@ -5,7 +5,6 @@ config: a TrainLatteConfig.
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from data.clip import to_float
 from data.core.files import printable
-from data.dataset import VideoClips
+from data.dataset import VideoClips, list_digest
 from data.decoder import BadVideo
 from data.latents import LatentCache, LatentStream, differences, fingerprint_id, read_index
 from pipelines.training.checkpoints import Checkpoints
-from pipelines.training.distributed import main_process_first
+from pipelines.training.distributed import open_everywhere
 from pipelines.training.open import for_inference, open_clips, vae_entry, video_counts
 from pipelines.training.settings import Mode, SourceConfig
 
@@ -42,12 +41,10 @@ def cache_fingerprint(config: Any, vae: Any, clips: VideoClips) -> dict[str, Any
 
     Not the arithmetic of the encoder (precision): a training may use a cache of the other.
     """
-    # The names and classes of the videos, in their order: what number n of the cache is.
-    names = "\n".join(f"{clips.name(i)} {clips.label(i)}" for i in range(len(clips)))
     source = {
         "name": config.source.name,
         "videos": len(clips),
-        "list_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+        "list_sha256": list_digest(clips),
     }
     return {
         "vae": vae_entry(config.vae, vae),
@@ -97,13 +94,13 @@ class OnlineLatents:
 def open_data(config: Any, accelerator: Any, vae: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(endless stream, encoder or None, the clips behind it, counts) for the mode; refuses a cache of anything else."""
     # The clips, whose scan the first process makes and keeps for the others.
-    with main_process_first(accelerator):
-        if config.mode is Mode.online:
-            clips = open_clips(config.source, config.clip, config.seed)
-        else:
-            clips = cached_clips(config)
+    online = config.mode is Mode.online
+    clips = open_everywhere(
+        accelerator,
+        lambda: open_clips(config.source, config.clip, config.seed) if online else cached_clips(config),
+    )
     counts = video_counts(clips)
-    if config.mode is Mode.online:
+    if online:
         encode = OnlineLatents(for_inference(vae, accelerator.device, config.precision), accelerator.device)
         return clips, encode, clips, counts
     # A cache must be that of this VAE, these clips and these draws.

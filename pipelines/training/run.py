@@ -14,6 +14,7 @@ A program shows its loop and asks for the rest here:
 """
 
 import contextlib
+import errno
 import logging
 import math
 import pickle
@@ -39,6 +40,7 @@ from pipelines.training.quarantine import Quarantine
 from pipelines.training.trackers import plain_settings, start_trackers
 
 log = logging.getLogger(__name__)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without flock say
 SPIKE = 100.0  # a loss this many times the recent one is reported
 
 
@@ -135,9 +137,22 @@ class TrainingRun:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            # Where the system has no flock, the lock is a file with its owner's name, and outlives him.
+            stale = (
+                f"; if its machine was lost, remove {lock.lock_file}"
+                if Path(lock.lock_file).read_bytes()
+                else ""
+            )
             raise ValueError(
-                f"run_dir={self.folder}: another process is training here; wait for it or stop it"
+                f"run_dir={self.folder}: another process is training here; wait for it or stop it{stale}"
             ) from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            raise OSError(
+                f"run_dir={self.folder}: its file system has no locks ({error}), so a second training could overwrite this one; "
+                "mount it with locks (Lustre: -o flock; NFS: with lockd), or choose another"
+            ) from error
         stack.callback(lock.release)
         # The settings of this start, and what a killed one left half done.
         open_run(self.folder, self.config, self.details["program"], self.weights)
@@ -152,6 +167,7 @@ class TrainingRun:
         newest = self.checkpoints.latest(changing) if self.main else None
         step = same_everywhere(self.accelerator, newest)
         if step is None:
+            self._leave_later_ones(-1)
             return None
         # The checkpoint must be of this data, these parts and this beginning.
         before, now, folder = self.checkpoints.manifest(step), self.details, self.checkpoints.path(step)
@@ -179,8 +195,14 @@ class TrainingRun:
             raise ValueError(
                 f"checkpoint {folder} holds more than tensors and numbers and was not loaded: {error}"
             ) from error
+        self._leave_later_ones(step)
         log.info("resuming %s at step %d", self.folder, step)
         return step
+
+    def _leave_later_ones(self, step: int) -> None:
+        """A run that goes back to `step` on purpose must not find the checkpoints after it at its next start."""
+        if self.main and self.config.resume.names:
+            self.checkpoints.set_aside_after(step)
 
     # ---- the steps ---------------------------------------------------------------------------------------
 
@@ -224,7 +246,7 @@ class TrainingRun:
         config, trainer = self.config, self.trainer
         read_now = self.due(config.log_every) or self.due(config.save_every) or self.stopping
         trainer.count_skipped(read_now)
-        if not trainer.skipped_in_row and self.untried is not None:
+        if self.untried is not None and trainer.last_finite >= self.untried:
             self.good, self.untried = self.untried, None
         if trainer.skipped_in_row >= config.max_skipped:
             self._give_up(f"{config.max_skipped} steps in a row had a non-finite loss or gradient")

@@ -104,7 +104,7 @@ class SourceConfig:
     scan_workers: int = option(4, "processes of the scan", free=True)
     reader: str = option("pyav", "pyav, or decord for files where the scan finds it right", free=True)
     max_failed_share: float = option(
-        0.05, "share of the videos that may become unreadable in training before the run stops", free=True
+        0.05, "share of the videos that may become unreadable before a training or a cache stops", free=True
     )
     demo_videos: int = option(256, "source demo: number of videos")
     demo_classes: int = option(4, "source demo: number of classes (motions)")

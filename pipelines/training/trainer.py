@@ -26,7 +26,8 @@ class Trainer:
     """Base of both trainers: step counter, means to log, updates that leave out non-finite gradients.
 
     A subclass has `ema` and defines `train_step(batches)`, which ends with `finish_step`, and `save(folder)` / `load(folder)`.
-    `skipped_in_row` counts the steps whose verdict `count_skipped` has read.
+    `skipped_in_row` counts the steps whose verdict `count_skipped` has read; `last_finite` is the newest of them (its number
+    from 0) that was finite, -1 before there is one.
     """
 
     must_not_change: tuple[str, ...] = ()  # entries of a checkpoint's manifest that a resumed run must share
@@ -35,7 +36,7 @@ class Trainer:
         self.config, self.accelerator = config, accelerator
         self.step = 0
         self.last_learning_rate = 0.0
-        self.skipped_in_row = 0
+        self.skipped_in_row, self.last_finite = 0, -1
         self.window: dict[str, list[Any]] = {}
         self._unread: list[tuple[int, Any]] = []  # (step, verdict) not read yet
 
@@ -190,8 +191,10 @@ class Trainer:
                 self._unread[place] = (step, distributed.Later(verdict))
         ready = len(self._unread) if everything else len(self._unread) - 1
         for step, finite in self._unread[: max(0, ready)]:
-            self.skipped_in_row = 0 if finite.read() else self.skipped_in_row + 1
-            if self.skipped_in_row:
+            if finite.read():
+                self.skipped_in_row, self.last_finite = 0, step
+            else:
+                self.skipped_in_row += 1
                 log.warning("step %d: loss or gradient is not finite, update skipped", step)
         del self._unread[: max(0, ready)]
 

@@ -142,7 +142,7 @@ def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_ch
 
     with monkeypatch.context() as patch:
         patch.setattr(latents, "cached_clips", vanishing)
-        cache_latents.main([*settings, f"cache.dir={parts}"])
+        cache_latents.main([*settings, f"cache.dir={parts}", "source.max_failed_share=0.25"])
     index = json.loads((parts / "index.json").read_text())
     assert [f["entry"] for f in index["failed"]] == [3]
     assert len(LatentCache(parts)) == 3
@@ -202,3 +202,34 @@ def test_two_launches_at_once_write_one_cache_with_the_bytes_of_one_launch(cache
     both = {p.name: p.read_bytes() for p in (tmp_path / "both").iterdir()}
     assert both == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert all(torch.isfinite(LatentCache(tmp_path / "both")[k]["mean"]).all() for k in range(16))
+
+
+def test_a_cache_that_lacks_too_many_clips_is_not_sealed(
+    latte_settings, own_vae, videos, tmp_path, monkeypatch, capsys
+):
+    settings = [s for s in latte_settings if not s.startswith("source.")]
+    settings += [f"source.root={videos}", f"source.index_dir={tmp_path / 'index'}", f"vae.path={own_vae}"]
+    settings += [
+        "cache.crops=1",
+        "cache.shard_size=2",
+        "source.scan_workers=1",
+        f"cache.dir={tmp_path / 'cache'}",
+    ]
+    original = latents.cached_clips
+
+    def vanishing(config):
+        clips = original(config)
+        (videos / "3.mp4").rename(tmp_path / "aside.mp4")  # after the scan
+        return clips
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "cached_clips", vanishing)
+        assert program(cache_latents.main, *settings) == 2
+    said = capsys.readouterr().err
+    assert "1 of 4 clips (25.0%) could not be read, first: 3.mp4: " in said
+    assert "source.max_failed_share=0.5" in said
+    index = tmp_path / "cache" / "index.json"
+    assert not json.loads(index.read_text())["complete"]
+    (tmp_path / "aside.mp4").rename(videos / "3.mp4")
+    cache_latents.main(settings)
+    assert len(LatentCache(tmp_path / "cache")) == 4

@@ -288,6 +288,29 @@ def test_a_changed_run_begins_before_its_skipped_updates_or_else_right_before_th
     assert checkpoints.latest(healthy=True) == 2
 
 
+def test_what_a_run_went_back_from_is_set_aside_and_never_overwritten(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+
+    def save(*steps):
+        for step in steps:
+            checkpoints.save(
+                step, lambda folder, text=str(step): (folder / "weights").write_text(text), {}, ALONE
+            )
+
+    save(2, 4, 6)
+    (checkpoints.path(6) / "weights").write_text("damaged")
+    assert checkpoints.latest() == 4
+    checkpoints.set_aside_after(2)
+    assert checkpoints.steps() == [2, 6]  # the damaged one is named in the log as it was
+    save(4)
+    checkpoints.set_aside_after(2)
+    assert checkpoints.latest() == 2
+    names = {path.name for path in checkpoints.folder.iterdir()}
+    aside = {"set_aside_step_00000004", "set_aside_1_step_00000004"}
+    assert names == {"step_00000002", "step_00000006", *aside}
+    assert all((checkpoints.folder / name / "weights").read_text() == "4" for name in aside)
+
+
 def test_a_step_that_was_trained_again_is_exported_again(tmp_path):
     target = tmp_path / "vae"
     assert export_folder(target, fill("one"), {"step": 4})

@@ -41,12 +41,30 @@ def test_the_advice_followed_a_diverged_run_goes_on_from_its_last_good_checkpoin
     with pytest.raises(ValueError, match="seed is none of learning_rate, grad_clip"):
         main([*settings, "seed=4", "resume.change=seed"])
     main([*settings, "learning_rate=5e-4", "grad_clip=1", "resume.change=learning_rate,grad_clip"])
+    aside = {"set_aside_step_00000005", "set_aside_step_00000006"}
+    assert aside <= {
+        path.name for path in (tmp_path / "checkpoints").iterdir()
+    }  # not found by a plain restart
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss/nll" in row] == [*range(1, 10)]
     assert not any("skipped" in row for row in rows)
     starts = json.loads((tmp_path / "env.json").read_text())["starts"]
     assert starts[-1]["changed"] == {"learning_rate": [0.001, 0.0005], "grad_clip": [0.0, 1.0]}
     main([*settings, "learning_rate=5e-4", "grad_clip=1", "steps=10"])  # it is the run's rate now
+
+
+def test_a_checkpoint_is_good_once_a_step_that_begins_from_it_is_finite(vae_settings, tmp_path, monkeypatch):
+    original = train_vae.VAETrainer.vae_loss
+
+    def diverging(self, x, noise):
+        loss, xhat, logged = original(self, x, noise)
+        return (loss * float("nan") if self.step >= 4 else loss), xhat, logged
+
+    monkeypatch.setattr(train_vae.VAETrainer, "vae_loss", diverging)
+    settings = [*vae_settings, *QUIET, "log_every=9", f"run_dir={tmp_path}", "save_every=2", "max_skipped=3"]
+    with pytest.raises(ValueError, match="last good checkpoint: .*step_00000002;"):
+        main([*settings, "steps=9"])
+    assert Checkpoints(tmp_path).steps() == [2, 4, 6]  # 2 is kept: nothing is known of 4
 
 
 def test_weights_that_are_not_finite_are_not_saved(vae_settings, tmp_path, monkeypatch):

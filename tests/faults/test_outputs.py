@@ -1,5 +1,7 @@
 """What a program writes goes to a place that is new, empty or its own; nothing of a user's is overwritten or filled."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -330,6 +332,35 @@ def test_a_shard_that_changes_while_it_is_in_use_is_named_and_ends_no_process(
     shard.write_bytes(changed)
     with pytest.raises(ValueError, match="has changed"):
         [cache[n] for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (errno.ENOLCK, OSError, "its file system has no locks .*Lustre: -o flock"),
+        (errno.ENOSYS, ValueError, "another process is training here; .*remove .*run/.lock"),
+        (errno.EIO, OSError, "Input/output error"),
+    ],
+)
+def test_a_file_system_without_flock_is_named_and_a_lock_left_by_a_lost_machine_too(
+    number, error, said, vae_settings, tmp_path, monkeypatch
+):
+    import fcntl
+
+    from filelock import FileLock
+
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = tmp_path / "run"
+    run.mkdir()
+    with contextlib.ExitStack() as stack:
+        if number == errno.ENOSYS:  # filelock writes its owner into a file then
+            stack.enter_context(FileLock(run / ".lock", is_singleton=False))
+        with pytest.raises(error, match=said):
+            train_vae.main([*vae_settings, f"run_dir={run}", "steps=1"])
+    assert not list(run.glob("checkpoints"))
 
 
 def test_a_second_start_in_the_folder_of_a_running_training_changes_nothing_there(

@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,40 @@ def _rank(rank: int, folder: str) -> None:
         with open(f"{folder}/order", "a") as file:
             file.write(f"{rank} ends\n")
     accelerator.wait_for_everyone()
+    if rank == 1:
+        time.sleep(6)  # a share that takes longer
+    assert engine.gathered(accelerator, [rank]) == [0, 1]
+
+
+class Clips(list):
+    name = list.__getitem__
+
+    def label(self, number: int) -> int:
+        return 0
+
+
+def _rank_that_lists_videos(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    accelerator = engine.make_accelerator()
+    assert engine.open_everywhere(accelerator, lambda: Clips("ab")) == ["a", "b"]
+
+    def another_arrives() -> Clips:
+        return Clips(("ab", "abc")[rank])
+
+    with pytest.raises(ValueError, match="process 1 sees 3 videos, the main one 2, .*start again"):
+        engine.open_everywhere(accelerator, another_arrives)
+    with pytest.raises(ValueError, match="process 1 sees 2 videos, the main one 2, or others"):
+        engine.open_everywhere(accelerator, lambda: Clips(("ab", "ba")[rank]))
+    Path(folder, str(rank)).touch()
+
+
+@pytest.mark.distributed
+def test_processes_that_see_different_videos_stop(tmp_path, monkeypatch):
+    from tests.programs.test_distributed import free_port
+
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    mp.start_processes(_rank_that_lists_videos, (str(tmp_path),), nprocs=2, start_method="spawn")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 @pytest.mark.distributed
