@@ -98,8 +98,9 @@ def main(argv: list[str] | None = None) -> int | None:
     with extraction.joined_ranks() as ranks:
         options = run_options(args, ranks, args.real, args.fake)
         # Clips: a seeded order of each folder; the size is that of the generated videos unless one is asked for.
-        intervals = {"fake": protocol.fake_interval, "real": protocol.real_interval}
-        selections = {s: selection_of(getattr(args, s), protocol, i, options) for s, i in intervals.items()}
+        fake = selection_of(args.fake, protocol, protocol.fake_interval, options)
+        real = selection_of(args.real, protocol, protocol.real_interval, options, protocol.real_fps)
+        selections = {"fake": fake, "real": real}
         size = ranks.from_main(lambda: protocol.size or selections["fake"].first_shape())
         protocol = replace(protocol, size=tuple(size))
         # Features: the same network over exactly num_videos clips of each side, more real ones for the floor.

@@ -26,6 +26,7 @@ def add_knobs(parser: argparse.ArgumentParser, kind: type[Protocol | InceptionPr
         if field.name == "name":
             continue
         read = int if field.default is None else type(field.default)
+        read = float if field.name == "real_fps" else read
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=size_argument if field.name == "size" else read,
@@ -72,7 +73,7 @@ def run_options(args: argparse.Namespace, ranks: Ranks, *roots: str) -> RunOptio
     return RunOptions(args.batch_size, args.workers, folder, ranks)
 
 
-def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any:
+def selection_of(root: str, protocol, interval: int, options: RunOptions, fps: float | None = None) -> Any:
     """Open the seeded order of a folder's clips by a protocol, in rank 0; None elsewhere. Errors reach all ranks."""
     selection = None
 
@@ -80,7 +81,7 @@ def selection_of(root: str, protocol, interval: int, options: RunOptions) -> Any
         nonlocal selection
         scans = scan_file(options.cache, root) if options.cache else None
         knobs = (protocol.sampling, protocol.position, protocol.clips_per_video, protocol.seed)
-        selection = Selection(root, protocol.num_frames, interval, *knobs, scans, options.workers)
+        selection = Selection(root, protocol.num_frames, interval, *knobs, scans, options.workers, fps)
 
     options.ranks.from_main(open_folder)  # its result would travel to all: a selection may be large
     return selection

@@ -4,6 +4,7 @@ A name is a protocol, or a protocol and a score: `tats`, `stylegan-v/fvd2048_16f
 (2,048 videos of each side, 16 frames, every third frame of the real videos).
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -16,7 +17,7 @@ CHOICES = {
     "sampling": ("videos", "clips"),
     "ddof": (0, 1),
 }
-SCORE = re.compile(r"(?:fvd|kvd)(\d+)_(\d+)f(?:_step(\d+))?(?:_fakestep(\d+))?")
+SCORE = re.compile(r"(?:fvd|kvd)(\d+)_(\d+)f(?:_step(\d+))?(?:_fakestep(\d+))?(?:_(\d+(?:\.\d+)?)fps)?")
 
 
 class _Knobs:
@@ -42,7 +43,16 @@ class _Knobs:
 
     def overrides(self) -> dict:
         """Return the settings that differ from the protocol of this name; N, frames, size and seed are exempt."""
-        free = ("num_videos", "num_frames", "real_interval", "fake_interval", "interval", "size", "seed")
+        free = (
+            "num_videos",
+            "num_frames",
+            "real_interval",
+            "fake_interval",
+            "real_fps",
+            "interval",
+            "size",
+            "seed",
+        )
         base, changed = self.table()[self.name], {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -74,6 +84,9 @@ class Protocol(_Knobs):
     num_frames: int = option(16, "9 to 256 (default 16)")
     real_interval: int = option(1, "frame step in real videos: the training's (1)")
     fake_interval: int = option(1, "frame step in generated videos (1)")
+    real_fps: float | None = option(
+        None, "of real videos, frames a second: the training's clip.fps (default: each frame)"
+    )
     size: tuple[int, int] | None = option(None, "of both, 256 or 144x176 (default: the generated videos')")
     sampling: str = option("videos", "each video once, or all windows")
     position: str = option("random", "of a clip in a longer video")
@@ -92,6 +105,8 @@ class Protocol(_Knobs):
             raise ValueError(
                 f"num_frames={self.num_frames}: I3D takes {MIN_FRAMES} to {MAX_FRAMES} frames, e.g. 16"
             )
+        if self.real_fps is not None and not 0 < self.real_fps < math.inf:
+            raise ValueError(f"real_fps={self.real_fps}: frames a second, above 0, e.g. 8")
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps}: above 0; 1e-5 as TATS, 1e-3 as TF-Hub")
         self.check({"real_interval": 1, "fake_interval": 1, "clips_per_video": 1, "seed": 0})
@@ -104,7 +119,8 @@ class Protocol(_Knobs):
         """Name the score, with the knobs that change a number most: fvd2048_16f, fvd2048_16f_step3."""
         steps = f"_step{self.real_interval}" if self.real_interval > 1 else ""
         steps += f"_fakestep{self.fake_interval}" if self.fake_interval > 1 else ""
-        return f"{metric}{self.num_videos}_{self.num_frames}f{steps}"
+        rate = f"_{self.real_fps:g}fps" if self.real_fps else ""
+        return f"{metric}{self.num_videos}_{self.num_frames}f{steps}{rate}"
 
 
 @dataclass(frozen=True)
@@ -172,10 +188,10 @@ def named_protocol(text: str, **knobs) -> Protocol:
         match = SCORE.fullmatch(score)
         if not match:
             raise ValueError(f"score {score!r}: written like fvd2048_16f or fvd2048_16f_step3")
-        names = ("num_videos", "num_frames", "real_interval", "fake_interval")
+        names = ("num_videos", "num_frames", "real_interval", "fake_interval", "real_fps")
         for knob, value in zip(names, match.groups(), strict=True):
             if value:
-                chosen[knob] = int(value)
+                chosen[knob] = float(value) if knob == "real_fps" else int(value)
     # Single knobs override it.
     chosen |= {knob: value for knob, value in knobs.items() if value is not None}
     return replace(PROTOCOLS[name], **chosen)

@@ -20,6 +20,7 @@ from data.clip import ClipSpec, frame_indices, span
 from data.decoder import BadVideo
 from data.finding import IMAGE_SUFFIXES
 from data.index import build_index
+from data.timeline import SAME_RATE, frames_at_rate
 from eval.videos import Video, content_digest, find_videos, refuse_deep_pictures, shape_of, storage_of
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Selection:
 
     root: a folder or an array file. num_frames, interval: of a clip. sampling, position, clips_per_video, seed: as
     in `eval.protocol.Protocol`. scan_file: where the scan for damage is kept, None for nowhere. workers: processes
-    of the scan. Raises ValueError as `list_folder`.
+    of the scan. fps: clips are cut from what a video shows at that many frames a second, as training does; None: from its
+    frames. Raises ValueError as `list_folder`, and for a video of a lower or no known rate than fps when it is met.
     """
 
     def __init__(
@@ -60,16 +62,18 @@ class Selection:
         seed: int = 0,
         scan_file: Path | None = None,
         workers: int = 1,
+        fps: float | None = None,
     ):
         self.root, self.seed, self.sampling = Path(root), seed, sampling
         self.clips_per_video, self.scan_file, self.workers = clips_per_video, scan_file, max(1, workers)
-        self.spec = ClipSpec(num_frames, interval, position=position)
+        self.spec, self.fps = ClipSpec(num_frames, interval, position=position), fps
         self.listing = list_folder(root)
         # What the scan found so far, by the videos' names.
         self.damaged: dict[str, str] = {}
         self.short: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, int, int]] = {}
         self._times: dict[str, bytes] = {}
+        self._shown: dict[str, np.ndarray] = {}  # frame numbers at self.fps
         # The beginning of the order that was asked for, and what comes after it.
         self._clips: list[Clip] = []
         self._wanted = 0
@@ -112,6 +116,8 @@ class Selection:
         # Array files.
         for video in new:
             if video.is_array:
+                if self.fps:
+                    raise ValueError(self._no_rate(video.name, "an array file has no rate"))
                 try:
                     self._shapes[video.name] = shape_of(video)
                 except BadVideo as error:
@@ -129,12 +135,21 @@ class Selection:
             try:
                 if video.path.is_dir():
                     refuse_deep_pictures(video.path, range(record.num_frames))
-                self._shapes[video.name] = (record.num_frames, record.height, record.width)
+                count = record.num_frames
+                if self.fps:
+                    if record.fps < SAME_RATE * self.fps:
+                        raise ValueError(self._no_rate(video.name, f"it has {record.fps:g} frames a second"))
+                    shown = frames_at_rate(record.times, self.fps, record.fps, 0, count)
+                    self._shown[video.name], count = shown, len(shown)
+                self._shapes[video.name] = (count, record.height, record.width)
                 self._times[video.name] = record.times
             except BadVideo as error:
                 self._leave_out(video, str(error))
         for record in index.damaged:
             self._leave_out(files[record.path], record.damaged)
+
+    def _no_rate(self, name: str, why: str) -> str:
+        return f"{self.root}: {name} cannot be shown at {self.fps:g} frames a second: {why}; leave it out, or take a lower --real-fps"
 
     def _usable(self, video: Video) -> bool:
         return video.name in self._shapes and video.name not in self.short
@@ -163,6 +178,8 @@ class Selection:
     def _clip(self, video: Video, start: int) -> Clip:
         total, *source = self._shapes[video.name]
         indices = start + np.arange(self.spec.num_frames) * self.spec.interval
+        if self.fps:
+            indices = self._shown[video.name][indices]
         return Clip(video, tuple(indices.tolist()), tuple(source), total, self._times.get(video.name, b""))
 
     def _videos(self) -> Iterator[Clip]:

@@ -264,6 +264,13 @@ def config_from(argv: list[str] | None) -> tuple[SampleConfig, argparse.Namespac
     return parse(SampleConfig, argv, "sample", __doc__, planned=True)
 
 
+def as_trained(pipeline: Path) -> str:
+    """The options of eval/fvd.py with which real clips are cut as those of the pipeline's training were; "" for the usual ones."""
+    clip = openers.run_of(pipeline).get("clip") or {}
+    interval, fps = clip.get("interval") or 1, clip.get("fps") or 0
+    return (f" --real-interval {interval}" if interval > 1 else "") + (f" --real-fps {fps:g}" if fps else "")
+
+
 def main(argv: list[str] | None = None) -> int:
     config, args = config_from(argv)
     if args.plan:
@@ -273,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         folder = sample(config)
         judge = f"python eval/fvd.py --real FOLDER_OF_REAL_VIDEOS --fake {shlex.quote(str(folder))}"
+        judge += as_trained(Path(config.pipeline))
         box(f"finished: {config.num_videos} videos", {"videos": str(folder), "next": judge})
     return 0
 

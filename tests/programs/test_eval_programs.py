@@ -340,6 +340,36 @@ def test_the_interval_of_each_side_is_its_own(side, folders, tmp_path):
     assert record["label"] == ("fvd4_9f_step2" if side == "real" else "fvd4_9f_fakestep2")
 
 
+def test_real_clips_are_cut_at_the_rate_of_the_training_whatever_their_own(tmp_path):
+    """Videos of 24 and 16 frames a second are, at 8, frame by frame those of the other side: no distance."""
+    for n in range(4):
+        frames, times = video(n, 9), (3, 2)[n % 2]
+        write_ffv1(tmp_path / "fake" / f"{n}.mkv", frames, fps=8)
+        between = np.repeat(frames, times, axis=0)
+        between[1::times] = 0  # what a clip of 8 frames a second does not show
+        write_ffv1(tmp_path / "real" / f"{n}.mkv", between, fps=8 * times)
+    found = {}
+    for fps in ((), ("--real-fps", "8")):
+        out = tmp_path / f"scores{len(fps)}.jsonl"
+        more = ("--num-videos", "4", "--position", "start", "--floor", "half", "--out", str(out), *fps)
+        fvd_main(fvd_arguments(tmp_path, *more))
+        record = json.loads(out.read_text().splitlines()[0])
+        found[record["label"]] = record["value"]
+        assert record["protocol"]["real_fps"] == (8.0 if fps else None)
+    assert found["fvd4_9f_8fps"] < 1e-3 * found["fvd4_9f"]
+    with pytest.raises(
+        ValueError, match=r"1.mkv cannot be shown at 20 frames a second: it has 16 .*--real-fps"
+    ):
+        fvd_main(fvd_arguments(tmp_path, "--num-videos", "4", "--real-fps", "20"))
+    np.save(tmp_path / "arrays.npy", np.stack([video(n, 9) for n in range(4)]))
+    arrays = fvd_arguments(tmp_path, "--num-videos", "4", "--real-fps", "8")
+    arrays[1] = str(tmp_path / "arrays.npy")
+    with pytest.raises(ValueError, match="an array file has no rate"):
+        fvd_main(arrays)
+    with pytest.raises(ValueError, match="real_fps=0.0: frames a second, above 0"):
+        fvd_main(fvd_arguments(tmp_path, "--real-fps", "0"))
+
+
 @pytest.mark.parametrize("judge", [fvd_main, is_main, fidelity_main])
 def test_no_record_is_added_to_a_file_of_the_users_own(judge, folders, tmp_path):
     notes, fake = tmp_path / "notes.txt", str(folders / "fake")

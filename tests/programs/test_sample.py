@@ -11,7 +11,7 @@ import torch
 
 from data.video import read_frames
 from denoiser import Latte
-from pipelines.sample import SampleConfig, classes_of, main
+from pipelines.sample import SampleConfig, as_trained, classes_of, main
 from pipelines.video_pipeline import LatentVideoPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,15 @@ def sample(pipeline, tmp_path):
 
 def close(a, b):
     return a.keys() == b.keys() and all(np.abs(a[k].astype(int) - b[k]).max() <= 1 for k in a)
+
+
+@pytest.mark.parametrize(
+    ("clip", "options"),
+    [("fps: 8.0", " --real-fps 8"), ("interval: 3", " --real-interval 3"), ("fps: 0\n  interval: 1", "")],
+)
+def test_the_command_that_judges_cuts_real_clips_as_the_training_did(clip, options, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"clip:\n  {clip}\n")
+    assert as_trained(tmp_path / "pipeline") == options
 
 
 def test_a_video_does_not_depend_on_the_batch_size(sample):

@@ -33,10 +33,20 @@ def test_the_published_protocols_have_their_published_knobs():
         assert others == (2048, "videos", "start", 1, 1, None, 0)
 
 
-@pytest.mark.parametrize("score", ["fvd2048_16f", "fvd256_81f", "fvd64_9f_step3", "fvd64_9f_step3_fakestep2"])
+@pytest.mark.parametrize(
+    "score",
+    [
+        "fvd2048_16f",
+        "fvd256_81f",
+        "fvd64_9f_step3",
+        "fvd64_9f_step3_fakestep2",
+        "fvd64_9f_8fps",
+        "kvd64_9f_step2_23.976fps",
+    ],
+)
 def test_a_scores_name_is_read_back_from_its_label(score):
     protocol = named_protocol(f"stylegan-v/{score}")
-    assert protocol.label("fvd") == score
+    assert protocol.label(score[:3]) == score
     assert (protocol.name, protocol.ddof, protocol.overrides()) == ("stylegan-v", 0, {})
 
 
