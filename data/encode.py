@@ -32,6 +32,7 @@ class Clock:
 _FINEST = {".mp4": Fraction(1, 90000), ".mkv": Fraction(1, 1000)}
 # In ticks: frames nearer than a tick are moved apart, but a whole video of them is not stretched.
 _MOST_LATE = 10
+_BT709, _LIMITED = 1, 1  # as H.273 numbers them, and FFmpeg ranges
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
 
@@ -76,6 +77,12 @@ def _writing(
         container = stack.enter_context(av.open(str(temporary), "w"))
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
+        # Players take a large picture for BT.709 and others for BT.601, so it is written that way, and says so.
+        hd = pixel_format.startswith("yuv") and (width >= 1280 or height > 576)
+        if hd:
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED
         shown = iter(clock.ticks if clock else ())
         if clock:
             stream.codec_context.time_base = clock.base
@@ -93,7 +100,7 @@ def _writing(
         def add(frames: np.ndarray) -> None:
             for picture in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                frame = frame.reformat(format=pixel_format)
+                frame = frame.reformat(format=pixel_format, dst_colorspace="ITU709" if hd else None)
                 if clock:
                     frame.pts, frame.time_base = next(shown), clock.base
                 container.mux(stream.encode(frame))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.encode import encode_webp, write_ffv1, write_mp4
+from data.encode import encode_webp, write_ffv1, write_mp4, writing_video
 from data.finding import list_videos, natural_key
 from data.video import probe, read_frames
 
@@ -83,6 +83,30 @@ def test_mp4_pads_an_odd_size_and_keeps_rate_and_length(tmp_path, scene):
     assert (
         np.abs(read_frames(tmp_path / "x.mp4", [4])[0, :63, :41].astype(int) - scene[4, :63, :41]).mean() < 4
     )
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tag"), [(720, 1280, 1), (576, 1024, 2), (64, 1280, 1), (578, 64, 1)]
+)
+def test_the_colours_of_an_mp4_are_those_that_players_take_its_size_for(tmp_path, height, width, tag):
+    """BT.709, and tagged so, for HD; else BT.601, as a file without tags is taken for."""
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 60, 40)], np.uint8)
+    picture = np.broadcast_to(np.repeat(colours, width // 4, axis=0), (height, width, 3))
+    path = tmp_path / "x.mp4"
+    with writing_video(path, height, width, 8) as add:
+        add(picture[None])
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frame = next(container.decode(stream))
+        assert frame.colorspace == tag
+        assert stream.codec_context.color_primaries == tag
+        # the matrix itself, by the formula: Y = 16 + 219 (kr R + kg G + kb B)
+        kr, kb = (0.2126, 0.0722) if tag == 1 else (0.299, 0.114)
+        luma = frame.to_ndarray()[:height:8, width // 8 : width : width // 4].mean(axis=0)[:4]
+        expected = 16 + 219 / 255 * (colours @ np.array([kr, 1 - kr - kb, kb]))
+        np.testing.assert_allclose(luma, expected, atol=2)
+    seen = read_frames(path, [0])[0][height // 2, width // 8 :: width // 4].astype(int)
+    assert np.abs(seen - colours).max() <= 6
 
 
 def test_webp_is_an_animation_of_all_frames(scene, tmp_path):
