@@ -249,6 +249,7 @@ def open_parts(config: TrainLatteConfig, accelerator: Any) -> tuple[Any, "VideoC
     """(VAE, clips, fingerprint, folder) of a cache."""
     vae = openers.open_vae(config.vae)
     openers.check_clip(vae, config.clip)
+    openers.check_scaling(vae, config.clip.num_frames)
     clips = distributed.open_everywhere(accelerator, lambda: latents.cached_clips(config))
     fingerprint = latents.cache_fingerprint(config, vae, clips)
     return vae, clips, fingerprint, latents.cache_folder(config, fingerprint)

@@ -15,13 +15,14 @@ from data.clip import to_float, to_uint8
 from data.progress import Progress
 from eval.features import Extractor, extract_features, i3d_extractor
 from eval.fidelity import check_lpips_size, load_lpips
+from eval.protocol import MAX_FRAMES, MIN_FRAMES
 from eval.weights import score_name
 from pipelines.efficiency import memory_peaks, reset_peaks
 from pipelines.plan.pretend import LOWEST_TORCH, too_old
 from pipelines.plan.programs import encode_and_decode
 from pipelines.reconstruct import rfvd_scores, score_frames
 from pipelines.training.open import weights_digest
-from vae import build_vae
+from vae import build_like
 from vae.registry import name_of
 
 Record = dict[str, Any]
@@ -77,8 +78,10 @@ class Judges:
         }
 
 
-def open_judges(lpips: str | None, i3d: str | None, size: int, clips: int, device: torch.device) -> Judges:
-    """LPIPS and I3D for a number of clips of a size; one whose weights are not there is left out, and said so.
+def open_judges(
+    lpips: str | None, i3d: str | None, size: int, clips: int, frames: int, device: torch.device
+) -> Judges:
+    """LPIPS and I3D for a number of clips of a size and length; one that cannot judge them, or whose weights are not there is left out, and said so.
 
     lpips, i3d: their files or folders, None for the usual places.
     """
@@ -92,7 +95,9 @@ def open_judges(lpips: str | None, i3d: str | None, size: int, clips: int, devic
         judges.remarks.append(f"LPIPS not run: {error}")
     try:
         if clips < 2:
-            raise ValueError(f"--clips {clips}: a distance of distributions needs two clips")
+            raise ValueError(f"{clips} clips: a distance of distributions needs two")
+        if not MIN_FRAMES <= frames <= MAX_FRAMES:
+            raise ValueError(f"clips of {frames} frames: I3D takes {MIN_FRAMES} to {MAX_FRAMES}")
         judges.i3d = i3d_extractor(i3d, device)
     except ValueError as error:
         judges.remarks.append(f"rFVD not run: {error}")
@@ -131,8 +136,7 @@ def peak_memory(vae: Any, T: int, size: int, device: torch.device) -> tuple[floa
         return None, f"modelled with torch >= {LOWEST_TORCH}"
 
     def same_size() -> Any:
-        config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-        return build_vae(name_of(type(vae).__name__), **config).eval()
+        return build_like(name_of(type(vae).__name__), dict(vae.config)).eval()
 
     simulation = encode_and_decode(same_size, own_length(vae, T), size)
     return simulation.peak / 2**20, "modelled, one GPU, fp32"

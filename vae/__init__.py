@@ -12,7 +12,7 @@ frames = decode_video(vae, video)
 
 from importlib import import_module
 
-from vae.registry import FAMILIES, build_vae, describe_vaes, list_vaes, load_vae
+from vae.registry import FAMILIES, build_like, build_vae, describe_vaes, list_vaes, load_vae
 
 _LAZY = {row.cls: row.module for row in FAMILIES.values()} | {
     "encode_video": "clips",
@@ -21,7 +21,7 @@ _LAZY = {row.cls: row.module for row in FAMILIES.values()} | {
     "VideoVAE": "interface",
     "VideoGaussian": "interface",
 }
-__all__ = ["build_vae", "describe_vaes", "list_vaes", "load_vae", *_LAZY]
+__all__ = ["build_like", "build_vae", "describe_vaes", "list_vaes", "load_vae", *_LAZY]
 
 
 def __getattr__(name: str):

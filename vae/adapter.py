@@ -5,6 +5,7 @@ diffusers, and what diffusers saves opens here. It refuses clips that diffusers 
 are those of diffusers bit for bit.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -117,10 +118,18 @@ class Adapted(VideoVAE):
         return super().decode(z).sample
 
     def _in_pieces(self, stage: str, x: Tensor) -> Tensor | None:
-        """Compute a stage by the row's chunks where gradients are recorded; None: diffusers' own way is right."""
-        if self.row.chunks is None or not torch.is_grad_enabled():
+        """Compute a stage by the row's chunks in training; None: diffusers' own way is right.
+
+        Also where a step in training mode records no gradient: a discriminator must see what the generator is judged on.
+        """
+        recorded = torch.is_grad_enabled()
+        if self.row.chunks is None or not (recorded or self.training):
             return None
-        return self.row.chunks(self, stage)(x, getattr(self, "gradient_checkpointing", False))
+        return self.row.chunks(self, stage)(x, recorded and getattr(self, "gradient_checkpointing", False))
+
+    def _one_by_one(self, stage: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run a stage that takes one clip only."""
+        return torch.cat([stage(one) for one in x.split(1)])
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True):
@@ -210,9 +219,35 @@ class AdaptedLTX(Adapted):
             )
 
     def _pixels(self, z: Tensor) -> Tensor:
-        """Clean latents are those of time step 0, for decoders that take one."""
-        timed = self.config.get("timestep_conditioning")
-        return super(Adapted, self).decode(z, temb=z.new_zeros(z.shape[0]) if timed else None).sample
+        """Clean latents are those of time step 0, for decoders that take one.
+
+        Some decoders add noise (LTX 0.9.1). Outside of training it is always the same, so that a latent has one picture.
+        """
+        timed, noisy = (
+            self.config.get("timestep_conditioning"),
+            any(self.config.get("decoder_inject_noise", ())),
+        )
+        with contextlib.ExitStack() as same_noise:
+            if noisy and not (torch.is_grad_enabled() or self.training):
+                same_noise.enter_context(torch.random.fork_rng([z.device] if z.is_cuda else []))
+                torch.manual_seed(0)
+            return super(Adapted, self).decode(z, temb=z.new_zeros(z.shape[0]) if timed else None).sample
+
+    def plain_code(self) -> list[str]:
+        encode, decode = super().plain_code()
+        if self.config.get("timestep_conditioning"):
+            decode = "video = vae.decode(z, temb=torch.zeros(len(z))).sample  # time step 0: clean latents"
+        return [encode, decode]
+
+
+class AdaptedHunyuan15(Adapted):
+    """The mask of HunyuanVideo-1.5's attention fits one clip, so clips go through one by one."""
+
+    def _moments(self, x: Tensor) -> Tensor:
+        return self._one_by_one(super()._moments, x)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return self._one_by_one(super()._pixels, z)
 
 
 class AdaptedKVAE(Adapted):
@@ -246,6 +281,11 @@ class AdaptedVidTok(Adapted):
     def _pixels(self, z: Tensor) -> Tensor:
         return super(Adapted, self).decode(z)
 
+    def plain_code(self) -> list[str]:
+        before = self.temporal_compression_ratio - 1 if self.config.is_causal else 0
+        padded = f"torch.cat([x[:, :, :1]] * {before} + [x], dim=2)" if before else "x"
+        return [f"z = vae.encode({padded}).latent_dist.mode()", "video = vae.decode(z)"]
+
 
 class AdaptedAllegro(Adapted):
     """Allegro works in tiles only, of 24 frames and 320 pixels by default; what no tile covers would be grey."""
@@ -262,15 +302,17 @@ class AdaptedAllegro(Adapted):
                 f"H={H}, W={W}: {type(self).__name__} takes {k_h} + {s_h}i x {k_h} + {s_w}j pixels, e.g. {k_h} x {k_h}"
             )
 
-    def _tiled(self, stage: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-        self.use_tiling = True
-        return torch.cat([stage(one) for one in x.split(1)])
-
     def _moments(self, x: Tensor) -> Tensor:
-        return self._tiled(super()._moments, x)
+        self.use_tiling = True
+        return self._one_by_one(super()._moments, x)
 
     def _pixels(self, z: Tensor) -> Tensor:
-        return self._tiled(super()._pixels, z).transpose(1, 2)
+        self.use_tiling = True
+        return self._one_by_one(super()._pixels, z).transpose(1, 2)
+
+    def plain_code(self) -> list[str]:
+        encode, decode = super().plain_code()
+        return ["vae.enable_tiling()", encode, f"{decode}.transpose(1, 2)  # diffusers has the frames first"]
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -371,6 +413,7 @@ ROWS = {
 }
 NAMES = {row.name: cls for cls, row in ROWS.items()}
 _SPECIAL = {
+    "AutoencoderKLHunyuanVideo15": AdaptedHunyuan15,
     "AutoencoderKLLTXVideo": AdaptedLTX,
     "AutoencoderKLLTX2Video": AdaptedLTX,
     "AutoencoderKLKVAEVideo": AdaptedKVAE,

@@ -107,6 +107,11 @@ class VideoVAE:
             z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, num_frames=sample.shape[2], return_dict=return_dict)
 
+    def plain_code(self) -> list[str]:
+        """Return the lines that take a clip `x` to `z` and `video` where `vae` was loaded without this project."""
+        found = "latents" if self.discrete else "latent_dist.mode()"
+        return [f"z = vae.encode(x).{found}", "video = vae.decode(z).sample"]
+
     def _posterior(self, sample: Tensor, sample_posterior: bool, generator: torch.Generator | None) -> Any:
         return self.encode(sample).latent_dist
 

@@ -131,6 +131,12 @@ def build_vae(name: str, **config):
     return _class(name)(**config)
 
 
+def build_like(name: str, config: dict):
+    """Build a model with random weights from what a config.json says; keys that its class does not have are left out, as diffusers does."""
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _class(name).from_config(known)
+
+
 def _weights_folder(name: str) -> Path:
     """Find the folder of a name below $OMNILATTE_WEIGHTS or weights/.
 

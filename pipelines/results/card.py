@@ -158,7 +158,9 @@ def render(card: Card) -> str:
         "where": card.repo or "path/to/this/folder",
         "code": latte is not None or needs_code(vae),
         "frames": sum(vae.clip_lengths) if vae.clip_lengths != (1, 0) else 9,
-        "side": 8 * vae.spatial_compression_ratio,
+        "side": vae.kernel[1]
+        if hasattr(vae, "kernel")
+        else 8 * vae.spatial_compression_ratio,  # Allegro's tile
     }
     if latte:
         words["frames"] = vae.pixel_frames(latte.config.num_frames)

@@ -169,9 +169,9 @@ def main(argv: Sequence[str]) -> int:
     refuse_in_data(out, "--out", source)
     spec = ClipSpec(num_frames=common_length(vaes, args.frames or 17), size=args.size, position="center")
     found: VideoClips = open_clips(source, spec, 0, held_out=False)
-    judges = open_judges(args.lpips_weights, args.i3d_weights, args.size, args.clips, device)
-    claim_folder(out, "table vaes", lambda folder: (folder / "vaes.md").is_file())
     count, T = min(args.clips, len(found)), spec.num_frames
+    judges = open_judges(args.lpips_weights, args.i3d_weights, args.size, count, T, device)
+    claim_folder(out, "table vaes", lambda folder: (folder / "vaes.md").is_file())
     clips = [found.clip_uint8(n, np.random.default_rng((0, n))) for n in range(count)]
     made = f"{count} clips of {T} x {args.size} x {args.size}, posterior means, frames rounded to uint8."
     remarks = [*judges.remarks, made]

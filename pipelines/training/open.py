@@ -18,7 +18,7 @@ from data.mixture import MixedClips, part_seed
 from data.sources import Source, open_source
 from pipelines.training.config import read_yaml
 from pipelines.training.settings import Precision, SourceConfig, VAEConfig
-from vae import build_vae, load_vae
+from vae import build_like, load_vae
 from vae.adapter import Adapted
 from vae.interface import makes_latents
 
@@ -38,7 +38,16 @@ def open_clips(
         raise ValueError(
             "source.split=test: its clips are those that validate; use split=train or source.val_fraction=0"
         )
-    return VideoClips(open_videos(config, spec.size, held_out), spec, seed=seed, train=not held_out)
+    videos = open_videos(config, spec.size, held_out)
+    try:
+        return VideoClips(videos, spec, seed=seed, train=not held_out)
+    except ValueError as error:
+        if not held_out:
+            raise
+        raise ValueError(
+            f"of the videos that are held out (source.val_fraction={config.val_fraction:g}): {error}; or hold out more of them, "
+            "or none with source.val_fraction=0"
+        ) from error
 
 
 def videos_line(config: Any, held_out: bool) -> str:
@@ -148,8 +157,8 @@ def imagined_vae(settings: Any) -> Any:
     """The VAE of a config in its size, frozen, with no weights: from the folder's config.json or the paper's size."""
     file, known = Path(settings.path) / "config.json", {}
     if settings.path and file.is_file():
-        known = {k: v for k, v in read_json(file).items() if not k.startswith("_")}
-    vae = build_vae(settings.name, **known)
+        known = read_json(file)
+    vae = build_like(settings.name, known)
     # A random VAE has no scale; any will do for sizes and costs.
     if not vae.has_scaling_rule:
         vae.register_to_config(scaling_factor=1.0)
@@ -186,6 +195,12 @@ def check_clip(vae: Any, clip: ClipSpec) -> None:
             f"clip.size={clip.size}: must be a multiple of {s}, e.g. {max(1, round(clip.size / s)) * s}"
         )
     vae.check_sides(clip.size, clip.size)
+
+
+def check_scaling(vae: Any, num_frames: int) -> None:
+    """ValueError, before anything is encoded, when the VAE's own rule does not scale latents of such clips (Cosmos)."""
+    if vae.has_scaling_rule:
+        vae.normalize(torch.zeros(1, vae.latent_channels, vae.latent_frames(num_frames), 1, 1))
 
 
 def normalization(vae: Any) -> dict[str, Any]:

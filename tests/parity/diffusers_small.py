@@ -7,6 +7,8 @@ _LTX = {
     "layers_per_block": (1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1, 1),
 }
+# Of LTX 0.9.1; the scales of the noise are 0 before training.
+_NOISY = {"timestep_conditioning": True, "decoder_inject_noise": (False, True, True, True, False)}
 _BLOCKS = {
     "block_out_channels": (8, 8, 8, 8),
     "norm_num_groups": 4,
@@ -104,7 +106,7 @@ OTHER = {
     ),
     "cogvideox 1.5": ("AutoencoderKLCogVideoX", _BLOCKS | {"invert_scale_latents": True}, 17, 16),
     "hunyuanvideo, framewise": ("AutoencoderKLHunyuanVideo", _BLOCKS, 21, 16),
-    "ltx 0.9.1": ("AutoencoderKLLTXVideo", _LTX | {"timestep_conditioning": True}, 9, 64),
+    "ltx 0.9.1": ("AutoencoderKLLTXVideo", _LTX | _NOISY, 9, 64),
     "magvit, norms over time": ("AutoencoderKLMagvit", _BLOCKS | {"spatial_group_norm": False}, 9, 16),
     "vidtok, not causal": ("AutoencoderVidTok", _VIDTOK | {"is_causal": False}, 16, 32),
 }

@@ -2,11 +2,16 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.clip import ClipSpec
+from data.encode import write_mp4
 from pipelines.train_vae import main
+from pipelines.training.open import open_clips
+from pipelines.training.settings import SourceConfig
 
 
 def weights(run, step, name="vae"):
@@ -238,3 +243,17 @@ def test_two_trainings_in_one_folder_are_refused(train, tmp_path):
 def test_values_that_would_wreck_the_training_are_refused_by_name(train, setting):
     with pytest.raises(ValueError, match=setting.split("=")[0]):
         train("wrong", "steps=1", setting)
+
+
+def test_held_out_videos_that_are_all_too_short_are_named_as_such(tmp_path):
+    for name in "ab":
+        write_mp4(tmp_path / "videos" / f"{name}.mp4", np.zeros((9, 32, 32, 3), np.uint8), 8)
+    source = SourceConfig(root=str(tmp_path / "videos"), val_fraction=0.5, index_dir=str(tmp_path / "index"))
+    spec = ClipSpec(num_frames=9, size=16)
+    held_out = tmp_path / "videos" / open_clips(source, spec, 0, held_out=True).name(0)
+    write_mp4(held_out, np.zeros((5, 32, 32, 3), np.uint8), 8)
+    assert len(open_clips(source, spec, 0)) == 1
+    with pytest.raises(
+        ValueError, match=r"^of the videos that are held out .*val_fraction=0.5.*no usable video"
+    ):
+        open_clips(source, spec, 0, held_out=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import diffusers
@@ -24,6 +25,8 @@ def folders(tmp_path_factory):
         torch.manual_seed(1)
         made[name.split(",")[0]] = root / name.split(",")[0]
         getattr(diffusers, cls)(**config).save_pretrained(made[name.split(",")[0]])
+    file = made["wan"] / "config.json"  # as Wan 2.2's, which has a key that its class lacks
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_output": False}))
     build_vae(
         "sd2_1", block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     ).save_pretrained(root / "sd")
@@ -130,6 +133,24 @@ def test_a_judge_without_weights_is_named_and_left_out(folders, videos, tmp_path
     text = (tmp_path / "out" / "vaes.md").read_text()
     assert "LPIPS not run: " in text
     assert "rFVD not run: " in text
+
+
+@pytest.mark.parametrize(
+    ("clips", "frames", "why"), [(1, 17, "1 clips: .* two"), (2, 5, "5 frames: I3D takes 9")]
+)
+def test_what_i3d_cannot_judge_is_a_remark(clips, frames, why):
+    judges = vaes.open_judges("random:0", "random:0", 64, clips, frames, torch.device("cpu"))
+    assert judges.i3d is None
+    assert judges.network is not None
+    (remark,) = judges.remarks
+    assert re.match(f"rFVD not run: (clips of )?{why}", remark)
+
+
+def test_fewer_videos_than_clips_are_judged_all_the_same(folders, videos, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(videos / "0.mkv", tmp_path / "one")
+    assert main(words({"wan": folders["wan"]}, tmp_path / "one", tmp_path / "out")) == 0
+    assert "rFVD not run: 1 clips" in (tmp_path / "out" / "vaes.md").read_text()
 
 
 @pytest.mark.parametrize(
