@@ -15,6 +15,7 @@ from data.core.lazy import lazy
 
 av = lazy("av")
 reformatter = lazy("av.video.reformatter")
+BT709 = 1  # as H.273 numbers it
 
 
 class BadVideo(ValueError):
@@ -84,7 +85,11 @@ class Screen:
 
     def picture(self, frame) -> np.ndarray:
         """Convert a frame to RGB uint8 (H, W, 3)."""
-        picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        # PyAV 15 and 16 look at the tag only where another matrix is asked for; RGB has none, so the answer is the same.
+        matrices = (
+            {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 else {}
+        )
+        picture = self.reformatter.reformat(frame, format="rgb24", **matrices).to_ndarray()
         # Square pixels first, then the turn: the aspect ratio is that of the stored frame.
         if max(self.stretch) > 1:
             height, width, _ = picture.shape

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.core.files import fsync, temporary_name
 from data.core.lazy import lazy
+from data.decoder import BT709
 
 av = lazy("av")
 
@@ -32,7 +33,7 @@ class Clock:
 _FINEST = {".mp4": Fraction(1, 90000), ".mkv": Fraction(1, 1000)}
 # In ticks: frames nearer than a tick are moved apart, but a whole video of them is not stretched.
 _MOST_LATE = 10
-_BT709, _LIMITED = 1, 1  # as H.273 numbers them, and FFmpeg ranges
+_LIMITED = 1  # as FFmpeg numbers ranges
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}  # not to be mistaken for a fault of the video
 
 
@@ -81,7 +82,7 @@ def _writing(
         hd = pixel_format.startswith("yuv") and (width >= 1280 or height > 576)
         if hd:
             context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = _LIMITED
         shown = iter(clock.ticks if clock else ())
         if clock:

@@ -110,7 +110,8 @@ class LatentCacheWriter:
     ) -> dict[str, Any]:
         """Seal a cache whose shards are all there: statistics per channel, counts, complete: true; names of its videos.
 
-        Raises ValueError if shards are missing, or if more than max_failed_share of the clips could not be read.
+        Raises ValueError if shards are missing, or if more than max_failed_share of the clips could not be read, unless the
+        cache was sealed with as many before.
         """
         if self.missing():
             raise ValueError(
@@ -129,8 +130,8 @@ class LatentCacheWriter:
             raise ValueError(
                 f"cache {self.folder}: every clip failed, first: {failed[0]['reason'] if failed else '?'}"
             )
-        share = len(failed) / self.num_entries
-        if share > max_failed_share:
+        share, sealed = len(failed) / self.num_entries, len(index["failed"]) if index["complete"] else 0
+        if share > max_failed_share and len(failed) > sealed:
             raise ValueError(
                 f"cache {self.folder}: {len(failed)} of {self.num_entries} clips ({share:.1%}) could not be read, first: "
                 f"{failed[0]['video']}: {failed[0]['reason']}; bring them back, and the same command tries them again, or allow "

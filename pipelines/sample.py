@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import shlex
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,15 @@ def config_from(argv: list[str] | None) -> tuple[SampleConfig, argparse.Namespac
 
 def as_trained(pipeline: Path) -> str:
     """The options of eval/fvd.py with which real clips are cut as those of the pipeline's training were; "" for the usual ones."""
-    clip = openers.run_of(pipeline).get("clip") or {}
-    interval, fps = clip.get("interval") or 1, clip.get("fps") or 0
-    return (f" --real-interval {interval}" if interval > 1 else "") + (f" --real-fps {fps:g}" if fps else "")
+    clip: Any = {}
+    with suppress(ValueError, OSError):  # somebody else's files of these names
+        clip = openers.run_of(pipeline).get("clip")
+    words = ""
+    for key, usual in (("interval", 1), ("fps", 0)):
+        value = clip.get(key, usual) if isinstance(clip, dict) else usual
+        if isinstance(value, int | float) and value > usual:
+            words += f" --real-{key} {value:g}"
+    return words
 
 
 def main(argv: list[str] | None = None) -> int:

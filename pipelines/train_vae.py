@@ -344,8 +344,8 @@ class VAETrainer(Trainer):
             batch = next(batches)
             x = to_float(batch["video"].to(device, non_blocking=True))
             noise = self.latent_noise(x, batch["number"])
-            # For networks that draw in their forward pass: what they draw belongs to the sample, as all that is random.
-            torch.manual_seed(distributed.draw_seed(self.config.seed, int(batch["number"][0])))
+            # For networks that draw in their forward pass (LTX 0.9.1): the same after a resume, with the same micro_batch.
+            torch.manual_seed(distributed.draw_seed(self.config.seed + 1, int(batch["number"][0])))
             with accelerator.accumulate(*stepped), distributed.autocast(accelerator, self.config):
                 # Losses and backward.
                 if train_vae:

@@ -2,7 +2,7 @@
 
 `adapted(name)` is a subclass of diffusers' class with the same name, config and tensors, so what it saves opens in plain
 diffusers, and what diffusers saves opens here. It refuses clips that diffusers would cut without a word, and its outputs
-are those of diffusers bit for bit.
+are those of diffusers bit for bit, in eval mode and without gradients.
 """
 
 import contextlib
@@ -153,7 +153,7 @@ class Adapted(VideoVAE):
 
     @apply_forward_hook
     def decode(self, z: Tensor, num_frames: int | None = None, return_dict: bool = True):
-        """Decode z (B, C, t, h, w) to DecoderOutput of (B, 3, T, H, W); with gradients before a final clamp, if there is one."""
+        """Decode z (B, C, t, h, w) to DecoderOutput of (B, 3, T, H, W); in training before a final clamp, if there is one."""
         self.check_frames(self.check_latents(z, num_frames))
         try:
             pixels = self._in_pieces("decoder", z)
@@ -230,7 +230,9 @@ class AdaptedLTX(Adapted):
         with contextlib.ExitStack() as same_noise:
             if noisy and not (torch.is_grad_enabled() or self.training):
                 same_noise.enter_context(torch.random.fork_rng([z.device] if z.is_cuda else []))
-                torch.manual_seed(0)
+                (
+                    torch.cuda.default_generators[z.device.index] if z.is_cuda else torch.default_generator
+                ).manual_seed(0)
             return super(Adapted, self).decode(z, temb=z.new_zeros(z.shape[0]) if timed else None).sample
 
     def plain_code(self) -> list[str]:

@@ -21,7 +21,7 @@ from pipelines.training.log import read_metrics
 PLACES = {"root", "init_from", "path", "out", "pipeline", "transformer", "dir", "run_dir", "index_dir"}
 PLACES |= {"lpips_weights", "i3d_weights"}
 # What settings were before they existed: older records do not have them
-BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False, "rfvd": False}
+BEFORE = {"vae.tiling_frames": 0, "tiling_frames": 0, "held_out": False, "rfvd": False, "real_fps": None}
 SHOWN = 3  # differences named in one message
 
 
@@ -324,7 +324,9 @@ class Judge(Program):
         return [] if config.weights else list(self.networks)
 
     def wanted(self, config: Any) -> dict[str, Any]:
-        asked = {k: v for k, v in dataclasses.asdict(self.protocol_of(config)).items() if v is not None}
+        asked = dataclasses.asdict(self.protocol_of(config))
+        if asked.get("size") is None:  # then it is that of the generated videos
+            asked.pop("size", None)
         return asked | {"random weights": str(config.weights or "").startswith("random:")}
 
     def records(self, folder: Path, config: Any) -> Iterator[Record]:

@@ -132,14 +132,25 @@ def _patient_group() -> Iterator[Any]:
 def open_everywhere(accelerator: Accelerator, open_videos: Callable[[], Any]) -> Any:
     """Clips, opened on every process: first on the main one, which scans them for the others.
 
-    Raises ValueError on every process unless all see the same videos: sample n must be the same one everywhere.
+    Raises ValueError on every process when one cannot open them, and unless all see the same videos: sample n must be the
+    same one everywhere.
     """
-    with main_process_first(accelerator):
-        clips = open_videos()
     if accelerator.num_processes == 1:
-        return clips
-    seen = gathered(accelerator, [(len(clips), list_digest(clips))])
-    for process, (count, digest) in enumerate(seen):
+        return open_videos()
+    # No process may wait for one that has failed.
+    clips, own = None, None
+    with main_process_first(accelerator):
+        try:
+            clips = open_videos()
+        except (ValueError, OSError) as error:
+            own = error
+    found = (len(clips), list_digest(clips), "") if own is None else (0, "", str(own))
+    seen = gathered(accelerator, [found])
+    if own is not None:
+        raise own
+    for process, (count, digest, failure) in enumerate(seen):
+        if failure:
+            raise ValueError(f"process {process}: {failure}")
         if digest != seen[0][1]:
             raise ValueError(
                 f"process {process} sees {count} videos, the main one {seen[0][0]}, or others: they are still being copied, "

@@ -154,6 +154,11 @@ class TrainingRun:
                 "mount it with locks (Lustre: -o flock; NFS: with lockd), or choose another"
             ) from error
         stack.callback(lock.release)
+        # A run whose settings change on purpose goes back to before its skipped updates. The new settings are written after
+        # that: a start that is killed in between begins the same again.
+        if check_run(self.folder, self.config):
+            healthy = self.checkpoints.latest(healthy=True)
+            self.checkpoints.set_aside_after(-1 if healthy is None else healthy)
         # The settings of this start, and what a killed one left half done.
         open_run(self.folder, self.config, self.details["program"], self.weights)
         recover(self.folder)
@@ -163,11 +168,9 @@ class TrainingRun:
         # The main process chooses, so that all load the same one.
         if self.main:
             self.checkpoints.clean()
-        changing = bool(self.config.resume.names)
-        newest = self.checkpoints.latest(changing) if self.main else None
+        newest = self.checkpoints.latest() if self.main else None
         step = same_everywhere(self.accelerator, newest)
         if step is None:
-            self._leave_later_ones(-1)
             return None
         # The checkpoint must be of this data, these parts and this beginning.
         before, now, folder = self.checkpoints.manifest(step), self.details, self.checkpoints.path(step)
@@ -195,14 +198,8 @@ class TrainingRun:
             raise ValueError(
                 f"checkpoint {folder} holds more than tensors and numbers and was not loaded: {error}"
             ) from error
-        self._leave_later_ones(step)
         log.info("resuming %s at step %d", self.folder, step)
         return step
-
-    def _leave_later_ones(self, step: int) -> None:
-        """A run that goes back to `step` on purpose must not find the checkpoints after it at its next start."""
-        if self.main and self.config.resume.names:
-            self.checkpoints.set_aside_after(step)
 
     # ---- the steps ---------------------------------------------------------------------------------------
 

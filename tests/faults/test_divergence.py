@@ -51,6 +51,10 @@ def test_the_advice_followed_a_diverged_run_goes_on_from_its_last_good_checkpoin
     starts = json.loads((tmp_path / "env.json").read_text())["starts"]
     assert starts[-1]["changed"] == {"learning_rate": [0.001, 0.0005], "grad_clip": [0.0, 1.0]}
     main([*settings, "learning_rate=5e-4", "grad_clip=1", "steps=10"])  # it is the run's rate now
+    monkeypatch.setattr(Checkpoints, "set_aside_after", lambda *_: pytest.fail("nothing has changed"))
+    main(
+        [*settings, "learning_rate=5e-4", "grad_clip=1", "steps=11", "resume.change=learning_rate,grad_clip"]
+    )
 
 
 def test_a_checkpoint_is_good_once_a_step_that_begins_from_it_is_finite(vae_settings, tmp_path, monkeypatch):

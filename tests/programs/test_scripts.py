@@ -151,5 +151,6 @@ def test_setup_stops_only_where_the_environment_cannot_fit(tmp_path, free, code,
     )
     assert done.returncode == code
     assert done.stderr.startswith(said)
+    assert ("warning" in done.stderr) == (free == 8)
     assert ("OMNILATTE_VENV=FOLDER" in done.stderr) == (code == 2)
     assert (f"made {venv}" in done.stderr) == (code == 9)

@@ -29,6 +29,26 @@ def written(request, tmp_path):
     return LatentCache(tmp_path / "cache"), rows
 
 
+def test_a_sealed_cache_that_lacks_less_than_before_is_sealed_again_whatever_the_limit(tmp_path):
+    def rows(count):
+        moments = {name: torch.zeros(count, 1, 1, 2, 2) for name in ("mean", "logvar")}
+        return moments | {name: torch.arange(count) for name in ("label", "video", "draw")}
+
+    def lacking(*entries):
+        return [{"entry": n, "video": str(n), "reason": "gone"} for n in entries]
+
+    writer = LatentCacheWriter(tmp_path, {}, 4, shard_size=4)
+    writer.write(0, rows(2), lacking(2, 3))
+    with pytest.raises(ValueError, match=r"2 of 4 clips \(50.0%\) could not be read"):
+        writer.finish({}, max_failed_share=0.05)
+    writer.finish({}, max_failed_share=0.5)
+    writer.write(0, rows(3), lacking(3))
+    assert writer.finish({}, max_failed_share=0.05)["rows"] == [3]
+    writer.write(0, rows(2), lacking(2, 3))
+    with pytest.raises(ValueError, match="2 of 4 clips"):
+        writer.finish({}, max_failed_share=0.05)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_hold_the_written_bits_in_the_dtype_of_the_file(written, workers):
     cache, rows = written

@@ -1,6 +1,7 @@
 """What a launch brings along: accelerate's own accumulation, a cuDNN that is wrong, a main process that takes long."""
 
 import datetime
+import functools
 import math
 import os
 import time
@@ -87,6 +88,18 @@ def _rank_that_lists_videos(rank: int, folder: str) -> None:
         engine.open_everywhere(accelerator, another_arrives)
     with pytest.raises(ValueError, match="process 1 sees 2 videos, the main one 2, or others"):
         engine.open_everywhere(accelerator, lambda: Clips(("ab", "ba")[rank]))
+
+    def unreadable(where: int) -> Clips:
+        if rank == where:
+            raise OSError("disk gone")
+        return Clips("ab")
+
+    for where in (0, 1):
+        kind, said = (
+            (OSError, "^disk gone") if rank == where else (ValueError, f"^process {where}: disk gone")
+        )
+        with pytest.raises(kind, match=said):
+            engine.open_everywhere(accelerator, functools.partial(unreadable, where))
     Path(folder, str(rank)).touch()
 
 

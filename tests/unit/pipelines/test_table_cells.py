@@ -212,6 +212,21 @@ def test_the_newest_score_of_the_protocol_asked_for_counts(places):
     assert "num_frames" in found.note
 
 
+def test_a_score_at_a_rate_and_one_without_do_not_stand_for_each_other(places):
+    folder = places.runs / "fvd"
+    folder.mkdir(parents=True)
+    plain = judged(folder)
+    slow = replace(plain, arguments=(*plain.arguments, "--real-fps", "8"))
+    before = [json.loads(score(metric, 1.0)) for metric in ("FVD", "KVD")]
+    for row in before:
+        del row["protocol"]["real_fps"]  # of before the option
+    (folder / "scores.jsonl").write_text("\n".join(map(json.dumps, before)))
+    assert (find(plain).state, find(slow).state) == ("done", "other")
+    rows = [score(metric, 2.0, real_fps=8.0) for metric in ("FVD", "KVD")]
+    (folder / "scores.jsonl").write_text("\n".join(rows))
+    assert (find(plain).state, find(slow).state) == ("other", "done")
+
+
 def test_latex_and_markdown_escape_what_they_would_read_as_commands(desk, places):
     assert tex(r"50% of a_b & {c} $ # ~ ^ \x ±") == (
         r"50\% of a\_b \& \{c\} \$ \# \textasciitilde{} \textasciicircum{} \textbackslash{}x $\pm$"
