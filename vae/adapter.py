@@ -223,17 +223,14 @@ class AdaptedLTX(Adapted):
 
         Some decoders add noise (LTX 0.9.1). Outside of training it is always the same, so that a latent has one picture.
         """
-        timed, noisy = (
-            self.config.get("timestep_conditioning"),
-            any(self.config.get("decoder_inject_noise", ())),
-        )
+        temb = z.new_zeros(z.shape[0]) if self.config.get("timestep_conditioning") else None
+        noisy = any(self.config.get("decoder_inject_noise", ()))
         with contextlib.ExitStack() as same_noise:
             if noisy and not (torch.is_grad_enabled() or self.training):
                 same_noise.enter_context(torch.random.fork_rng([z.device] if z.is_cuda else []))
-                (
-                    torch.cuda.default_generators[z.device.index] if z.is_cuda else torch.default_generator
-                ).manual_seed(0)
-            return super(Adapted, self).decode(z, temb=z.new_zeros(z.shape[0]) if timed else None).sample
+                generators = torch.cuda.default_generators if z.is_cuda else [torch.default_generator]
+                generators[z.device.index or 0].manual_seed(0)
+            return super(Adapted, self).decode(z, temb=temb).sample
 
     def plain_code(self) -> list[str]:
         encode, decode = super().plain_code()

@@ -1,5 +1,6 @@
 """The latent cache: any damaged byte found and named, every clip there once, what failed tried again, many writers at once."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -125,23 +126,39 @@ def videos(tmp_path):
     return tmp_path / "videos"
 
 
-def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_changes(
-    latte_settings, own_vae, videos, tmp_path, monkeypatch
-):
+@pytest.fixture
+def settings_of_videos(latte_settings, own_vae, videos, tmp_path):
+    """The settings of a cache of four videos in two shards; its folder is to be added."""
     settings = [s for s in latte_settings if not s.startswith("source.")]
     settings += [f"source.root={videos}", f"source.index_dir={tmp_path / 'index'}", f"vae.path={own_vae}"]
-    settings += ["cache.crops=1", "cache.shard_size=2", "source.scan_workers=1"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    cache_latents.main([*settings, f"cache.dir={whole}"])
+    return [*settings, "cache.crops=1", "cache.shard_size=2", "source.scan_workers=1"]
+
+
+@pytest.fixture
+def the_last_video_vanishes(videos, tmp_path, monkeypatch):
+    """A context in which it does so after each scan, to aside.mp4."""
     original = latents.cached_clips
 
     def vanishing(config):
         clips = original(config)
-        (videos / "3.mp4").rename(tmp_path / "aside.mp4")  # after the scan
+        (videos / "3.mp4").rename(tmp_path / "aside.mp4")
         return clips
 
-    with monkeypatch.context() as patch:
-        patch.setattr(latents, "cached_clips", vanishing)
+    @contextlib.contextmanager
+    def go():
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, "cached_clips", vanishing)
+            yield
+
+    return go
+
+
+def test_a_clip_that_failed_is_tried_again_by_the_next_run_and_only_its_shard_changes(
+    settings_of_videos, the_last_video_vanishes, videos, tmp_path
+):
+    settings, whole, parts = settings_of_videos, tmp_path / "whole", tmp_path / "parts"
+    cache_latents.main([*settings, f"cache.dir={whole}"])
+    with the_last_video_vanishes():
         cache_latents.main([*settings, f"cache.dir={parts}", "source.max_failed_share=0.25"])
     index = json.loads((parts / "index.json").read_text())
     assert [f["entry"] for f in index["failed"]] == [3]
@@ -205,25 +222,10 @@ def test_two_launches_at_once_write_one_cache_with_the_bytes_of_one_launch(cache
 
 
 def test_a_cache_that_lacks_too_many_clips_is_not_sealed(
-    latte_settings, own_vae, videos, tmp_path, monkeypatch, capsys
+    settings_of_videos, the_last_video_vanishes, videos, tmp_path, capsys
 ):
-    settings = [s for s in latte_settings if not s.startswith("source.")]
-    settings += [f"source.root={videos}", f"source.index_dir={tmp_path / 'index'}", f"vae.path={own_vae}"]
-    settings += [
-        "cache.crops=1",
-        "cache.shard_size=2",
-        "source.scan_workers=1",
-        f"cache.dir={tmp_path / 'cache'}",
-    ]
-    original = latents.cached_clips
-
-    def vanishing(config):
-        clips = original(config)
-        (videos / "3.mp4").rename(tmp_path / "aside.mp4")  # after the scan
-        return clips
-
-    with monkeypatch.context() as patch:
-        patch.setattr(latents, "cached_clips", vanishing)
+    settings = [*settings_of_videos, f"cache.dir={tmp_path / 'cache'}"]
+    with the_last_video_vanishes():
         assert program(cache_latents.main, *settings) == 2
     said = capsys.readouterr().err
     assert "1 of 4 clips (25.0%) could not be read, first: 3.mp4: " in said
